@@ -1,0 +1,78 @@
+# Every target but `gpu` installs what it needs into .venv, once: pinned by constraints.txt, CPU only.
+PYTHON ?= python3
+GPU_PYTHON ?= python3
+JOBS ?= 2
+# The CPU wheels of torch live here; PyPI's Linux wheels bring gigabytes of CUDA that nothing below
+# uses. If the index cannot be reached, pip goes on with whatever indexes it is configured for.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+READY := .venv/.glazoo-ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint gpu bench clean
+
+help: ## list the targets
+	@echo "make targets (each installs what it needs into .venv first, except gpu and clean):"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(firstword $(MAKEFILE_LIST)) \
+	  | while IFS='|' read -r name text; do printf '%-11s %s\n' "$$name" "$$text"; done
+
+setup: $(READY) ## only install: .venv with glazoo (editable), its dependencies and the test tools
+
+$(READY): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "glazoo needs Python 3.11 or newer; $(PYTHON) is older or missing. Try: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@echo "== setup: installing the pinned dependencies into .venv (a few minutes the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) pip setuptools
+	@# torch first and alone: once its CPU wheel is in place, no later step looks for another one.
+	@$(PIP) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) "$$(grep -i '^torch==' constraints.txt)"
+	@$(PIP) --quiet --no-build-isolation --editable '.[dev,plots,train]'
+	@touch $@
+
+demo: $(READY) ## convert, verify and fine-tune a small Mamba2 model; prints one table (minutes, CPU)
+	@echo "== demo: train a small Mamba2, convert it, verify equality, fine-tune both"
+	$(BIN)/python -P -m glazoo.demo
+
+test: $(READY) ## the tests that run in minutes on two CPU cores (no slow, no GPU tests)
+	@echo "== test: pytest on $(JOBS) processes, without the tests marked slow or gpu"
+	$(BIN)/pytest -n $(JOBS) -m "not slow and not gpu"
+
+test-all: $(READY) ## every test that needs no GPU
+	@echo "== test-all: pytest on $(JOBS) processes, without the tests marked gpu"
+	$(BIN)/pytest -n $(JOBS) -m "not gpu"
+
+lint: $(READY) build/tree ## ruff (lint and format) and mypy --strict
+	@echo "== lint: ruff check, ruff format --check, mypy --strict"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@! grep -rn make_block_ptr --include='*.py' kernels glazoo || { echo "block pointers no longer compile: use pointers and masks"; exit 1; }
+	cd build/tree && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p glazoo
+
+gpu: build/gpu ## kernel tests and timings on this machine's GPU, with GPU_PYTHON's own torch and triton
+	@echo "== gpu: nothing is installed; $(GPU_PYTHON) must have torch, triton and pytest"
+	@$(GPU_PYTHON) -c 'import pytest, sys, torch, triton; torch.cuda.is_available() or sys.exit("no GPU: torch.cuda.is_available() is False for $(GPU_PYTHON)")'
+	@# -P: the folder that make runs in holds the whole glazoo; -W: other versions warn of other things.
+	PYTHONPATH=$(CURDIR)/build/gpu $(GPU_PYTHON) -P -m pytest -W default -m gpu tests/kernels
+	PYTHONPATH=$(CURDIR)/build/gpu $(GPU_PYTHON) benchmarks/gpu.py
+
+bench: $(READY) ## time the CPU engines
+	@echo "== bench: timings of the CPU engines"
+	$(BIN)/python benchmarks/cpu.py
+
+clean: ## remove what the targets made, .venv included
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The package as it is installed, made of links: mypy follows no import hook, which is what an
+# editable install uses to find glazoo.kernels and glazoo.specs.
+.PHONY: build/tree build/gpu
+build/tree:
+	@rm -rf $@ && mkdir -p $@/glazoo
+	@for path in glazoo/* kernels specs; do ln -s "../../../$$path" "$@/glazoo/"; done
+
+# glazoo.kernels alone: kernels import nothing of glazoo, so a GPU machine needs only torch and triton.
+build/gpu:
+	@rm -rf $@ && mkdir -p $@/glazoo
+	@echo '"""Stand-in for the package, so that glazoo.kernels needs none of its dependencies."""' > $@/glazoo/__init__.py
+	@ln -s ../../../kernels $@/glazoo/kernels

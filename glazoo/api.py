@@ -1,0 +1,408 @@
+"""The one operation that users call: any variant's recurrence on activated operands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from enum import StrEnum
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, overload
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from glazoo.engines import Engine, pick
+from glazoo.engines.call import Call
+from glazoo.program import Operand, Program, lower
+from glazoo.spec import Gate, Spec
+from glazoo.state import Output, OutputWithUncertainty, State
+from glazoo.zoo import load
+
+__all__ = ["Impl", "attention", "schedule"]
+
+
+class Impl(StrEnum):
+    """Which engine runs a call; `auto` picks by device and says so in the log."""
+
+    AUTO = "auto"
+    REFERENCE = "reference"
+    CHUNKED = "chunked"
+    TRITON = "triton"
+
+
+@overload
+def attention(
+    spec: str | Path | Spec,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    *,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    b: Tensor | None = None,
+    prior: Tensor | float | None = None,
+    erase: Tensor | None = None,
+    p: Tensor | None = None,
+    a: Tensor | None = None,
+    u: Tensor | None = None,
+    trap: Tensor | None = None,
+    g_importance: Tensor | None = None,
+    center: Tensor | float | None = None,
+    scale: float | None = None,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    output_uncertainty: Literal[False] = False,
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+) -> Output: ...
+@overload
+def attention(
+    spec: str | Path | Spec,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor,
+    *,
+    g: Tensor | None = None,
+    beta: Tensor | None = None,
+    b: Tensor | None = None,
+    prior: Tensor | float | None = None,
+    erase: Tensor | None = None,
+    p: Tensor | None = None,
+    a: Tensor | None = None,
+    u: Tensor | None = None,
+    trap: Tensor | None = None,
+    g_importance: Tensor | None = None,
+    center: Tensor | float | None = None,
+    scale: float | None = None,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    output_uncertainty: Literal[True],
+    cu_seqlens: Tensor | None = None,
+    impl: str = "auto",
+) -> OutputWithUncertainty: ...
+def attention(
+    spec: str | Path | Spec,
+    q: Float[Tensor, "B T H K"],
+    k: Float[Tensor, "B nT H K"] | None,
+    v: Float[Tensor, "B nT HV V"],
+    *,
+    g: Float[Tensor, "..."] | None = None,
+    beta: Float[Tensor, "B nT HV *V"] | None = None,
+    b: Float[Tensor, "B nT HV *V"] | None = None,
+    prior: Float[Tensor, "..."] | float | None = None,
+    erase: Float[Tensor, "B T HV K"] | None = None,
+    p: Float[Tensor, "B nT H K"] | None = None,
+    a: Float[Tensor, "B T HV K"] | None = None,
+    u: Float[Tensor, "HV K"] | None = None,
+    trap: Float[Tensor, "B T HV"] | None = None,
+    g_importance: Float[Tensor, "B T HV"] | None = None,
+    center: Float[Tensor, "..."] | float | None = None,
+    scale: float | None = None,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    output_uncertainty: bool = False,
+    cu_seqlens: Int[Tensor, "N1"] | None = None,
+    impl: str = "auto",
+) -> Output | OutputWithUncertainty:
+    """Runs the recurrence of a spec on activated operands.
+
+        predict   J' = a J                   mu' = (a I_prev / (J' + I_p)) mu_prev           a =
+        exp(g) observe   J  = J' + b k^2            I = J + I_p correct   mu = mu' + write - erase
+        read      y  = mu^T (scale q)        uncertainty = sum_k (scale q)_k^2 / I_k
+
+    `glazoo show NAME` (or `glazoo.lower(spec)`) prints the recurrence of a variant and the operands
+    that it takes. An operand that it does not take is an error. q and k come normalised and mapped
+    as the variant's layer does; the operation applies no norm. Value head j reads query/key head j
+    // (HV / H).
+
+    Args:
+        spec: name of a variant, path of a spec file, or a `Spec`.
+        q: [B, T, H, K], queries; any floating dtype.
+        k: [B, T, H, K], keys; None where the spec ties them to the decay. Specs with n writes per
+            token take n T keys, values and gates, a token's writes side by side.
+        v: [B, T, HV, V], values; the output has this dtype.
+        g: natural logarithm of the decay, <= 0, -inf allowed: [B, T, HV], [B, T, HV, K], or [HV]
+            for fixed schedules (default: the schedule at the first layer).
+        beta: write gate, >= 0, activated: [B, T, HV] or [B, T, HV, V].
+        b: importance gate, >= 0, activated: [B, T, HV], or [B, T, HV, V] for one importance per
+            synapse.
+        prior: prior importance I_p > 0: a number, [HV] or [HV, K]. Default: the spec's.
+        erase: erase gate on the predicting key, [B, T, HV, K].
+        p: erase key, [B, T, H, K].
+        a: removal gate, [B, T, HV, K].
+        u: same-token bonus, [HV, K].
+        trap: weight of the current tap in [0, 1], [B, T, HV].
+        g_importance: importance's own log decay, <= 0, [B, T, HV].
+        center: center of the preconditioner, a number or [HV].
+        scale: factor on q. Default: the spec's.
+        initial_state: state of the N sequences before the first token; default: nothing written.
+        output_final_state: whether to give the state after the last token.
+        output_uncertainty: whether to give the posterior variance of the output.
+        cu_seqlens: [N + 1], int: packed sequences, B = 1; sequence n has tokens cu_seqlens[n] to
+            cu_seqlens[n + 1] - 1 and may be empty.
+        impl: "reference" (token by token, the definition), "chunked" (matrix products, any device),
+            "triton" (GPU kernels), or "auto": the fastest that serves the device.
+
+    Returns:
+        `Output(output, final_state)`, with a third field `uncertainty` if asked for. Arithmetic and
+        state are float64 if any operand is float64, float32 otherwise.
+
+    Raises:
+        ValueError: an operand is missing, not taken by the spec, or has a wrong shape, dtype,
+            device or domain; the engine does not serve the call.
+        TypeError: an operand is not a tensor.
+
+    Reference: Bonnet et al., Learning to Remember, Learn, and Forget in Attention-Based Models,
+    arXiv:2602.09075.
+    """
+    program = lower(load(spec))
+    given = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "g": g,
+        "beta": beta,
+        "b": b,
+        "prior": prior,
+        "erase": erase,
+        "p": p,
+        "a": a,
+        "u": u,
+        "trap": trap,
+        "g_importance": g_importance,
+        "center": center,
+    }
+    call = _validated(program, given, scale, initial_state, cu_seqlens, output_uncertainty)
+    engine: Engine = pick(impl, call)
+    result = engine(call)
+    output = result.output.to(v.dtype)
+    final = result.state if output_final_state else None
+    if output_uncertainty:
+        assert result.uncertainty is not None
+        return OutputWithUncertainty(output, final, result.uncertainty)
+    return Output(output, final)
+
+
+def schedule(gate: Gate, heads: int, *, layer: int = 0, layers: int = 1) -> Float[Tensor, "HV"]:
+    """Gives the log decays of a fixed schedule.
+
+        one_minus_power_of_two   g_h = log(1 - 2^(-5 - h))
+        alibi_depth              g_h = -2^(-8 (h + 1) / H) (1 - layer / (layers - 1 + 1e-5) + 1e-5)
+
+    Args:
+        gate: a gate with `source = "fixed"`.
+        heads: number of value heads H.
+        layer: index of the layer, from 0.
+        layers: number of layers.
+
+    Returns:
+        [HV], float64, <= 0.
+
+    Raises:
+        ValueError: the gate has no schedule.
+    """
+    h = torch.arange(heads, dtype=torch.float64)
+    if gate.schedule == "one_minus_power_of_two":
+        return torch.log1p(-torch.exp2(-5 - h))
+    if gate.schedule == "alibi_depth":
+        return -torch.exp2(-8 * (h + 1) / heads) * (1 - layer / (layers - 1 + 1e-5) + 1e-5)
+    raise ValueError(f"gate: its source is {gate.source!r}, and only a fixed gate has a schedule")
+
+
+def _validated(
+    program: Program,
+    given: Mapping[str, Tensor | float | None],
+    scale: float | None,
+    initial_state: State | None,
+    cu_seqlens: Tensor | None,
+    uncertainty: bool,
+) -> Call:
+    spec = program.spec
+    taken = ", ".join(o.name for o in program.operands)
+    for name, x in given.items():
+        operand = program.operand(name)
+        if operand is None and x is not None:
+            raise ValueError(f"{name}: {spec.name!r} does not take it; it takes {taken}")
+        if operand is not None and operand.required and x is None:
+            raise ValueError(
+                f"{name}: {spec.name!r} needs it ({operand.meaning}, {_shapes(operand)}, "
+                f"{operand.domain}); it takes {taken}"
+            )
+    q, v = given["q"], given["v"]
+    for name, x in (("q", q), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: got {type(x).__name__}, accepted is a torch.Tensor")
+        if x.ndim != 4:
+            raise ValueError(
+                f"{name}: got {x.ndim} dimensions {list(x.shape)}, "
+                "accepted is [B, T, heads, channels]"
+            )
+    assert isinstance(q, Tensor)
+    assert isinstance(v, Tensor)
+    (batch, tokens, heads, key_size), (value_heads, value_size) = q.shape, v.shape[2:]
+    n = spec.steps.count if spec.steps.source == "projected" else 1
+    if heads == 0 or value_heads % heads:
+        raise ValueError(
+            f"v: its {value_heads} heads are not a multiple of the {heads} heads of q; "
+            "value head j reads key head j // (HV / H)"
+        )
+    sizes = {
+        "B": batch,
+        "T": tokens,
+        "nT": n * tokens,
+        "H": heads,
+        "HV": value_heads,
+        "K": key_size,
+        "V": value_size,
+    }
+    operands: dict[str, Tensor] = {}
+    for operand in program.operands:
+        x = given[operand.name]
+        if x is not None:
+            operands[operand.name] = _checked(operand, x, sizes, q)
+    compute_dtype = torch.float32
+    for x in operands.values():
+        compute_dtype = torch.promote_types(compute_dtype, x.dtype)
+    if program.operand("g") is not None and "g" not in operands:
+        operands["g"] = schedule(spec.decay, value_heads).to(q.device, compute_dtype)
+    imp = spec.importance
+    if imp is not None:
+        if imp.prior.shape != "none":
+            start = operands.get(
+                "prior", torch.tensor(imp.prior.init, dtype=compute_dtype, device=q.device)
+            )
+            # [HV, 1] or [HV, K], so that it broadcasts over keys.
+            operands["prior"] = (
+                start if start.ndim == 2 else start.reshape(-1, 1).expand(value_heads, 1)
+            )
+        if imp.preconditioner is not None:
+            center = operands.get(
+                "center",
+                torch.tensor(imp.preconditioner.center_init, dtype=compute_dtype, device=q.device),
+            )
+            operands["center"] = center.reshape(-1).expand(value_heads)
+            if uncertainty:
+                raise ValueError(
+                    f"output_uncertainty: {spec.name!r} uses importance to rescale its write key, "
+                    "which defines no posterior variance"
+                )
+    sequences = _sequences(cu_seqlens, batch, tokens)
+    _check_state(program, initial_state, sizes | {"N": sequences}, q)
+    if scale is None:
+        scale = key_size**-0.5 if spec.read.scale == "rsqrt_key" else spec.read.scale
+    elif not isinstance(scale, int | float) or not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale!r}, accepted is a finite number")
+    if initial_state is not None:
+        compute_dtype = torch.promote_types(compute_dtype, initial_state.memory.dtype)
+    return Call(
+        program, operands, float(scale), initial_state, cu_seqlens, uncertainty, compute_dtype
+    )
+
+
+def _shapes(operand: Operand) -> str:
+    return " or ".join(
+        "[" + ", ".join(s).replace("nT", "n T") + "]" if s else "a number" for s in operand.shapes
+    )
+
+
+def _checked(operand: Operand, x: Tensor | float, sizes: Mapping[str, int], q: Tensor) -> Tensor:
+    name = operand.name
+    if isinstance(x, int | float) and () in operand.shapes:
+        x = torch.tensor(
+            float(x), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device
+        )
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, accepted is a torch.Tensor")
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: got dtype {x.dtype}, accepted are floating point dtypes")
+    if x.device != q.device:
+        raise ValueError(f"{name}: it is on {x.device}, but q is on {q.device}")
+    wanted = [tuple(sizes[d] for d in s) for s in operand.shapes]
+    if tuple(x.shape) not in wanted:
+        raise ValueError(
+            f"{name}: got shape {list(x.shape)}, accepted is {_shapes(operand)} = "
+            + " or ".join(str(list(w)) for w in wanted)
+        )
+    _check_domain(operand, x)
+    return x
+
+
+def _check_domain(operand: Operand, x: Tensor) -> None:
+    """Checks values where looking at them is cheap: on a CPU, outside of graph capture."""
+    if x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = x.detach().aminmax()
+    if operand.domain.startswith("<= 0") and high > 0:
+        raise ValueError(
+            f"{operand.name}: got values up to {high.item():.4g}, accepted are {operand.domain}"
+        )
+    if operand.domain.startswith(">= 0") and low < 0:
+        raise ValueError(
+            f"{operand.name}: got values down to {low.item():.4g}, accepted are {operand.domain}"
+        )
+    if operand.domain.startswith("> 0") and low <= 0:
+        raise ValueError(
+            f"{operand.name}: got values down to {low.item():.4g}, accepted are {operand.domain}"
+        )
+    if operand.domain.startswith("in [0, 1]") and (low < 0 or high > 1):
+        raise ValueError(
+            f"{operand.name}: got values from {low.item():.4g} to {high.item():.4g}, "
+            f"accepted are {operand.domain}"
+        )
+
+
+def _sequences(cu_seqlens: Tensor | None, batch: int, tokens: int) -> int:
+    """Checks the bounds of packed sequences and gives the number of sequences."""
+    if cu_seqlens is None:
+        return batch
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.ndim != 1 or len(cu_seqlens) < 2:
+        raise ValueError("cu_seqlens: accepted is a tensor [N + 1] with N >= 1 sequences")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"cu_seqlens: got dtype {cu_seqlens.dtype}, accepted are int32 and int64")
+    if batch != 1:
+        raise ValueError(f"cu_seqlens: packed sequences have B = 1, but q has B = {batch}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in pairwise(bounds)):
+            raise ValueError(
+                f"cu_seqlens: got {bounds}, accepted is 0 = c_0 <= c_1 <= ... <= c_N = T = {tokens}"
+            )
+    return len(cu_seqlens) - 1
+
+
+def _check_state(
+    program: Program, state: State | None, sizes: Mapping[str, int], q: Tensor
+) -> None:
+    if state is None:
+        return
+    if not isinstance(state, State):
+        raise TypeError(f"initial_state: got {type(state).__name__}, accepted is a glazoo.State")
+    parts = {p.name: p for p in program.state}
+    for name, x in state._asdict().items():
+        if name not in parts:
+            if x is not None:
+                raise ValueError(
+                    f"initial_state.{name}: {program.spec.name!r} has no such part; "
+                    f"it has {', '.join(parts)}"
+                )
+            continue
+        wanted = tuple(sizes[d] for d in parts[name].shape)
+        if x is None:
+            raise ValueError(
+                f"initial_state.{name}: missing; {program.spec.name!r} needs it "
+                f"with shape {list(wanted)}"
+            )
+        if tuple(x.shape) != wanted:
+            shape = "[" + ", ".join(parts[name].shape) + "]"
+            raise ValueError(
+                f"initial_state.{name}: got shape {list(x.shape)}, "
+                f"accepted is {shape} = {list(wanted)}"
+            )
+        if x.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"initial_state.{name}: got dtype {x.dtype}, accepted are float32 and float64"
+            )
+        if x.device != q.device:
+            raise ValueError(f"initial_state.{name}: it is on {x.device}, but q is on {q.device}")

@@ -1,0 +1,50 @@
+"""Engines that run a program: `reference`, `chunked`, `triton`."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+
+from glazoo.engines import reference
+from glazoo.engines.call import Call, Result
+
+__all__ = ["Engine", "available", "pick"]
+
+Engine = Callable[[Call], Result]
+
+_log = logging.getLogger("glazoo")
+
+
+def _chunked(call: Call) -> Result:
+    from glazoo.engines import chunked, lowered
+
+    return lowered.run(call, chunked)
+
+
+_ENGINES: dict[str, Engine] = {"reference": reference.run, "chunked": _chunked}
+
+
+def available() -> tuple[str, ...]:
+    """Gives the names of the engines of this installation."""
+    return tuple(_ENGINES)
+
+
+@functools.cache
+def _say(name: str, device: str) -> None:
+    _log.info("impl='auto' runs the %s engine on %s", name, device)
+
+
+def pick(impl: str, call: Call) -> Engine:
+    """Gives the engine that `impl` names; `auto` is the chunked engine, which serves every program
+    and device.
+
+    Raises:
+        ValueError: there is no such engine.
+    """
+    if impl == "auto":
+        impl = "chunked"
+        _say(impl, call.operands["q"].device.type)
+    if impl not in _ENGINES:
+        raise ValueError(f"impl: got {impl!r}, accepted are {', '.join(('auto', *_ENGINES))}")
+    return _ENGINES[impl]

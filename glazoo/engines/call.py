@@ -1,0 +1,42 @@
+"""One validated call of the recurrence: what every engine gets and gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor, dtype
+
+from glazoo.program import Program
+from glazoo.state import State
+
+__all__ = ["Call", "Result"]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Validated operands of one program."""
+
+    program: Program
+    operands: dict[str, Tensor]
+    """By name; optional operands are filled in (`g` of a schedule, `prior` as [HV, 1] or [HV, K],
+    `center` as [HV])."""
+    scale: float
+    initial_state: State | None
+    cu_seqlens: Tensor | None
+    uncertainty: bool
+    compute_dtype: dtype
+    """At least float32; float64 if any operand is."""
+
+    @property
+    def groups(self) -> int:
+        """Value heads per query/key head."""
+        return self.operands["v"].shape[2] // self.operands["q"].shape[2]
+
+
+class Result(NamedTuple):
+    """What an engine gives back; the output is in the compute dtype or in v's."""
+
+    output: Tensor
+    state: State
+    uncertainty: Tensor | None

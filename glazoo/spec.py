@@ -1,0 +1,653 @@
+"""The declarative description of one gated linear attention variant.
+
+A `Spec` is data: the three axes of its posterior approximation, its gates, how it reads and writes,
+and the layer around the recurrence. Nothing in a spec is code, and no code asks for a spec's name:
+whatever a variant does follows from the values here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = [
+    "Decay",
+    "Erase",
+    "Gate",
+    "Importance",
+    "Init",
+    "Layer",
+    "Posterior",
+    "Prior",
+    "Read",
+    "Spec",
+    "SpecError",
+    "Steps",
+    "Stream",
+    "freeze",
+    "metaplasticize",
+]
+
+
+class SpecError(ValueError):
+    """A spec that contradicts itself, or an operation that does not apply to it."""
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+Shape = Literal["none", "head", "key", "value"]
+
+Parameterization = Literal[
+    "schedule",
+    "log_sigmoid",
+    "softcap_log_sigmoid",
+    "softplus_exp",
+    "softplus_product",
+    "bounded_sigmoid",
+    "lower_bounded_sigmoid",
+    "negative_exp",
+    "negative_sigmoid",
+    "softplus_temperature",
+    "sigmoid",
+    "softplus",
+    "softplus_power",
+    "softcap_exp",
+    "identity",
+]
+
+
+class Init(_Data):
+    """How a parameter starts."""
+
+    distribution: Literal[
+        "default",
+        "zeros",
+        "ones",
+        "constant",
+        "uniform",
+        "log_uniform",
+        "log_of_uniform",
+        "log_of_arange",
+        "linspace",
+        "inverse_softplus_log_uniform",
+    ] = "default"
+    """`default` is the framework's own; `log_of_*` is the logarithm of what is drawn;
+    `inverse_softplus_log_uniform` is the inverse softplus of a log-uniform draw (the dt_bias of
+    Mamba)."""
+    low: float | None = None
+    """Lower end of the draw (`constant`: the value itself)."""
+    high: float | None = None
+    """Upper end of the draw."""
+    floor: float | None = None
+    """Smallest value that a draw may take."""
+
+
+class Gate(_Data):
+    """One data-dependent or static gate: its shape, formula and initialisation.
+
+    `x` below is the gate's projection of the hidden state. Constants that a formula does not use
+    stay unset.
+    """
+
+    shape: Shape = "none"
+    """One number per head, per key channel, per value channel, or no gate at all."""
+    source: Literal["fixed", "static", "data", "derived"] = "data"
+    """fixed: a constant schedule; static: a learned constant; data: a function of the token;
+    derived: follows from other operands."""
+    parameterization: Parameterization = "identity"
+    """The formula. Decays give the natural logarithm: log_sigmoid = logsigmoid(x) / divisor;
+    softcap_log_sigmoid = logsigmoid(cap tanh(x / cap)); softplus_exp = -exp(A_log) softplus(x +
+    dt_bias); softplus_product = -softplus(x_A) softplus(x_dt + dt_bias); bounded_sigmoid = bound
+    sigmoid(exp(A_log) (x + dt_bias)); lower_bounded_sigmoid = log(l + (1 - l) sigmoid(x)) with a
+    learned, layer-cumulative l; negative_exp = -exp(x); negative_sigmoid = -divisor sigmoid(x);
+    softplus_temperature = -softplus(x) sigmoid(x_tau). Other gates give the value: sigmoid = factor
+    sigmoid(x); softplus; softplus_power = softplus(x) ** sigmoid(x_tau); softcap_exp = exp(cap
+    tanh(x / cap))."""
+    tie: Literal["none", "step", "write", "one_minus_decay"] = "none"
+    """step: the discretisation step softplus(x + dt_bias) of the decay; write: the formula's value
+    times the write gate; one_minus_decay: 1 - exp(decay)."""
+    schedule: Literal["one_minus_power_of_two", "alibi_depth"] | None = None
+    """Fixed decays only. one_minus_power_of_two = log(1 - 2^(-5 - h)); alibi_depth = -2^(-8 (h + 1)
+    / H) (1 - layer / (layers - 1 + 1e-5) + 1e-5)."""
+    rank: int | None = None
+    """Rank of a low-rank projection; unset for a full one."""
+    low_rank_activation: Literal["none", "tanh"] = "none"
+    """Non-linearity between the two factors of a low-rank projection."""
+    bias: bool = False
+    """Whether the (last) projection has a bias."""
+    input: Literal["hidden", "conv"] = "hidden"
+    """What is projected: the layer's input, or the output of its local convolution."""
+    factor: float = 1.0
+    """Multiplier of a sigmoid; 2 admits negative eigenvalues of the delta rule's transition."""
+    divisor: float | None = None
+    """Constant of log_sigmoid and negative_sigmoid."""
+    cap: float | None = None
+    """Soft cap of the softcap formulas."""
+    bound: float | None = None
+    """Lower bound of bounded_sigmoid (negative)."""
+    a_init: Init | None = None
+    """Start of A_log."""
+    bias_init: Init | None = None
+    """Start of the projection's bias, or of dt_bias."""
+    weight_init: Init | None = None
+    """Start of the projection's weight."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.source == "fixed") != (self.schedule is not None):
+            raise ValueError("a fixed gate names a `schedule`, and only a fixed gate does")
+        needs = {
+            "log_sigmoid": "divisor",
+            "negative_sigmoid": "divisor",
+            "bounded_sigmoid": "bound",
+            "softcap_log_sigmoid": "cap",
+            "softcap_exp": "cap",
+        }.get(self.parameterization)
+        if needs and getattr(self, needs) is None:
+            raise ValueError(f"parameterization = {self.parameterization!r} needs `{needs}`")
+        return self
+
+
+class Decay(Gate):
+    """The forgetting gate; its value is a natural logarithm, <= 0."""
+
+    shape: Literal["none", "head", "key"] = "none"
+
+
+class Posterior(_Data):
+    """The posterior approximation: three orthogonal axes."""
+
+    precision: Literal["frozen", "diagonal", "full"]
+    """Whether importance is a constant, one number per synapse, or a matrix over keys."""
+    correction: Literal["none", "diagonal", "full"]
+    """How much of the prediction is subtracted before writing: nothing (Hebbian), the synapse's own
+    part, all of it (delta rule)."""
+    gain: Literal["first_order", "exact"] = "first_order"
+    """Learning rate beta k / I_t, or the exact rank-one gain beta (k / I') / (1 + beta sum k^2 /
+    I')."""
+
+    @model_validator(mode="after")
+    def _known_combination(self) -> Self:
+        here = (self.precision, self.correction, self.gain)
+        allowed = {
+            ("frozen", "none", "first_order"),
+            ("frozen", "full", "first_order"),
+            ("frozen", "full", "exact"),
+            ("frozen", "diagonal", "exact"),
+            ("diagonal", "diagonal", "first_order"),
+            ("diagonal", "diagonal", "exact"),
+            ("diagonal", "full", "first_order"),
+            ("diagonal", "full", "exact"),
+            ("full", "full", "exact"),
+        }
+        if here not in allowed:
+            choices = "; ".join(", ".join(a) for a in sorted(allowed))
+            raise ValueError(
+                f"precision, correction, gain = {', '.join(here)} contradict each other; "
+                f"accepted are: {choices}"
+            )
+        return self
+
+
+class Prior(_Data):
+    """The prior importance I_p."""
+
+    shape: Literal["none", "head", "key"] = "head"
+    """none: no prior (importance starts at zero); head: a number per head; key: a number per head
+    and key channel."""
+    init: float = 1.0
+    """Value at the start."""
+    parameterization: Literal["exp", "softplus_floor"] = "exp"
+    """exp(parameter), or softplus(parameter) + floor."""
+    floor: float = 0.0
+    """Smallest prior of softplus_floor."""
+    trainable: bool = True
+    """Whether it is learned."""
+
+
+class PlasticityScale(_Data):
+    """The learned factor per head in front of an importance gate (the plasticity)."""
+
+    parameterization: Literal["clamp", "softplus", "none"] = "clamp"
+    """clamp: max(x, 0), whose gradient at zero still passes upward, so that exactly zero is a
+    start; softplus(x); none: 1."""
+    init: float = 0.0
+    """Start of x."""
+
+
+class Preconditioner(_Data):
+    """A map from importance to a bounded factor on the write key instead of the reciprocal."""
+
+    base: float = 1.5
+    """x of x^(-softsign(log(I + eps) - center)); the factor stays in [1/x, x]."""
+    eps: float = 1e-6
+    """Added to the importance inside the logarithm."""
+    center_init: float = -0.2
+    """Start of the learned center per head."""
+
+
+class Importance(_Data):
+    """The importance state: what it counts, how it forgets, where it starts."""
+
+    gate: Gate
+    """The importance gate b; its shape is the shape of importance: head gives one vector over keys
+    that all value channels share, value gives one number per synapse."""
+    scale: PlasticityScale = PlasticityScale()
+    """Learned factor of the gate."""
+    evidence: Literal["key_squared", "exp_key", "outer_product"] = "key_squared"
+    """What a token adds: b k^2, e^k, or beta k k^T."""
+    decay: Literal["shared", "own"] = "shared"
+    """Whether importance forgets as the mean does, or by a decay of its own."""
+    own_decay: Decay | None = None
+    """The decay of `decay = "own"`."""
+    prior: Prior = Prior()
+    """What importance returns to."""
+    preconditioner: Preconditioner | None = None
+    """If set, importance only rescales the write key, and the mean forgets as if importance were
+    constant."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.gate.shape not in ("none", "head", "value"):
+            raise ValueError(
+                f"importance.gate.shape must be none, head or value, not {self.gate.shape!r}"
+            )
+        if (self.decay == "own") != (self.own_decay is not None):
+            raise ValueError('importance.decay = "own" needs `own_decay`, and only then')
+        if (self.decay == "own") != (self.preconditioner is not None):
+            raise ValueError(
+                "an own importance decay and a preconditioner go together: without the prior pull "
+                "of a shared decay, the reciprocal of importance is not a posterior variance"
+            )
+        if (self.gate.shape == "none") != (self.evidence != "key_squared"):
+            raise ValueError(
+                "the importance gate belongs to evidence = key_squared; other evidence takes none"
+            )
+        return self
+
+
+class Erase(_Data):
+    """Delta rule only: what is predicted and removed before writing."""
+
+    key: Literal["write", "free"] = "write"
+    """The key of the prediction: the write key, or an operand of its own (`p`)."""
+    strength: Literal["write", "own"] = "write"
+    """Scaled by the write gate, or by a gate of its own (`erase` on the prediction key, `a` on the
+    removal)."""
+    gate: Gate = Gate()
+    """The own gate, key-shaped."""
+    side: Literal["prediction", "removal"] = "prediction"
+    """Where the own gate acts: on the key that predicts, or on the key along which is removed."""
+    base: Literal["decayed", "prev"] = "decayed"
+    """Whether the prediction reads the state after or before this token's decay."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.strength == "own") != (self.gate.shape == "key"):
+            raise ValueError('erase.strength = "own" needs a key-shaped `gate`, and only then')
+        return self
+
+
+class Steps(_Data):
+    """Several writes per token."""
+
+    count: int = Field(default=1, ge=1)
+    """Writes per token; the decay acts once, the read follows the last."""
+    source: Literal["projected", "lagged"] = "projected"
+    """projected: k, v and the write gate carry `count` sub-steps per token; lagged: the first write
+    repeats the previous token's key and value (two-tap quadrature with weight `trap`)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.source == "lagged" and self.count != 2:
+            raise ValueError("lagged steps are two taps: steps.count must be 2")
+        return self
+
+
+class Read(_Data):
+    """How the state becomes an output."""
+
+    when: Literal["post", "pre"] = "post"
+    """After this token's write, or before its decay and write."""
+    bonus: bool = False
+    """pre only: adds the same-token term ((u k) . q) w with a learned u per head and key
+    channel."""
+    normalizer: Literal["none", "sum", "max_abs_one"] = "none"
+    """Divides by n . q + eps, or by max(|n . q|, 1), with n the decayed sum of written keys."""
+    eps: float = 0.0
+    """Constant of the `sum` normaliser."""
+    scale: Literal["rsqrt_key"] | float = "rsqrt_key"
+    """Factor on q: key size^-1/2 or a number."""
+
+
+class Stream(_Data):
+    """What happens to q, k or v between projection and recurrence, in this order: local mixing,
+    activation, feature map, norm, bias, rotation."""
+
+    local: bool = False
+    """Whether the layer's local mixing (convolution) acts on it."""
+    activation: Literal["none", "silu", "relu", "elu"] = "none"
+    """Pointwise map. A convolution's own activation is named in `local`."""
+    feature_map: Literal["none", "hadamard", "taylor", "quadratic"] = "none"
+    """hadamard: product of two learned projections; taylor: 1, x, x (x) x / sqrt(2) of x / d^1/4 so
+    that q . k gives 1 + s + s^2 / 2; quadratic: x (x) x of the affinely normalised x."""
+    norm: Literal["none", "l2", "sum", "rms", "softmax"] = "none"
+    """Normalisation over the head's channels; l2 is x / sqrt(sum x^2 + 1e-6)."""
+    bias: bool = False
+    """Learned bias per head and channel after the norm, starting at one."""
+    rotation: Literal["none", "static", "cumulative"] = "none"
+    """Rotary embedding with fixed frequencies, or with angles that the tokens accumulate."""
+    gate: Gate = Gate()
+    """Multiplies the stream (key-shaped on k)."""
+
+
+class Local(_Data):
+    """Mixing of neighbouring tokens before the recurrence."""
+
+    kind: Literal["none", "convolution", "token_shift"] = "none"
+    """Causal depthwise convolution, or interpolation with the previous token."""
+    size: int = 4
+    """Taps of the convolution."""
+    activation: Literal["none", "silu"] = "silu"
+    """After the convolution."""
+    bias: bool = False
+    """Whether the convolution has a bias."""
+    shift: Literal["none", "static", "data"] = "none"
+    """token_shift: learned or data-dependent interpolation weights."""
+
+
+class OutputPath(_Data):
+    """From the recurrence's output to the layer's."""
+
+    norm: Literal["none", "rms_head", "rms_group", "rms_full", "group", "layer"] = "rms_head"
+    """RMS over a head, a group of heads or all channels; group norm over heads; layer norm over a
+    head."""
+    gate: Literal["none", "silu", "sigmoid"] = "none"
+    """Activation of the output gate."""
+    gate_rank: int | Literal["head"] | None = None
+    """Rank of a low-rank gate projection (head: the head's value size); unset for a full one."""
+    gate_bias: bool = False
+    """Whether the gate projection has a bias."""
+    order: Literal["norm_gate", "gate_norm"] = "norm_gate"
+    """Which comes first."""
+    eps: float = 1e-5
+    """Inside the norm."""
+
+
+class Heads(_Data):
+    """Default sizes and how heads share keys."""
+
+    sharing: Literal["all", "grouped_query", "grouped_value", "state_groups", "one"] = "all"
+    """all: as many key as value heads; grouped_query: fewer key/value than query heads;
+    grouped_value: fewer query/key than value heads; state_groups: q and k shared by groups of
+    heads; one: a single head."""
+    key_size: int = Field(default=64, ge=1)
+    """Default key channels per head."""
+    value_size: int = Field(default=64, ge=1)
+    """Default value channels per head."""
+
+
+class Layer(_Data):
+    """The layer around the recurrence."""
+
+    heads: Heads = Heads()
+    """Head sizes and sharing."""
+    q: Stream = Stream()
+    """Query stream."""
+    k: Stream = Stream()
+    """Key stream."""
+    v: Stream = Stream()
+    """Value stream."""
+    local: Local = Local()
+    """Local mixing."""
+    erase_key: Literal["none", "scaled_key", "scaled_unit_key"] = "none"
+    """Free erase keys: p = sigmoid(d_h) k (then normalised as k is), or the unit vector along k
+    times a learned factor per channel."""
+    query_correction: bool = False
+    """Subtracts D_h p from the query before it is normalised."""
+    key_rate: bool = False
+    """The written key is k (1 + (a - 1) c) with the removal gate a and a learned c per channel."""
+    value_residual: bool = False
+    """Values interpolate with those of the first layer."""
+    skip: Literal["none", "head", "branch", "same_token"] = "none"
+    """head: + D_h v; branch: + weight * convolution branch; same_token: + (sum_k q k r) v."""
+    output: OutputPath = OutputPath()
+    """Norm and gate at the end."""
+
+
+class Reference(_Data):
+    """Where the variant was published."""
+
+    paper: str
+    """Authors, title, year."""
+    arxiv: str | None = None
+    """arXiv identifier."""
+    equation: str | None = None
+    """Equation, section or function that gives the recurrence."""
+
+
+class Spec(_Data):
+    """One gated linear attention variant as data.
+
+    Per head, with `k`, `q` of key size K, `v` of value size V, and importance I = J + I_p:
+
+        predict   J' = a J                   mu' = (a I_prev / (J' + I_p)) mu_prev
+        observe   J  = J' + b k^2
+        correct   mu = mu' + write - erase
+        read      y  = mu (scale q)
+
+    Reference: Bonnet et al., Learning to Remember, Learn, and Forget in Attention-Based Models,
+    arXiv:2602.09075.
+    """
+
+    schema_version: Literal[1] = 1
+    """Version of this format."""
+    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    """Identifier: lower case letters, digits and underscores."""
+    title: str
+    """Name as its paper writes it."""
+    summary: str
+    """One sentence for tables."""
+    reference: Reference
+    """Where it was published."""
+    counterpart: str | None = None
+    """Metaplastic specs made from another: the name of that source."""
+    posterior: Posterior
+    """The posterior approximation."""
+    decay: Decay = Decay()
+    """The forgetting gate a = exp(g)."""
+    write: Gate = Gate()
+    """The input gate beta."""
+    key: Literal["operand", "one_minus_decay"] = "operand"
+    """Where the written key comes from: k itself, or 1 - exp(g)."""
+    erase: Erase = Erase()
+    """What the delta rule removes."""
+    importance: Importance | None = None
+    """The importance state; unset means that importance is the constant one."""
+    steps: Steps = Steps()
+    """Writes per token."""
+    read: Read = Read()
+    """How the state is read."""
+    layer: Layer = Layer()
+    """The layer around the recurrence."""
+
+    @property
+    def metaplastic(self) -> bool:
+        """Whether the spec carries an importance state."""
+        return self.posterior.precision != "frozen"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        p, imp = self.posterior, self.importance
+        if (p.precision == "frozen") != (imp is None):
+            raise ValueError(
+                f"posterior.precision = {p.precision!r} and importance = "
+                f"{'unset' if imp is None else 'set'} contradict "
+                "each other: frozen has no [importance], diagonal and full need one"
+            )
+        if imp is not None and (p.precision == "full") != (imp.evidence == "outer_product"):
+            raise ValueError(
+                "importance.evidence = outer_product goes with posterior.precision = full, "
+                "and only with it"
+            )
+        if imp is not None and imp.evidence == "exp_key" and imp.prior.shape != "none":
+            raise ValueError(
+                "importance.evidence = exp_key accumulates in log space and takes no prior"
+            )
+        if (
+            imp is not None
+            and imp.preconditioner is not None
+            and (p.correction, p.gain) != ("full", "first_order")
+        ):
+            raise ValueError(
+                "importance.preconditioner needs correction = full and gain = first_order"
+            )
+        if (
+            imp is not None
+            and imp.preconditioner is None
+            and imp.evidence == "key_squared"
+            and imp.prior.shape == "none"
+        ):
+            raise ValueError("importance.prior.shape = none divides by zero before the first write")
+        if p.correction != "full" and self.erase != Erase():
+            raise ValueError("[erase] belongs to posterior.correction = full")
+        if p.gain == "exact" and self.erase != Erase():
+            raise ValueError(
+                "gain = exact predicts with the written key: [erase] must stay at its defaults"
+            )
+        if self.write.shape == "key":
+            raise ValueError(
+                "write.shape = key: a key-shaped input gate belongs to the key stream, "
+                "[layer.k.gate]"
+            )
+        if p.precision == "full" and (self.write.shape == "value" or self.decay.shape == "key"):
+            raise ValueError("precision = full takes a head-shaped decay and write gate")
+        if self.key == "one_minus_decay" and self.decay.shape != "key":
+            raise ValueError("key = one_minus_decay needs decay.shape = key")
+        if self.read.bonus and self.read.when != "pre":
+            raise ValueError("read.bonus needs read.when = pre")
+        if self.read.when == "pre" and p.correction == "full":
+            raise ValueError("read.when = pre is defined for Hebbian specs only")
+        if self.steps.source == "lagged" and p.correction == "full":
+            raise ValueError("steps.source = lagged is defined for Hebbian specs only")
+        if self.steps.count > 1 and (self.read.when == "pre" or self.read.normalizer != "none"):
+            raise ValueError("several steps per token go with a plain read after the write")
+        if self.steps.count > 1 and self.erase.side == "removal":
+            raise ValueError(
+                "several steps per token and a removal-side erase gate exclude each other"
+            )
+        if self.write.tie == "step" and self.decay.parameterization not in (
+            "softplus_exp",
+            "softplus_product",
+        ):
+            raise ValueError(
+                "write.tie = step needs a decay with a discretisation step "
+                "(softplus_exp, softplus_product)"
+            )
+        return self
+
+
+def metaplasticize(
+    spec: Spec, *, gate: Literal["head", "value"] | None = None, rank: int = 16
+) -> Spec:
+    """Gives the metaplastic counterpart of a spec: it gains an importance gate and a prior, and
+    nothing else changes.
+
+        precision frozen -> diagonal;  correction none -> diagonal;  J_t = a_t J_{t-1} + b_t k_t^2,
+        I_t = J_t + I_p
+
+    Args:
+        spec: a spec with `posterior.precision = "frozen"`.
+        gate: shape of the importance gate b. `"value"` (one importance per synapse) is the
+            published form; `"head"` (one importance vector over keys) keeps the source's matmul
+            kernel. Default: `"value"` for Hebbian sources, `"head"` for those that subtract a
+            prediction, whose per-synapse form has no matmul kernel.
+        rank: rank of the projection that makes the gate depend on the token.
+
+    Returns:
+        The metaplastic spec, named `metaplastic_<name>`. With b = 0 and I_p = 1 it computes what
+        `spec` computes.
+
+    Raises:
+        SpecError: `spec` is metaplastic already.
+
+    Reference: arXiv:2602.09075, section 3 and appendix (Mamba2 as a limit of Palimpsa).
+    """
+    if spec.metaplastic:
+        raise SpecError(
+            f"{spec.name!r} is metaplastic already "
+            f"(posterior.precision = {spec.posterior.precision!r}); "
+            "only a spec with frozen precision has a metaplastic counterpart"
+        )
+    if gate is None:
+        gate = "value" if spec.posterior.correction == "none" else "head"
+    if gate not in ("head", "value"):
+        raise SpecError(f"gate: got {gate!r}, accepted are 'head' and 'value'")
+    correction = "diagonal" if spec.posterior.correction == "none" else spec.posterior.correction
+    importance = Importance(
+        gate=Gate(
+            shape=gate,
+            parameterization="sigmoid",
+            factor=2.0,
+            tie="write",
+            rank=rank,
+            weight_init=Init(distribution="zeros"),
+        ),
+    )
+    return Spec.model_validate(
+        spec.model_copy(
+            update={
+                "name": f"metaplastic_{spec.name}",
+                "counterpart": spec.name,
+                "posterior": spec.posterior.model_copy(
+                    update={"precision": "diagonal", "correction": correction}
+                ),
+                "importance": importance,
+            }
+        ).model_dump()
+    )
+
+
+def freeze(spec: Spec) -> Spec:
+    """Gives the spec without its importance state: the inverse of `metaplasticize`.
+
+        precision diagonal -> frozen;  correction diagonal with the first-order gain -> none
+
+    Args:
+        spec: a spec with `posterior.precision = "diagonal"`.
+
+    Returns:
+        The frozen spec; `freeze(metaplasticize(s)) == s`. A metaplastic spec that was not made from
+        another is named `frozen_<name>`.
+
+    Raises:
+        SpecError: the spec is frozen already, keeps a full precision matrix, or counts evidence
+            that no frozen spec has.
+    """
+    p, imp = spec.posterior, spec.importance
+    if imp is None:
+        raise SpecError(f"{spec.name!r} is frozen already: it has no importance state to remove")
+    if p.precision == "full" or imp.evidence != "key_squared":
+        raise SpecError(
+            f"{spec.name!r} has no frozen counterpart: its write is defined by its importance "
+            f"(precision = {p.precision!r}, evidence = {imp.evidence!r})"
+        )
+    hebbian = p.correction == "diagonal" and p.gain == "first_order"
+    return Spec.model_validate(
+        spec.model_copy(
+            update={
+                "name": spec.counterpart or f"frozen_{spec.name}",
+                "counterpart": None,
+                "posterior": p.model_copy(
+                    update={
+                        "precision": "frozen",
+                        "correction": "none" if hebbian else p.correction,
+                    }
+                ),
+                "importance": None,
+            }
+        ).model_dump()
+    )
