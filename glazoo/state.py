@@ -31,6 +31,10 @@ class State(NamedTuple):
     lag_value: Float[Tensor, "N HV V"] | None = None
     """Value of the last token, for the same specs."""
 
+    def sequence(self, n: int) -> State:
+        """Gives the state of one sequence, as a batch of one."""
+        return self.map(lambda x: x[n : n + 1])
+
     @staticmethod
     def cat(states: Sequence[State]) -> State:
         """Joins the states of several batches of sequences."""

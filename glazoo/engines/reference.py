@@ -48,7 +48,7 @@ def run(call: Call) -> Result:
                 if operand.per_token and operand.name in ops:
                     m = call.program.spec.steps.count if "nT" in operand.shapes[0] else 1
                     part[operand.name] = ops[operand.name][:, start * m : end * m]
-            own = None if state is None else state.map(lambda x, n=n: x[n : n + 1])
+            own = None if state is None else state.sequence(n)
             results.append(_Sequence(call, part, own).run())
     uncertainties = [r.uncertainty for r in results if r.uncertainty is not None]
     return Result(

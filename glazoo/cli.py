@@ -1,0 +1,260 @@
+"""The command `glazoo`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+import glazoo
+from glazoo.program import Program
+from glazoo.spec import Spec
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="glazoo",
+    help=glazoo.__doc__,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
+KeySize = Annotated[int, typer.Option(min=1, help="Key channels per head, for sizes and costs.")]
+ValueSize = Annotated[int, typer.Option(min=1, help="Value channels per head.")]
+
+
+def console() -> Console:
+    """Gives the console of standard output; wide enough for tables when it is no terminal."""
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def print_json(data: Any) -> None:
+    """Prints plain data as JSON, and nothing else."""
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(glazoo.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("list")
+def list_variants(
+    *,
+    key_size: KeySize = 64,
+    value_size: ValueSize = 64,
+    as_json: AsJson = False,
+) -> None:
+    """List the variants: posterior axes, gates, state size, metaplastic or not."""
+    programs = [glazoo.lower(glazoo.load(name)) for name in glazoo.names()]
+    if as_json:
+        print_json([_row(p, key_size, value_size) for p in programs])
+        return
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
+    for column in (
+        "name",
+        "precision",
+        "correction",
+        "gain",
+        "decay",
+        "write gate",
+        "importance gate",
+        "metaplastic",
+        "kernel class",
+    ):
+        table.add_column(column, no_wrap=True)
+    table.add_column("state", justify="right", no_wrap=True)
+    for p in programs:
+        row = _row(p, key_size, value_size)
+        table.add_row(
+            row["name"],
+            row["precision"],
+            row["correction"],
+            row["gain"].replace("_", " "),
+            row["decay"],
+            row["write_gate"],
+            row["importance_gate"],
+            "yes" if row["metaplastic"] else "",
+            row["kernel"],
+            f"{row['state_floats']:,}",
+        )
+    console().print(table)
+    console().print(
+        f"{len(programs)} variants; state in numbers per value head at K = {key_size}, "
+        f"V = {value_size}.\nEvery one that is not metaplastic has a metaplastic form: "
+        "glazoo show metaplastic_NAME"
+    )
+
+
+def _row(program: Program, key_size: int, value_size: int) -> dict[str, Any]:
+    spec = program.spec
+    imp = spec.importance
+    return {
+        "name": spec.name,
+        "title": spec.title,
+        "summary": spec.summary,
+        "precision": spec.posterior.precision,
+        "correction": spec.posterior.correction,
+        "gain": spec.posterior.gain,
+        "decay": _gate(spec.decay.shape, spec.decay.source),
+        "write_gate": _gate(spec.write.shape, spec.write.source),
+        "importance_gate": "none" if imp is None else imp.gate.shape,
+        "metaplastic": spec.metaplastic,
+        "kernel": str(program.kernel),
+        "state_floats": program.state_floats(key_size, value_size),
+        "flops_per_token": program.flops_per_token(key_size, value_size),
+    }
+
+
+def _gate(shape: str, source: str) -> str:
+    return "none" if shape == "none" else f"{shape}, {source}"
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A variant, metaplastic_NAME, or a path to a .toml.")],
+    *,
+    key_size: Annotated[int | None, typer.Option(min=1, help="Default: the spec's.")] = None,
+    value_size: Annotated[int | None, typer.Option(min=1, help="Default: the spec's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show one variant: its spec, recurrence, operands, kernel program, state and cost."""
+    spec = glazoo.load(name)
+    program = glazoo.lower(spec)
+    keys = key_size or spec.layer.heads.key_size
+    values = value_size or spec.layer.heads.value_size
+    floats, flops = program.state_floats(keys, values), program.flops_per_token(keys, values)
+    if as_json:
+        cost = {
+            "key_size": keys,
+            "value_size": values,
+            "state_floats": floats,
+            "flops_per_token": flops,
+        }
+        print_json({"spec": spec.model_dump(), "program": program.describe(), "cost": cost})
+        return
+    out = console()
+    reference = f"{spec.reference.paper}"
+    if spec.reference.arxiv:
+        reference += f", arXiv:{spec.reference.arxiv}"
+    if spec.reference.equation:
+        reference += f" ({spec.reference.equation})"
+    out.print(Text(spec.title, style="bold"))
+    out.print(Text(spec.summary + "."))
+    out.print(Text(reference, style="dim"))
+    out.print(_panel("recurrence (per head and token)", Text("\n".join(program.recurrence))))
+    out.print(_panel("spec", _spec_table(spec)))
+    operands = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("operand", "shape", "values", "meaning"):
+        operands.add_column(column)
+    for o in program.operands:
+        shapes = " or ".join("[" + ", ".join(s) + "]" if s else "number" for s in o.shapes)
+        operands.add_row(
+            Text(o.name + ("" if o.required else " (optional)")),
+            Text(shapes),
+            Text(o.domain),
+            Text(o.meaning),
+        )
+    out.print(_panel("operands", operands))
+    out.print(_panel("program", Text("\n".join(program.lowering))))
+    state = [f"{p.name} [{', '.join(p.shape)}]: {p.meaning}" for p in program.state]
+    state.append(
+        f"{floats:,} numbers ({4 * floats:,} bytes in float32) and {flops:,} operations a token, "
+        f"per value head at K = {keys}, V = {values}"
+    )
+    out.print(_panel("state and cost", Text("\n".join(state))))
+
+
+def _panel(title: str, body: Any) -> Panel:
+    return Panel(Group(body), title=title, title_align="left", box=box.ROUNDED)
+
+
+def _spec_table(spec: Spec) -> Table:
+    """Shows every value that differs from its default, by its path in the file."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    shown = spec.model_dump(exclude_defaults=True)
+    for key in ("name", "title", "summary", "reference"):
+        shown.pop(key, None)
+    for path, value in _leaves(shown):
+        table.add_row(Text(path), Text(str(value)))
+    return table
+
+
+def _leaves(data: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    out: list[tuple[str, Any]] = []
+    for key, value in data.items():
+        path = f"{prefix}{key}"
+        out += _leaves(value, f"{path}.") if isinstance(value, dict) else [(path, value)]
+    return out
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of spec files."""
+    print_json(glazoo.schema())
+
+
+@app.command()
+def doctor(*, as_json: AsJson = False) -> None:
+    """Show versions and devices, and combinations that are known to fail."""
+    from glazoo.doctor import examine
+
+    report = examine()
+    if as_json:
+        print_json(report.to_json())
+    else:
+        out = console()
+        table = Table(box=box.SIMPLE_HEAD, header_style="bold")
+        table.add_column("package")
+        table.add_column("version")
+        for package, version in report.versions.items():
+            table.add_row(package, version or Text("not installed", style="dim"))
+        for device in report.devices:
+            table.add_row(device["device"], device["name"])
+        table.add_row("engines", ", ".join(report.engines))
+        out.print(table)
+        for finding in report.findings:
+            style = "bold red" if finding.level == "error" else "yellow"
+            out.print(Text(f"{finding.level}: {finding.what}", style=style))
+            out.print(Text(f"  {finding.do}"))
+        if not report.findings:
+            out.print("nothing known to fail")
+    if not report.healthy:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Runs the command line; a refusal is one line on standard error and exit code 2."""
+    try:
+        app()
+    except (ValueError, OSError) as e:
+        Console(stderr=True).print(Text(f"glazoo: {e}"), style="red", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""What this installation consists of, and which of its combinations are known to fail."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal
+
+__all__ = ["Finding", "Report", "examine"]
+
+_PACKAGES = (
+    "glazoo",
+    "torch",
+    "triton",
+    "transformers",
+    "safetensors",
+    "pydantic",
+    "einops",
+    "jaxtyping",
+    "numpy",
+    "rich",
+    "typer",
+    "hypothesis",
+    "accelerate",
+    "matplotlib",
+    "flash-linear-attention",
+    "mamba-ssm",
+    "causal-conv1d",
+)
+_LEAST = {"torch": (2, 11), "triton": (3, 6), "transformers": (5, 17), "pydantic": (2, 7)}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing worth knowing about this installation."""
+
+    level: Literal["error", "warning"]
+    what: str
+    """What is wrong."""
+    do: str
+    """What to do about it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Versions, devices and findings."""
+
+    versions: dict[str, str | None]
+    devices: list[dict[str, str]]
+    engines: list[str]
+    findings: list[Finding]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether there is no error among the findings."""
+        return all(f.level != "error" for f in self.findings)
+
+    def to_json(self) -> dict[str, Any]:
+        """Gives the report as plain data."""
+        return asdict(self) | {"healthy": self.healthy}
+
+
+def examine() -> Report:
+    """Looks at versions and devices, and at combinations that are known to fail.
+
+    Returns:
+        The report; nothing is changed and nothing is fetched.
+    """
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    devices = _devices()
+    findings = judge(versions, gpu=len(devices) > 1, interpreting=_interpreting())
+    from glazoo.engines import available
+
+    return Report(versions, devices, list(available()), findings)
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def _devices() -> list[dict[str, str]]:
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    devices = [{"device": "cpu", "name": f"{cpu}, {torch.get_num_threads()} threads"}]
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        devices.append({"device": f"cuda:{i}", "name": f"{p.name}, {p.total_memory >> 20} MiB"})
+    return devices
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(x) for x in text.split("+")[0].split(".")[:2] if x.isdigit())
+
+
+def judge(versions: dict[str, str | None], *, gpu: bool, interpreting: bool) -> list[Finding]:
+    """Gives the findings for a set of versions: a pure function, so that it can be tested.
+
+    Args:
+        versions: installed versions by package name, None where absent.
+        gpu: whether there is a GPU.
+        interpreting: whether Triton's interpreter is switched on.
+
+    Returns:
+        The findings, errors first.
+    """
+    out: list[Finding] = []
+    for package, least in _LEAST.items():
+        have = versions.get(package)
+        if have is not None and _numbers(have) < least:
+            wanted = ".".join(map(str, least))
+            out.append(
+                Finding(
+                    "error",
+                    f"{package} {have} is older than {wanted}",
+                    f"pip install '{package}>={wanted}'",
+                )
+            )
+    if versions.get("triton") is None:
+        level: Literal["error", "warning"] = "error" if gpu else "warning"
+        out.append(
+            Finding(
+                level, "triton is not installed: the GPU kernels cannot run", "pip install triton"
+            )
+        )
+    if versions.get("transformers") is None:
+        out.append(
+            Finding(
+                "warning",
+                "transformers is not installed: models and checkpoint conversion cannot run",
+                "pip install 'transformers>=5.17'",
+            )
+        )
+    if versions.get("flash-linear-attention") is not None:
+        out.append(
+            Finding(
+                "warning",
+                "flash-linear-attention registers `mamba2` and `mamba` for itself when imported, "
+                "so that "
+                "AutoModelForCausalLM may give its classes instead of transformers'",
+                "load sources by their class (transformers.Mamba2ForCausalLM), as the converter "
+                "does",
+            )
+        )
+        if not gpu:
+            out.append(
+                Finding(
+                    "error",
+                    "flash-linear-attention without a GPU: transformers binds its Triton functions "
+                    "at import, and "
+                    "Gated DeltaNet and KDA models then fail with '0 active drivers'",
+                    "pip uninstall flash-linear-attention fla-core on machines without a GPU",
+                )
+            )
+    if interpreting:
+        out.append(
+            Finding(
+                "warning",
+                "TRITON_INTERPRET is set: kernels run in Python, slowly, and wrong in bfloat16",
+                "unset TRITON_INTERPRET unless you test kernels",
+            )
+        )
+        triton, numpy = versions.get("triton"), versions.get("numpy")
+        if triton and numpy and _numbers(triton) == (3, 6) and _numbers(numpy) >= (2, 4):
+            out.append(
+                Finding(
+                    "error",
+                    f"Triton {triton} cannot interpret loops with loaded bounds under NumPy "
+                    f"{numpy}",
+                    "pip install 'numpy<2.4', or a newer Triton",
+                )
+            )
+    return sorted(out, key=lambda f: f.level)
