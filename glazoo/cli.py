@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from typing import Annotated, Any
 
@@ -14,8 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 import glazoo
+from glazoo.converters.commands import convert
 from glazoo.program import Program
 from glazoo.spec import Spec
+from glazoo.terminal import AsJson, console, print_json
 
 __all__ = ["app", "main"]
 
@@ -28,19 +29,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
 KeySize = Annotated[int, typer.Option(min=1, help="Key channels per head, for sizes and costs.")]
 ValueSize = Annotated[int, typer.Option(min=1, help="Value channels per head.")]
-
-
-def console() -> Console:
-    """Gives the console of standard output; wide enough for tables when it is no terminal."""
-    return Console() if sys.stdout.isatty() else Console(width=160)
-
-
-def print_json(data: Any) -> None:
-    """Prints plain data as JSON, and nothing else."""
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
 
 
 def _version(value: bool) -> None:
@@ -243,6 +233,9 @@ def doctor(*, as_json: AsJson = False) -> None:
             out.print("nothing known to fail")
     if not report.healthy:
         raise typer.Exit(1)
+
+
+app.command()(convert)
 
 
 def main() -> None:

@@ -1,0 +1,729 @@
+"""Converting checkpoint folders, shard by shard, and giving their sources back.
+
+A converted folder keeps every tensor of its source in files that are hard links to the source's (or
+copies), adds one shard with the new tensors and an index over all, and has a `model_type` of its
+own. The original config.json and index are kept in `glazoo/source`, next to `glazoo/manifest.json`
+with the checksum of every file of the source.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from glazoo.converters.errors import ConversionError
+from glazoo.converters.families import FAMILIES, Family, find_family
+from glazoo.converters.files import Progress, Staging, one_line
+from glazoo.converters.gate import gate_shapes, initial_gate
+from glazoo.converters.report import AddedTensor, ConversionReport, FileRecord, RevertReport
+from glazoo.converters.settings import FORMAT_VERSION, Settings
+from glazoo.converters.tensors import NewTensor, Shard, read_shard, write_shard
+from glazoo.program import lower
+from glazoo.spec import metaplasticize
+from glazoo.zoo import load
+
+__all__ = ["Checkpoint", "convert_checkpoint", "inspect_checkpoint", "revert_checkpoint"]
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+OWN = "glazoo"
+"""Folder inside a converted one that `revert_checkpoint` reads."""
+KEPT = f"{OWN}/source"
+MANIFEST = f"{OWN}/manifest.json"
+
+_OTHER_WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".gguf",
+)
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A source folder that was checked: it is of a supported family, complete, and its shapes agree
+    with its config."""
+
+    folder: Path
+    family: Family
+    config: Any
+    """The family's configuration object."""
+    raw_config: dict[str, Any]
+    architecture: str
+    index: dict[str, Any] | None
+    """The index file's content; None for a single file."""
+    shards: tuple[Shard, ...]
+    prefixes: dict[int, str]
+    """Name of each layer's mixer, as the files spell it."""
+    others: tuple[Path, ...]
+    """Every further file, relative to the folder."""
+    skipped: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def weight_map(self) -> dict[str, str]:
+        """File of every tensor."""
+        return {key: shard.path.name for shard in self.shards for key in shard.tensors}
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers with a mixer."""
+        return tuple(sorted(self.prefixes))
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ConversionError(f"{path.parent} has no {what}") from None
+    except OSError as e:
+        raise ConversionError(f"cannot read {one_line(e)}") from e
+    except ValueError as e:
+        raise ConversionError(f"{path.name} is not valid JSON: {e}") from e
+    if not isinstance(data, dict):
+        raise ConversionError(f"{path.name} holds {type(data).__name__}, expected a JSON object")
+    return data
+
+
+def inspect_checkpoint(src: str | Path) -> Checkpoint:
+    """Reads and checks a source folder: config.json, the index and the headers of its shards, no
+    tensors.
+
+    Args:
+        src: a folder with config.json and safetensors weights.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ConversionError: it is of no supported family, converted already, incomplete, damaged, or
+            contradicts itself.
+    """
+    folder = Path(src)
+    if not folder.is_dir():
+        raise ConversionError(f"{folder}: there is no such folder")
+    try:
+        return _inspect(folder)
+    except OSError as e:
+        raise ConversionError(f"cannot read {one_line(e)}") from e
+
+
+def _inspect(folder: Path) -> Checkpoint:
+    raw = _read_json(folder / CONFIG, CONFIG)
+    if "metaplastic" in raw or (folder / MANIFEST).exists():
+        raise ConversionError(f"{folder} is converted already")
+    if "model_type" not in raw:
+        raise ConversionError(
+            f"{folder / CONFIG} has no model_type; supported are: {', '.join(sorted(FAMILIES))}"
+        )
+    family = find_family(raw["model_type"])
+    if "auto_map" in raw:
+        raise ConversionError(
+            f"{folder} brings code of its own (auto_map), which a conversion would bypass"
+        )
+    if "quantization_config" in raw:
+        raise ConversionError(f"{folder} is quantised; convert the unquantised checkpoint")
+    names = raw.get("architectures") or [family.architectures[0]]
+    if not (isinstance(names, list) and len(names) == 1 and names[0] in family.architectures):
+        raise ConversionError(
+            f"architectures {names!r} is not supported for model_type {family.model_type!r}; "
+            f"supported are: {', '.join(family.architectures)}"
+        )
+    try:
+        config = family.source_config().from_json_file(folder / CONFIG)
+    except ConversionError:
+        raise
+    except Exception as e:
+        reason = " ".join(str(e).split())
+        raise ConversionError(
+            f"config.json is not a valid {family.model_type} configuration: {reason}"
+        ) from e
+
+    index, shards = _read_shards(folder)
+    warnings = []
+    shapes = {key: info.shape for shard in shards for key, info in shard.tensors.items()}
+    if own := next((key for key in shapes if ".metaplastic." in key), None):
+        raise ConversionError(f"{folder} is converted already: it holds {own}")
+    prefixes = _check_mixers(family, config, shards)
+    warnings += _check_model(family, names[0], config, shapes)
+    others, skipped = _other_files(
+        folder, {CONFIG, *([INDEX] if index else []), *(s.path.name for s in shards)}
+    )
+    extra = [str(p) for p in others if p.suffix in _OTHER_WEIGHTS]
+    if extra:
+        warnings.append(
+            f"other weight files are kept out of the converted model's way, in {KEPT}: "
+            f"{', '.join(extra)}"
+        )
+    if any(shard.metadata.get("format") != "pt" for shard in shards):
+        warnings.append("some shards lack the metadata format = pt, which older loaders demand")
+    return Checkpoint(
+        folder=folder,
+        family=family,
+        config=config,
+        raw_config=raw,
+        architecture=names[0],
+        index=index,
+        shards=shards,
+        prefixes=prefixes,
+        others=others,
+        skipped=skipped,
+        warnings=tuple(warnings),
+    )
+
+
+def _read_shards(folder: Path) -> tuple[dict[str, Any] | None, tuple[Shard, ...]]:
+    single, listed = folder / SINGLE, folder / INDEX
+    if not listed.exists():
+        if single.exists():
+            return None, (read_shard(single),)
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth"))
+        if pickles:
+            raise ConversionError(
+                f"{folder} holds pickled weights only ({pickles[0]}): load it and save_pretrained "
+                "it as safetensors first"
+            )
+        raise ConversionError(f"{folder} has neither {SINGLE} nor {INDEX}")
+    index = _read_json(listed, INDEX)
+    weight_map = index.get("weight_map")
+    if not (
+        isinstance(weight_map, dict)
+        and weight_map
+        and all(isinstance(file, str) for file in weight_map.values())
+    ):
+        raise ConversionError(f"{INDEX} has no weight_map from tensor names to files")
+    names = sorted(set(weight_map.values()))
+    if stray := next((n for n in names if Path(n).name != n or n in ("", ".", "..")), None):
+        raise ConversionError(f"{INDEX} names a file outside the folder: {stray!r}")
+    if single.exists() and SINGLE not in names:
+        raise ConversionError(
+            f"{folder} holds both {SINGLE} and {INDEX}: loaders take the former and ignore the "
+            "shards; remove one of them"
+        )
+    shards = tuple(read_shard(folder / name) for name in names)
+    homes: dict[str, str] = {}
+    for shard in shards:
+        for key in shard.tensors:
+            if key in homes:
+                raise ConversionError(f"tensor {key} is in both {homes[key]} and {shard.path.name}")
+            homes[key] = shard.path.name
+    for key, name in weight_map.items():
+        if homes.get(key) != name:
+            raise ConversionError(f"{INDEX} names tensor {key} in {name}, which does not hold it")
+    if unlisted := next((key for key in homes if key not in weight_map), None):
+        raise ConversionError(
+            f"{homes[unlisted]} holds tensor {unlisted}, which {INDEX} does not name"
+        )
+    return index, shards
+
+
+def _check_mixers(family: Family, config: Any, shards: Sequence[Shard]) -> dict[int, str]:
+    """Compares every mixer's tensors with the family's description; gives the mixers' names by
+    layer."""
+    prefixes: dict[int, str] = {}
+    found: dict[int, dict[str, tuple[int, ...]]] = {}
+    for shard in shards:
+        for key, info in shard.tensors.items():
+            parts = family.split_key(key)
+            if parts is None:
+                continue
+            layer, prefix, name = parts
+            if prefixes.setdefault(layer, prefix) != prefix:
+                raise ConversionError(
+                    f"layer {layer} has two mixers: {prefixes[layer]} and {prefix}"
+                )
+            found.setdefault(layer, {})[name] = info.shape
+            if info.dtype not in _FLOATS:
+                raise ConversionError(
+                    f"{key} is stored as {info.dtype}; accepted are {', '.join(_FLOATS)}"
+                )
+    expected = family.mixer_shapes(config)
+    for layer in family.layers(config):
+        here = found.pop(layer, {})
+        for name, shape in expected.items():
+            where = prefixes.get(layer, f"layer {layer}: the mixer")
+            if name not in here:
+                raise ConversionError(f"{where}.{name} is missing from the checkpoint")
+            if here[name] != shape:
+                raise ConversionError(
+                    f"{where}.{name} has shape {list(here[name])}, config.json says {list(shape)}"
+                )
+        if unknown := sorted(set(here) - set(expected)):
+            raise ConversionError(
+                f"{prefixes[layer]}.{unknown[0]} is unknown to {family.model_type}"
+            )
+    if found:
+        raise ConversionError(
+            f"the checkpoint has a mixer in layer {min(found)}, config.json has not"
+        )
+    return prefixes
+
+
+def _check_model(
+    family: Family, architecture: str, config: Any, shapes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """Compares all tensors with those of the model, built without data; gives warnings."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    if get_checkpoint_conversion_mapping(family.model_type) is not None:
+        # The files spell names differently than the model; the mixers were compared by the family's
+        # description.
+        return []
+    with torch.device("meta"):
+        model = family.source_model(architecture)(config)
+    expected = {key: tuple(t.shape) for key, t in model.state_dict().items()}
+    tied = set(model.all_tied_weights_keys)
+    for key, shape in expected.items():
+        if key not in shapes:
+            if key not in tied:
+                raise ConversionError(f"{key} is missing from the checkpoint")
+        elif shapes[key] != shape:
+            raise ConversionError(
+                f"{key} has shape {list(shapes[key])}, config.json says {list(shape)}"
+            )
+    unused = sorted(set(shapes) - set(expected))
+    return [f"{len(unused)} tensors belong to no module, {unused[0]} for example"] if unused else []
+
+
+def _other_files(folder: Path, taken: set[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    files: list[Path] = []
+    skipped: list[str] = []
+    for here, folders, names in os.walk(folder):
+        where = Path(here).relative_to(folder)
+        for name in sorted(folders):
+            # Version control and download caches are no part of the model. Linked folders may lead
+            # anywhere.
+            if name.startswith(".") or (Path(here) / name).is_symlink():
+                skipped.append(f"{where / name}/")
+                folders.remove(name)
+        folders.sort()
+        for name in sorted(names):
+            relative = where / name
+            if relative.parent == Path() and name in taken:
+                continue
+            if not (folder / relative).is_file():
+                raise ConversionError(f"{folder / relative} is a broken link or no regular file")
+            files.append(relative)
+    return tuple(files), tuple(skipped)
+
+
+def _stored_name(path: Path) -> str:
+    """Gives the place of a further file of the source in the converted folder."""
+    # Weights in other formats would be mistaken for the converted model's; our own folder must not
+    # be overwritten.
+    if path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json") or path.parts[0] == OWN:
+        return f"{KEPT}/{path.as_posix()}"
+    return path.as_posix()
+
+
+def _check_apart(src: Path, dst: Path) -> None:
+    a, b = src.resolve(), dst.resolve()
+    if a == b:
+        raise ConversionError(f"{dst} is the source itself")
+    if a in b.parents:
+        raise ConversionError(f"{dst} lies inside the source {src}")
+    if b in a.parents:
+        raise ConversionError(f"{dst} contains the source {src}")
+
+
+def _snapshot(paths: Sequence[Path]) -> list[tuple[int, int, int]]:
+    found = [p.stat() for p in paths]
+    return [(s.st_ino, s.st_size, s.st_mtime_ns) for s in found]
+
+
+def _check_space(dst: Path, needed: int) -> None:
+    status = os.statvfs(dst.parent)
+    free = status.f_bavail * status.f_frsize
+    if needed > free:
+        raise ConversionError(
+            f"cannot write {dst}: {needed:,} bytes are needed and {free:,} are free on its file "
+            "system"
+        )
+
+
+def _needed_bytes(files: Sequence[Path], dst: Path, *, link: bool) -> int:
+    """Counts the bytes that will be copied rather than linked."""
+    device = dst.parent.stat().st_dev
+    stats = [f.stat() for f in files]
+    return sum(s.st_size for s in stats if not (link and s.st_dev == device))
+
+
+def _added(
+    checkpoint: Checkpoint, settings: Settings
+) -> tuple[list[NewTensor], tuple[AddedTensor, ...]]:
+    sizes = checkpoint.family.symbols(checkpoint.config)
+    shapes = gate_shapes(
+        hidden=sizes["D"],
+        heads=sizes["H"],
+        value=sizes["P"],
+        rank=settings.rank,
+        gate=settings.gate,
+    )
+    starts = {
+        "b_down": f"uniform, seed {settings.seed}",
+        "b_up": "zero",
+        "b_scale": f"{settings.plasticity:g}",
+        "ip_log": "zero (prior 1)",
+    }
+    new: list[NewTensor] = []
+    reported: list[AddedTensor] = []
+    for layer in settings.layers:
+        for name, shape in shapes.items():
+            key = f"{checkpoint.prefixes[layer]}.metaplastic.{name}"
+
+            def make(
+                name: str = name, shape: tuple[int, ...] = shape, layer: int = layer
+            ) -> torch.Tensor:
+                return initial_gate(
+                    name, shape, plasticity=settings.plasticity, seed=settings.seed, layer=layer
+                )
+
+            new.append(NewTensor(key, shape, make))
+            reported.append(AddedTensor(key, shape, "float32", starts[name]))
+    return new, tuple(reported)
+
+
+def convert_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    plasticity: float = 0.0,
+    gate: str = "value",
+    rank: int | None = None,
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+    link: bool = True,
+    dry_run: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Converts a checkpoint folder into its metaplastic counterpart.
+
+        b_t = kappa beta_t 2 sigmoid(b_up b_down h_t) ;
+        kappa = `plasticity`, b_up = 0, I_p = 1 at the start
+
+    `AutoModelForCausalLM.from_pretrained(dst)` loads the result after `import glazoo.models`;
+    without glazoo, transformers refuses its model_type. No tensor of the source is rewritten, and
+    memory does not grow with the model.
+
+    Args:
+        src: the source folder; it is not changed.
+        dst: the folder to make. It appears complete or not at all.
+        plasticity: kappa in [0, 1]; 0 computes what the source computes.
+        gate: "value" for one importance per synapse, "head" for one importance vector over keys per
+            head.
+        rank: rank of the importance gate's projection; default a sixteenth of the hidden size, at
+            most 128.
+        layers: indices of the layers to convert; default all that can be.
+        seed: seed of the gate's inner projection.
+        link: hard-link the source's weights where the file system allows it. A link shares its
+            content with the source: a program that rewrites one file in place changes both. False
+            copies.
+        dry_run: check and report only; reads config.json, the index and headers.
+        force: replace a model's folder that is already at `dst`.
+        progress: called as `progress(file, done_bytes, total_bytes)`.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ConversionError: one line with the reason; nothing is left behind.
+
+    Reference: arXiv:2602.09075, MetaMamba2.
+    """
+    begun = time.monotonic()
+    source, destination = Path(src), Path(dst)
+    checkpoint = inspect_checkpoint(source)
+    family, config = checkpoint.family, checkpoint.config
+    settings = Settings.make(
+        base_model_type=family.model_type,
+        base_architectures=(checkpoint.architecture,),
+        spec=family.spec,
+        hidden_size=family.symbols(config)["D"],
+        convertible=checkpoint.layers,
+        plasticity=plasticity,
+        gate=gate,
+        rank=rank,
+        layers=layers,
+        seed=seed,
+    )
+    _check_apart(source, destination)
+    new, added = _added(checkpoint, settings)
+    warnings = list(checkpoint.warnings)
+    try:
+        Staging.check(destination, force=force)
+        files = _convert_files(
+            checkpoint,
+            settings,
+            new,
+            destination,
+            link=link,
+            dry_run=dry_run,
+            force=force,
+            progress=progress,
+        )
+        pattern = re.compile(rf"\.{re.escape(destination.name)}\.(partial|replaced)-")
+        stale = [p.name for p in destination.parent.iterdir() if pattern.match(p.name)]
+    except OSError as e:
+        raise ConversionError(f"cannot convert {source}: {one_line(e)}") from e
+    if stale:
+        warnings.append(
+            f"killed conversions have left folders next to the destination: {', '.join(stale)}"
+        )
+    shards = checkpoint.shards
+    before, after = _state_bytes(checkpoint, settings)
+    return ConversionReport(
+        source=str(source),
+        destination=str(destination),
+        dry_run=dry_run,
+        family=family.model_type,
+        architecture=family.converted_architecture(checkpoint.architecture),
+        spec=metaplasticize(load(family.spec), gate=settings.gate, rank=settings.rank).name,
+        gate=settings.gate,
+        rank=settings.rank,
+        plasticity=settings.plasticity,
+        seed=settings.seed,
+        layers=settings.layers,
+        skipped_layers=_skipped_layers(checkpoint, settings),
+        base_parameters=sum(math.prod(t.shape) for s in shards for t in s.tensors.values()),
+        added_parameters=sum(math.prod(t.shape) for t in new),
+        base_bytes=sum(s.data_bytes for s in shards),
+        added_bytes=sum(t.nbytes for t in new),
+        state_bytes_source=before,
+        state_bytes_converted=after,
+        added=added,
+        files=files,
+        skipped_files=checkpoint.skipped,
+        warnings=tuple(warnings),
+        seconds=time.monotonic() - begun,
+    )
+
+
+def _skipped_layers(checkpoint: Checkpoint, settings: Settings) -> dict[int, str]:
+    kinds: list[str] = list(checkpoint.config.layer_types)
+    return {
+        i: "not asked for" if i in checkpoint.prefixes else f"{kind}: no convertible mixer"
+        for i, kind in enumerate(kinds)
+        if i not in settings.layers
+    }
+
+
+def _state_bytes(checkpoint: Checkpoint, settings: Settings) -> tuple[int, int]:
+    """Counts the recurrent state of one sequence, in float32, of the source and of the converted
+    model."""
+    sizes = checkpoint.family.symbols(checkpoint.config)
+    spec = load(checkpoint.family.spec)
+    per_layer = [
+        4 * sizes["H"] * lower(s).state_floats(sizes["N"], sizes["P"])
+        for s in (spec, metaplasticize(spec, gate=settings.gate, rank=settings.rank))
+    ]
+    n, converted = len(checkpoint.layers), len(settings.layers)
+    return n * per_layer[0], (n - converted) * per_layer[0] + converted * per_layer[1]
+
+
+def _convert_files(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    new: list[NewTensor],
+    destination: Path,
+    *,
+    link: bool,
+    dry_run: bool,
+    force: bool,
+    progress: Progress | None,
+) -> tuple[FileRecord, ...]:
+    folder = checkpoint.folder
+    n = len(checkpoint.shards) + 1
+    # Renamed, single files too: a model.safetensors beside an index would be loaded instead of it.
+    moves = {
+        shard.path.name: f"model-{i:05d}-of-{n:05d}.safetensors"
+        for i, shard in enumerate(checkpoint.shards, 1)
+    }
+    last = f"model-{n:05d}-of-{n:05d}.safetensors"
+    kept = [CONFIG, *([INDEX] if checkpoint.index is not None else [])]
+    originals: list[tuple[str, str, bool]] = [
+        *((name, stored, link) for name, stored in moves.items()),
+        *((name, f"{KEPT}/{name}", False) for name in kept),
+        # Small files that people edit in place are copied always.
+        *(
+            (p.as_posix(), _stored_name(p), link and p.suffix in _OTHER_WEIGHTS)
+            for p in checkpoint.others
+        ),
+    ]
+    clashes = {stored for _, stored, _ in originals} & {CONFIG, INDEX, MANIFEST, last}
+    if clashes or len({stored for _, stored, _ in originals}) != len(originals):
+        raise ConversionError(
+            f"files of {folder} would overwrite those of the conversion: {sorted(clashes)}"
+        )
+    paths = [folder / name for name, _, _ in originals]
+    lengths = [p.stat().st_size for p in paths]
+    if dry_run:
+        return tuple(
+            FileRecord(name, stored, length, None, "planned")
+            for (name, stored, _), length in zip(originals, lengths, strict=True)
+        )
+    added_bytes = sum(t.nbytes for t in new)
+    copied = [p for p, (_, _, may_link) in zip(paths, originals, strict=True) if not may_link]
+    linked = [p for p, (_, _, may_link) in zip(paths, originals, strict=True) if may_link]
+    _check_space(
+        destination,
+        added_bytes
+        + _needed_bytes(copied, destination, link=False)
+        + _needed_bytes(linked, destination, link=True),
+    )
+    weight_map = {key: moves[name] for key, name in checkpoint.weight_map.items()}
+    weight_map |= {t.name: last for t in new}
+    base_bytes = sum(s.data_bytes for s in checkpoint.shards)
+    index = dict(checkpoint.index or {})
+    head = dict(index.get("metadata") or {})
+    head["total_size"] = base_bytes + added_bytes
+    if isinstance(head.get("total_parameters"), int):
+        head["total_parameters"] += sum(math.prod(t.shape) for t in new)
+    index |= {"metadata": head, "weight_map": dict(sorted(weight_map.items()))}
+    config = {
+        **checkpoint.raw_config,
+        "architectures": [checkpoint.family.converted_architecture(checkpoint.architecture)],
+        "model_type": checkpoint.family.converted_model_type,
+        "metaplastic": settings.to_block(),
+    }
+
+    before = _snapshot(paths)
+    records: list[FileRecord] = []
+    total = sum(lengths) + added_bytes
+    with Staging(destination, force=force, total=total, progress=progress) as stage:
+        for (name, stored, may_link), length in zip(originals, lengths, strict=True):
+            digest, how = stage.take(folder / name, stored, link=may_link)
+            records.append(FileRecord(name, stored, length, digest, how))
+        stage.write(last, lambda f: write_shard(f, new))
+        stage.write(INDEX, _dump(index))
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "settings": settings.to_block(),
+            "files": [{k: v for k, v in asdict(r).items() if k != "how"} for r in records],
+        }
+        stage.write(MANIFEST, _dump(manifest))
+        stage.write(CONFIG, _dump(config))
+        # Read once more as loaders will, and compared with what was checked before the first byte
+        # was written.
+        for old, shard in zip([*moves.values()], checkpoint.shards, strict=True):
+            if dict(read_shard(stage.folder / old).tensors) != dict(shard.tensors):
+                raise ConversionError(f"{shard.path.name} changed while it was being converted")
+        read_shard(stage.folder / last)
+        if _snapshot(paths) != before:
+            raise ConversionError(f"{folder} changed while it was being converted")
+    return tuple(records)
+
+
+def _dump(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def revert_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    link: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> RevertReport:
+    """Gives back, byte for byte, the folder that a converted one was made from.
+
+    Args:
+        src: a folder that `convert_checkpoint` wrote; it is not changed.
+        dst: the folder to make. It appears complete or not at all.
+        link: hard-link weights where the file system allows it.
+        force: replace a model's folder that is already at `dst`.
+        progress: called as `progress(file, done_bytes, total_bytes)`.
+
+    Returns:
+        The files that were given back.
+
+    Raises:
+        ConversionError: `src` was not written by `convert_checkpoint`, or one of the source's files
+            in it was changed.
+    """
+    begun = time.monotonic()
+    source, destination = Path(src), Path(dst)
+    if not source.is_dir():
+        raise ConversionError(f"{source}: there is no such folder")
+    if not (source / MANIFEST).is_file():
+        raise ConversionError(
+            f"{source} has no {MANIFEST}: only folders that `glazoo convert` wrote can be reverted"
+        )
+    _check_apart(source, destination)
+    entries = _manifest_entries(source)
+    records: list[FileRecord] = []
+    try:
+        Staging.check(destination, force=force)
+        for name, stored, length, _ in entries:
+            path = source / stored
+            if not path.is_file():
+                raise ConversionError(f"{stored}: this file of the source is missing from {source}")
+            if path.stat().st_size != length:
+                raise ConversionError(
+                    f"{stored} was changed since the conversion: {name} cannot be given back"
+                )
+        weights = [s for _, s, _, _ in entries if Path(s).suffix in _OTHER_WEIGHTS]
+        rest = [s for _, s, _, _ in entries if Path(s).suffix not in _OTHER_WEIGHTS]
+        _check_space(
+            destination,
+            _needed_bytes([source / s for s in weights], destination, link=link)
+            + _needed_bytes([source / s for s in rest], destination, link=False),
+        )
+        total = sum(length for _, _, length, _ in entries)
+        with Staging(destination, force=force, total=total, progress=progress) as stage:
+            for name, stored, length, expected in entries:
+                may_link = link and stored in weights
+                digest, how = stage.take(source / stored, name, link=may_link)
+                if digest != expected:
+                    raise ConversionError(
+                        f"{stored} was changed since the conversion: {name} cannot be given back"
+                    )
+                records.append(FileRecord(name, stored, length, digest, how))
+    except OSError as e:
+        raise ConversionError(f"cannot revert {source}: {one_line(e)}") from e
+    return RevertReport(
+        source=str(source),
+        destination=str(destination),
+        files=tuple(records),
+        seconds=time.monotonic() - begun,
+    )
+
+
+def _manifest_entries(source: Path) -> list[tuple[str, str, int, str]]:
+    manifest = _read_json(source / MANIFEST, MANIFEST)
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise ConversionError(
+            f"{MANIFEST} has format_version {manifest.get('format_version')!r}, this glazoo reads "
+            f"{FORMAT_VERSION}"
+        )
+    try:
+        entries = [
+            (str(f["path"]), str(f["stored"]), int(f["bytes"]), str(f["sha256"]))
+            for f in manifest["files"]
+        ]
+    except (KeyError, TypeError, ValueError) as e:
+        raise ConversionError(f"{MANIFEST} is damaged: {e}") from e
+    for name, stored, _, _ in entries:
+        for path in map(PurePosixPath, (name, stored)):
+            if path.is_absolute() or ".." in path.parts or not path.parts:
+                raise ConversionError(
+                    f"{MANIFEST} is damaged: it names a file outside the folder, {path}"
+                )
+    return entries

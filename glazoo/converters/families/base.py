@@ -1,0 +1,144 @@
+"""What a model family declares so that it can be converted."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from glazoo.converters.errors import ConversionError
+
+__all__ = ["Block", "Family", "Sizes", "TensorRule"]
+
+Sizes = Mapping[str, int]
+"""Values of the symbols in which a block states shapes: D hidden, H heads, P value size, N key
+size, and so on."""
+
+_LINEAR_LAYERS = ("linear_attention", "hybrid")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRule:
+    """One tensor of a mixer, as checkpoints hold it."""
+
+    name: str
+    """Name inside the mixer."""
+    shape: tuple[str, ...]
+    """Shape in the block's symbols; digits stand for themselves."""
+    when: str | None = None
+    """Flag of the family under which the tensor exists; unset for always."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """A kind of mixer that several families share: its tensors and how it computes them with an
+    importance state."""
+
+    name: str
+    tensors: tuple[TensorRule, ...]
+    derived: Mapping[str, tuple[tuple[str, ...], ...]]
+    """Symbols that follow from others: a sum of products."""
+    mixin: type[nn.Module]
+    """Gives the mixer's `forward`."""
+    hooked: tuple[str, ...]
+    """Submodules whose weights `forward` uses without calling them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Family:
+    """One family of checkpoints: where its mixers are and how their tensors map onto a spec's
+    operands."""
+
+    model_type: str
+    """`model_type` in config.json."""
+    architectures: tuple[str, ...]
+    """Causal language models of the family."""
+    spec: str
+    """Name of the spec that the mixers follow."""
+    block: Block
+    """The kind of mixer."""
+    configuration: str
+    """`module:class` of the configuration."""
+    modeling: str
+    """Module of the models and mixers."""
+    mixer: str
+    """Class name of the mixer."""
+    mixer_keys: str
+    """Regular expression of the mixers' tensor names with groups `prefix` and `layer`."""
+    sizes: Mapping[str, str]
+    """Symbols of the block, as names of configuration fields."""
+    flags: Mapping[str, str] = field(default_factory=dict)
+    """Flags of the block's tensors, as names of boolean configuration fields."""
+
+    @property
+    def converted_model_type(self) -> str:
+        """`model_type` of a converted checkpoint."""
+        return f"metaplastic_{self.model_type}"
+
+    def converted_architecture(self, architecture: str) -> str:
+        """Gives the class name of the converted form of one of the family's models."""
+        return f"Metaplastic{architecture}"
+
+    def source_config(self) -> type[Any]:
+        """Imports the configuration class."""
+        module, _, name = self.configuration.partition(":")
+        return self._from(module, name)
+
+    def source_model(self, architecture: str) -> type[Any]:
+        """Imports one of the family's model classes, by its own module and never through an Auto
+        class.
+
+        Auto classes are open to re-registration: other packages put classes of their own behind the
+        same `model_type`.
+        """
+        return self._from(self.modeling, architecture)
+
+    def _from(self, module: str, name: str) -> type[Any]:
+        try:
+            found: type[Any] = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as e:
+            raise ConversionError(
+                f"the installed transformers has no {name}: the family {self.model_type!r} needs "
+                "another version"
+            ) from e
+        return found
+
+    def symbols(self, config: Any) -> Sizes:
+        """Gives the values of the block's symbols for a configuration object."""
+        values = {symbol: int(getattr(config, name)) for symbol, name in self.sizes.items()}
+        for symbol, products in self.block.derived.items():
+            total = 0
+            for product in products:
+                n = 1
+                for factor in product:
+                    n *= int(factor) if factor.isdigit() else values[factor]
+                total += n
+            values[symbol] = total
+        return values
+
+    def mixer_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        """Gives the tensors that every mixer must have, with their shapes."""
+        values = self.symbols(config)
+        return {
+            rule.name: tuple(int(d) if d.isdigit() else values[d] for d in rule.shape)
+            for rule in self.block.tensors
+            if rule.when is None or bool(getattr(config, self.flags[rule.when]))
+        }
+
+    def layers(self, config: Any) -> tuple[int, ...]:
+        """Gives the indices of the layers with a mixer."""
+        kinds = enumerate(config.layer_types)
+        return tuple(i for i, kind in kinds if kind in _LINEAR_LAYERS)
+
+    def split_key(self, key: str) -> tuple[int, str, str] | None:
+        """Splits a tensor name into layer, mixer prefix and name inside the mixer, if it belongs to
+        a mixer."""
+        match = re.match(self.mixer_keys, key)
+        if match is None:
+            return None
+        prefix = match["prefix"]
+        return int(match["layer"]), prefix, key[len(prefix) + 1 :]

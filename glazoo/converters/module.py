@@ -1,0 +1,132 @@
+"""Converting a live transformers model in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from glazoo.converters.errors import ConversionError
+from glazoo.converters.families import Family, find_family
+from glazoo.converters.gate import ImportanceGate
+from glazoo.converters.settings import Settings
+
+__all__ = ["gates", "metaplasticize_model", "set_impl", "source_limit"]
+
+
+def metaplasticize_model(
+    model: nn.Module,
+    plasticity: float = 0.0,
+    *,
+    gate: str = "value",
+    rank: int | None = None,
+    layers: Sequence[int] | None = None,
+    seed: int = 0,
+    impl: str = "auto",
+) -> nn.Module:
+    """Turns a causal language model into its metaplastic counterpart, in place.
+
+        b_t = kappa beta_t 2 sigmoid(b_up b_down h_t) ;
+        kappa = `plasticity`, b_up = 0, I_p = 1 at the start
+
+    At kappa = 0 the model computes what it did before, up to the rounding of the scan, and the
+    gates can be trained at once. Parameters keep their identity, tied weights stay tied;
+    `save_pretrained` writes a folder that `AutoModelForCausalLM.from_pretrained` loads after
+    `import glazoo.models`.
+
+    Args:
+        model: a supported model, `transformers.Mamba2ForCausalLM` for example.
+        plasticity: kappa in [0, 1].
+        gate: "value" for one importance per synapse, "head" for one importance vector over keys per
+            head.
+        rank: rank of the importance gate's projection; default a sixteenth of the hidden size, at
+            most 128.
+        layers: indices of the layers to convert; default all that can be.
+        seed: seed of the gate's inner projection.
+        impl: engine of the scan, as in `glazoo.attention`.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        ConversionError: the model is of no supported family, not transformers' own class, converted
+            already, or an argument is out of its domain.
+
+    Reference: arXiv:2602.09075, MetaMamba2.
+    """
+    from glazoo.models.metaplastic import convert_in_place
+
+    family = _family_of(model)
+    config = model.config
+    settings = Settings.make(
+        base_model_type=family.model_type,
+        base_architectures=(type(model).__name__,),
+        spec=family.spec,
+        hidden_size=family.symbols(config)["D"],
+        convertible=family.layers(config),
+        plasticity=plasticity,
+        gate=gate,
+        rank=rank,
+        layers=layers,
+        seed=seed,
+    )
+    convert_in_place(model, family, settings)
+    return set_impl(model, impl)
+
+
+def _family_of(model: nn.Module) -> Family:
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ConversionError(f"model: got {type(model).__name__}, expected a transformers model")
+    if next(gates(model), None) is not None:
+        raise ConversionError(f"model: this {type(model).__name__} is converted already")
+    family = find_family(getattr(config, "model_type", None))
+    cls = type(model)
+    if not cls.__module__.startswith("transformers.models."):
+        raise ConversionError(
+            f"model: this {cls.__name__} comes from {cls.__module__}, which replaces transformers' "
+            "class of the same "
+            f"model_type; load the model with transformers.{family.architectures[0]}"
+        )
+    if cls.__name__ not in family.architectures:
+        raise ConversionError(
+            f"model: got {cls.__name__}, accepted for {family.model_type!r} are: "
+            f"{', '.join(family.architectures)}"
+        )
+    return family
+
+
+def gates(model: nn.Module) -> Iterator[tuple[str, ImportanceGate]]:
+    """Gives the importance gates of a converted model with their names."""
+    for name, module in model.named_modules():
+        if isinstance(module, ImportanceGate):
+            yield name, module
+
+
+def set_impl(model: nn.Module, impl: str) -> nn.Module:
+    """Chooses the engine of a converted model's scans, as `impl` of `glazoo.attention`; gives the
+    model back."""
+    for module in model.modules():
+        if isinstance(getattr(module, "metaplastic", None), ImportanceGate):
+            module.metaplastic_impl = impl  # type: ignore[assignment]
+    return model
+
+
+@contextmanager
+def source_limit(model: nn.Module) -> Iterator[None]:
+    """Holds a converted model at its source inside a `with` block: kappa = 0 and I_p = 1, restored
+    afterwards."""
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with torch.no_grad():
+        for _, gate in gates(model):
+            for held in (gate.b_scale, gate.ip_log):
+                kept.append((held, held.detach().clone()))
+                held.zero_()
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in kept:
+                parameter.copy_(value)

@@ -1,0 +1,335 @@
+"""What conversions, reversions and verifications report: dataclasses that give JSON data and
+readable text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+__all__ = [
+    "AddedTensor",
+    "Check",
+    "ConversionReport",
+    "FileRecord",
+    "Report",
+    "RevertReport",
+    "VerifyReport",
+    "versions",
+]
+
+
+def versions() -> dict[str, str]:
+    """Gives the versions of Python and of the packages that a conversion depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("glazoo", "torch", "transformers", "safetensors"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """Turns tuples into lists and numbers that JSON lacks into None."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _size(n: int) -> str:
+    value, unit = float(n), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{n} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Common to all reports."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Gives the report as JSON data."""
+        data: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return data
+
+    def to_markdown(self) -> str:
+        """Gives the report as readable text."""
+        raise NotImplementedError
+
+    def write(self, path: Path | str) -> None:
+        """Writes the report: JSON if the name ends in .json, readable text otherwise."""
+        path = Path(path)
+        if path.suffix == ".json":
+            path.write_text(json.dumps(self.to_json(), indent=2) + "\n", "utf-8")
+        else:
+            path.write_text(self.to_markdown(), "utf-8")
+
+
+@dataclass(frozen=True, slots=True)
+class AddedTensor:
+    """A tensor that conversion adds."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    start: str
+    """How it starts, in words."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file of the source and where it is in the converted folder."""
+
+    path: str
+    stored: str
+    bytes: int
+    sha256: str | None
+    """None in a dry run, which reads no data."""
+    how: Literal["linked", "copied", "planned"]
+
+
+@dataclass(frozen=True, slots=True)
+class ConversionReport(Report):
+    """What a conversion did, or in a dry run would do."""
+
+    source: str
+    destination: str
+    dry_run: bool
+    family: str
+    architecture: str
+    spec: str
+    gate: str
+    rank: int
+    plasticity: float
+    seed: int
+    layers: tuple[int, ...]
+    skipped_layers: dict[int, str]
+    """Layers that stay as they are, with the reason."""
+    base_parameters: int
+    added_parameters: int
+    base_bytes: int
+    added_bytes: int
+    state_bytes_source: int
+    """Recurrent state of one sequence, all layers together."""
+    state_bytes_converted: int
+    added: tuple[AddedTensor, ...]
+    files: tuple[FileRecord, ...]
+    skipped_files: tuple[str, ...]
+    """Entries of the source that are not carried over: hidden folders."""
+    warnings: tuple[str, ...]
+    seconds: float
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def to_markdown(self) -> str:
+        percent = 100 * self.added_parameters / max(1, self.base_parameters)
+        per_layer = len(self.added) // max(1, len(self.layers))
+        lines = [
+            f"# Conversion of {self.source}"
+            + (" (dry run: nothing written)" if self.dry_run else ""),
+            "",
+            *_table(
+                ("what", "value"),
+                [
+                    ("destination", self.destination),
+                    ("family, spec", f"{self.family}, {self.spec}"),
+                    ("architecture", self.architecture),
+                    ("importance gate", f"{self.gate}-shaped, rank {self.rank}, seed {self.seed}"),
+                    ("plasticity kappa", f"{self.plasticity:g}"),
+                    ("layers converted", f"{len(self.layers)} ({_ranges(self.layers)})"),
+                    (
+                        "parameters",
+                        f"{self.base_parameters:,} + {self.added_parameters:,} ({percent:.2f} %)",
+                    ),
+                    ("weights", f"{_size(self.base_bytes)} + {_size(self.added_bytes)}"),
+                    (
+                        "state of one sequence",
+                        f"{_size(self.state_bytes_source)} -> {_size(self.state_bytes_converted)}",
+                    ),
+                    ("seconds", f"{self.seconds:.1f}"),
+                    ("versions", ", ".join(f"{k} {v}" for k, v in self.versions.items())),
+                ],
+            ),
+        ]
+        if self.skipped_layers:
+            lines += ["", "## Layers left as they are", ""]
+            lines += [f"- {i}: {reason}" for i, reason in self.skipped_layers.items()]
+        lines += [
+            "",
+            f"## Added tensors (those of layer {self.layers[0]}; every converted layer has the "
+            "same)",
+            "",
+        ]
+        lines += _table(
+            ("name", "shape", "dtype", "start"),
+            [
+                (t.name, " x ".join(map(str, t.shape)), t.dtype, t.start)
+                for t in self.added[:per_layer]
+            ],
+        )
+        lines += ["", "## Files", ""]
+        lines += _table(
+            ("source", "converted", "size", "how", "SHA-256"),
+            [(f.path, f.stored, _size(f.bytes), f.how, f.sha256 or "") for f in self.files],
+        )
+        if self.skipped_files:
+            lines += ["", "Not carried over: " + ", ".join(self.skipped_files) + "."]
+        if self.warnings:
+            lines += ["", "## Warnings", "", *(f"- {w}" for w in self.warnings)]
+        return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class RevertReport(Report):
+    """What a reversion gave back."""
+
+    source: str
+    destination: str
+    files: tuple[FileRecord, ...]
+    seconds: float
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def to_markdown(self) -> str:
+        lines = [
+            f"# The source of {self.source}, in {self.destination}",
+            "",
+            f"{len(self.files)} files, byte for byte those that were converted ({self.seconds:.1f} "
+            "s).",
+            "",
+            *_table(
+                ("file", "size", "how", "SHA-256"),
+                [(f.path, _size(f.bytes), f.how, f.sha256 or "") for f in self.files],
+            ),
+        ]
+        return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One comparison of the source with the converted model."""
+
+    name: str
+    passed: bool
+    max_difference: float | None
+    """Largest absolute difference of a logit; None where tokens are compared."""
+    budget: float | None
+    """What rounding may explain."""
+    noise: float | None
+    """How far two paths of the source itself differ in the same precision."""
+    max_logit: float | None
+    detail: str
+    """What was run."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport(Report):
+    """How a converted model compares with its source."""
+
+    source: str
+    destination: str
+    plasticity: tuple[float, float]
+    """Smallest and largest kappa over layers and heads as stored."""
+    at_source: bool
+    """Whether the stored gates are at the source: kappa = 0 and prior 1."""
+    checks: tuple[Check, ...]
+    """At kappa = 0 and prior 1, where both models must agree."""
+    shift: float | None
+    """Largest absolute difference of a logit with the gates as stored; None when they are at the
+    source."""
+    batch: int
+    tokens: int
+    new_tokens: int
+    seed: int
+    seconds: float
+    versions: dict[str, str] = field(default_factory=versions)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return all(c.passed for c in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Gives the report as JSON data."""
+        return {"passed": self.passed, **Report.to_json(self)}
+
+    def to_markdown(self) -> str:
+        def number(x: float | None) -> str:
+            return "" if x is None else f"{x:.2e}"
+
+        verdict = "agrees with" if self.passed else "DIFFERS FROM"
+        lines = [
+            f"# {self.destination} {verdict} its source {self.source}",
+            "",
+            f"{self.batch} random prompts of {self.tokens} tokens, {self.new_tokens} generated "
+            "tokens, "
+            f"seed {self.seed}, {self.seconds:.1f} s. All at kappa = 0 and prior 1. The noise is "
+            "the distance between two "
+            "paths of the source itself (whole prompt at once, and token by token from a cache); "
+            "the budget is eight "
+            "times the larger of that noise and one rounding of the largest logit.",
+            "",
+            *_table(
+                (
+                    "check",
+                    "result",
+                    "largest difference",
+                    "budget",
+                    "noise",
+                    "largest logit",
+                    "what",
+                ),
+                [
+                    (
+                        c.name,
+                        "ok" if c.passed else "FAILED",
+                        number(c.max_difference),
+                        number(c.budget),
+                        number(c.noise),
+                        number(c.max_logit),
+                        c.detail,
+                    )
+                    for c in self.checks
+                ],
+            ),
+            "",
+        ]
+        low, high = self.plasticity
+        if self.at_source:
+            lines.append("The stored gates are at the source: kappa = 0 and prior 1 in every head.")
+        else:
+            lines.append(
+                f"The stored gates are not at the source: kappa from {low:g} to {high:g}; "
+                f"as stored, logits differ by up to {number(self.shift)}, as they should."
+            )
+        lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in self.versions.items()) + "."]
+        return "\n".join(lines) + "\n"
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """Writes sorted numbers as ranges."""
+    parts: list[str] = []
+    start = previous = None
+    for n in (*numbers, None):
+        if previous is not None and n == previous + 1:
+            previous = n
+            continue
+        if previous is not None:
+            parts.append(f"{start}-{previous}" if start != previous else f"{start}")
+        start = previous = n
+    return ", ".join(parts)

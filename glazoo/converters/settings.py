@@ -1,0 +1,124 @@
+"""What a conversion was asked for, as it is kept in the converted model's configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast
+
+from glazoo.converters.errors import ConversionError
+
+__all__ = ["FORMAT_VERSION", "GateShape", "Settings", "default_rank"]
+
+FORMAT_VERSION = 1
+"""Version of the converted format; raised whenever an older reader would misread a newer folder."""
+
+GateShape = Literal["head", "value"]
+
+
+def default_rank(hidden_size: int) -> int:
+    """Gives the rank of the importance gate's projection: a sixteenth of the width, 128 at most."""
+    return max(1, min(128, hidden_size // 16))
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The block `metaplastic` of a converted model's configuration."""
+
+    base_model_type: str
+    """`model_type` of the source."""
+    base_architectures: tuple[str, ...]
+    """`architectures` of the source."""
+    spec: str
+    """Name of the source's spec; the converted mixers follow its metaplastic counterpart."""
+    gate: GateShape
+    """Shape of the importance gate."""
+    rank: int
+    """Rank of the importance gate's projection."""
+    plasticity: float
+    """kappa at the start."""
+    layers: tuple[int, ...]
+    """Indices of the converted layers."""
+    seed: int
+    """Seed of the importance gate's inner projection."""
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def make(
+        cls,
+        *,
+        base_model_type: str,
+        base_architectures: Sequence[str],
+        spec: str,
+        hidden_size: int,
+        convertible: Sequence[int],
+        plasticity: float,
+        gate: str,
+        rank: int | None,
+        layers: Sequence[int] | None,
+        seed: int,
+    ) -> Settings:
+        """Checks what a caller asked for and fills in the defaults."""
+        if not (isinstance(plasticity, int | float) and math.isfinite(plasticity)):
+            raise ConversionError(f"plasticity: got {plasticity!r}, expected a number in [0, 1]")
+        if not 0.0 <= plasticity <= 1.0:
+            raise ConversionError(f"plasticity: got {plasticity!r}, accepted are numbers in [0, 1]")
+        if gate not in ("head", "value"):
+            raise ConversionError(f"gate: got {gate!r}, accepted are 'head' and 'value'")
+        if rank is None:
+            rank = default_rank(hidden_size)
+        if not 1 <= rank <= hidden_size:
+            raise ConversionError(
+                f"rank: got {rank!r}, accepted are 1 to {hidden_size} (the hidden size)"
+            )
+        chosen = tuple(convertible) if layers is None else tuple(sorted(set(layers)))
+        if strangers := sorted(set(chosen) - set(convertible)):
+            raise ConversionError(
+                f"layers: {strangers} hold no convertible mixer; convertible are "
+                f"{list(convertible)}"
+            )
+        if not chosen:
+            raise ConversionError("layers: got none, at least one layer must be converted")
+        return cls(
+            base_model_type=base_model_type,
+            base_architectures=tuple(base_architectures),
+            spec=spec,
+            gate=cast(GateShape, gate),
+            rank=rank,
+            plasticity=float(plasticity),
+            layers=chosen,
+            seed=seed,
+        )
+
+    def to_block(self) -> dict[str, Any]:
+        """Gives the block as JSON data."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_block(cls, block: object) -> Settings:
+        """Reads the block of a configuration.
+
+        Raises:
+            ConversionError: it is absent, of a newer format, or incomplete.
+        """
+        if not isinstance(block, dict):
+            raise ConversionError(
+                "the configuration has no block 'metaplastic': it is not a converted model's"
+            )
+        version = block.get("format_version")
+        if version != FORMAT_VERSION:
+            raise ConversionError(
+                f"metaplastic.format_version is {version!r}, this glazoo reads {FORMAT_VERSION}: "
+                "install the glazoo that wrote it"
+            )
+        try:
+            return cls(
+                **{
+                    **block,
+                    "base_architectures": tuple(block["base_architectures"]),
+                    "layers": tuple(block["layers"]),
+                }
+            )
+        except (KeyError, TypeError) as e:
+            raise ConversionError(f"the configuration's block 'metaplastic' is damaged: {e}") from e

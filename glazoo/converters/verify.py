@@ -1,0 +1,402 @@
+"""Measuring a converted model against its source."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glazoo.converters.errors import ConversionError
+from glazoo.converters.families import Family, find_family
+from glazoo.converters.module import gates, set_impl, source_limit
+from glazoo.converters.report import Check, VerifyReport
+from glazoo.converters.settings import Settings
+
+__all__ = ["clean_float64_model", "verify_checkpoint", "verify_models"]
+
+_MARGIN = 8.0
+"""Budget over noise. Both models round on their own and the noise is a single sample of it; a wrong
+formula is off by thousands."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One model's logits and tokens on the same prompts."""
+
+    prompt: Tensor
+    padded: Tensor
+    decoded: Tensor
+    continued: Tensor
+    greedy: Tensor
+    beams: Tensor
+
+
+def _prompts(config: Any, batch: int, tokens: int, steps: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Gives random token ids [batch, tokens + steps] and a mask [batch, tokens] with padding of
+    uneven length on the left."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, int(config.vocab_size), (batch, tokens + steps), generator=generator)
+    mask = torch.ones(batch, tokens, dtype=torch.long)
+    for row in range(batch):
+        mask[row, : (row * tokens) // (batch + 1)] = 0
+    # The longest prompt comes last, so that the first row of a batch of one is padded too.
+    return ids, mask.flip(0) if batch > 1 else mask.index_fill(1, torch.arange(tokens // 3), 0)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@torch.no_grad()
+def _run(model: nn.Module, ids: Tensor, mask: Tensor, steps: int) -> _Run:
+    device = next(model.parameters()).device
+    ids, mask = ids.to(device), mask.to(device)
+    tokens = mask.shape[1]
+    call: Callable[..., Any] = model
+    prompt = ids[:, :tokens]
+
+    out = call(prompt, use_cache=True)
+    cache, decoded = out.cache_params, [out.logits[:, -1:]]
+    for t in range(tokens, ids.shape[1]):
+        out = call(ids[:, t : t + 1], cache_params=cache, use_cache=True)
+        decoded.append(out.logits)
+    # A cache that is continued by several tokens at once takes another path than either of the two
+    # above.
+    half = max(1, tokens // 2)
+    cache = call(ids[:, :half], use_cache=True).cache_params
+    continued = call(ids[:, half:], cache_params=cache, use_cache=True).logits
+
+    generate = {
+        "max_new_tokens": steps,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    greedy = model.generate(prompt, attention_mask=mask, **generate)  # type: ignore[operator]
+    beams = model.generate(prompt, attention_mask=mask, num_beams=2, **generate)  # type: ignore[operator]
+    keep = mask.bool()
+    return _Run(
+        prompt=call(ids).logits,
+        padded=call(prompt, attention_mask=mask).logits[keep],
+        decoded=torch.cat(decoded, 1),
+        continued=continued,
+        greedy=greedy[:, tokens:],
+        beams=beams[:, tokens:],
+    )
+
+
+def _compare(source: _Run, converted: _Run, *, tokens: int, dtype: torch.dtype) -> list[Check]:
+    # The source's own paths, over the same positions: what rounding does to these weights in this
+    # precision.
+    full = source.prompt[:, tokens - 1 :]
+    noise = float((full - source.decoded).abs().max())
+    checks = []
+    details = {
+        "prompt": "all logits of the prompts at once",
+        "padded": "prompts of different lengths, padded on the left",
+        "decoded": "prompt into a cache, then one token at a time",
+        "continued": "half into a cache, then the other half at once",
+    }
+    for name, detail in details.items():
+        a, b = getattr(source, name), getattr(converted, name)
+        largest = float(a.abs().max())
+        rounding = torch.finfo(dtype).eps * largest
+        budget = _MARGIN * max(noise, rounding)
+        difference = float((a - b).abs().max())
+        # Written so that a NaN fails.
+        passed = difference <= budget
+        checks.append(Check(name, passed, difference, budget, noise, largest, detail))
+    for name, detail in (("greedy", "greedy tokens"), ("beams", "beam search with 2 beams")):
+        a, b = getattr(source, name), getattr(converted, name)
+        same = a.shape == b.shape and bool((a == b).all())
+        detail = f"{detail}, {a.shape[0]} x {a.shape[1]} from padded prompts"
+        checks.append(Check(name, same, None, None, None, None, detail))
+    return checks
+
+
+@contextlib.contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    before = [m.training for m in models]
+    for m in models:
+        m.eval()
+    try:
+        yield
+    finally:
+        for m, training in zip(models, before, strict=True):
+            m.train(training)
+
+
+def verify_models(
+    source: nn.Module,
+    converted: nn.Module,
+    *,
+    batch: int = 3,
+    tokens: int = 37,
+    new_tokens: int = 12,
+    seed: int = 0,
+) -> VerifyReport:
+    """Compares a live converted model with its live source.
+
+    Logits of random prompts at once, padded on the left, decoded from a cache token by token and
+    continued in one piece; greedy and beam-searched tokens. Both must agree at kappa = 0 and prior
+    1, to which the converted model's gates are set meanwhile; how far the stored gates move the
+    logits is measured besides.
+
+    Args:
+        source: the model before conversion.
+        converted: the model after it.
+        batch: prompts.
+        tokens: length of the prompts.
+        new_tokens: tokens decoded after them.
+        seed: seed of the prompts.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        ConversionError: `converted` has no importance gates, or a number is too small.
+    """
+    for name, value, least in (
+        ("batch", batch, 1),
+        ("tokens", tokens, 2),
+        ("new_tokens", new_tokens, 1),
+    ):
+        if value < least:
+            raise ConversionError(f"{name}: got {value}, expected at least {least}")
+    if next(gates(source), None) is not None:
+        raise ConversionError("source: this model is converted itself")
+    begun = time.monotonic()
+    low, high, at_source = _gate_range(converted)
+    ids, mask = _prompts(source.config, batch, tokens, new_tokens, seed)
+    dtype = next(source.parameters()).dtype
+    with _quiet(), _evaluating(source, converted):
+        expected = _run(source, ids, mask, new_tokens)
+        with source_limit(converted):
+            got = _run(converted, ids, mask, new_tokens)
+        shift = None
+        if not at_source:
+            with torch.no_grad():
+                moved = converted(ids.to(next(converted.parameters()).device)).logits
+            shift = float((moved - expected.prompt).abs().max())
+    # The language model head gives float32 logits whatever came before.
+    precision = (
+        torch.float32 if dtype == torch.float64 and expected.prompt.dtype != dtype else dtype
+    )
+    return VerifyReport(
+        source=str(getattr(source, "name_or_path", "")) or type(source).__name__,
+        destination=str(getattr(converted, "name_or_path", "")) or type(converted).__name__,
+        plasticity=(low, high),
+        at_source=at_source,
+        checks=tuple(_compare(expected, got, tokens=tokens, dtype=precision)),
+        shift=shift,
+        batch=batch,
+        tokens=tokens,
+        new_tokens=new_tokens,
+        seed=seed,
+        seconds=time.monotonic() - begun,
+    )
+
+
+def _gate_range(model: nn.Module) -> tuple[float, float, bool]:
+    scales, at_source = [], True
+    for _, gate in gates(model):
+        kappa = gate.b_scale.detach().clamp(min=0)
+        scales += [float(kappa.min()), float(kappa.max())]
+        at_source = at_source and not bool(kappa.any()) and not bool(gate.ip_log.detach().any())
+    if not scales:
+        raise ConversionError("converted: this model has no importance gates")
+    return min(scales), max(scales), at_source
+
+
+def verify_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    batch: int = 3,
+    tokens: int = 37,
+    new_tokens: int = 12,
+    seed: int = 0,
+    float64: bool = False,
+    impl: str = "auto",
+    device: str | torch.device = "cpu",
+    progress: Callable[[str], None] | None = None,
+) -> VerifyReport:
+    """Loads a source folder and its converted form in float32 and compares them, as `verify_models`
+    does.
+
+    Args:
+        src: the source folder.
+        dst: the converted folder.
+        batch: prompts.
+        tokens: length of the prompts.
+        new_tokens: tokens decoded after them.
+        seed: seed of the prompts.
+        float64: compare in float64 too. The source's code casts to float32 inside; it is run from a
+            copy whose casts go to float64.
+        impl: engine of the converted model's scans.
+        device: where both models run.
+        progress: called with one line before each stage.
+
+    Returns:
+        The comparison.
+
+    Raises:
+        ConversionError: a folder cannot be loaded, or `dst` was made from another kind of source.
+    """
+    begun = time.monotonic()
+    say = progress if progress is not None else (lambda _line: None)
+    source, destination = Path(src), Path(dst)
+    family, architecture, settings = _pair(source, destination)
+    say("loading both models in float32")
+    old = _load(family.source_model(architecture), source, torch.float32)
+    new = _load_converted(family, architecture, destination, torch.float32)
+    set_impl(new, impl)
+    old.to(device)
+    new.to(device)
+    say("comparing in float32")
+    report = verify_models(old, new, batch=batch, tokens=tokens, new_tokens=new_tokens, seed=seed)
+    checks = report.checks
+    if float64:
+        del old, new
+        gc.collect()
+        say("comparing in float64")
+        clean = clean_float64_model(family, architecture)
+        old = _load(clean, source, torch.float64).to(device)
+        twin = _load(clean, source, torch.float64)
+        wide = _load_converted(family, architecture, destination, torch.float64)
+        _convert_like(twin, wide, family, settings)
+        set_impl(twin, impl).to(device)
+        exact = verify_models(
+            old, twin, batch=batch, tokens=tokens, new_tokens=new_tokens, seed=seed
+        )
+        checks += tuple(replace(c, name=f"{c.name} (float64)") for c in exact.checks)
+    return replace(
+        report,
+        source=str(source),
+        destination=str(destination),
+        checks=checks,
+        seconds=time.monotonic() - begun,
+    )
+
+
+def _pair(source: Path, destination: Path) -> tuple[Family, str, Settings]:
+    """Reads both configurations; gives the family, the source's class and the conversion's
+    settings."""
+    from glazoo.converters.checkpoint import CONFIG, _read_json
+
+    for folder in (source, destination):
+        if not folder.is_dir():
+            raise ConversionError(f"{folder}: there is no such folder")
+    raw = _read_json(source / CONFIG, CONFIG)
+    family = find_family(raw.get("model_type"))
+    settings = Settings.from_block(_read_json(destination / CONFIG, CONFIG).get("metaplastic"))
+    if settings.base_model_type != family.model_type:
+        raise ConversionError(
+            f"{destination} was made from a {settings.base_model_type!r} model, {source} is "
+            f"{family.model_type!r}"
+        )
+    return family, settings.base_architectures[0], settings
+
+
+def _load(cls: type[Any], folder: Path, dtype: torch.dtype) -> nn.Module:
+    try:
+        with _quiet():
+            model, info = cls.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, local_files_only=True
+            )
+    except ConversionError:
+        raise
+    except Exception as e:
+        # Loaders raise whatever their libraries do: the caller gets one line, the traceback has the
+        # rest.
+        raise ConversionError(f"cannot load {folder}: {' '.join(str(e).split())}") from e
+    if missing := sorted(info["missing_keys"]):
+        raise ConversionError(f"{folder} lacks the tensor {missing[0]}")
+    loaded: nn.Module = model
+    return loaded
+
+
+def _load_converted(
+    family: Family, architecture: str, folder: Path, dtype: torch.dtype
+) -> nn.Module:
+    from glazoo.models.metaplastic import model_class
+
+    return _load(model_class(family.source_model(architecture), family), folder, dtype)
+
+
+def _convert_like(model: nn.Module, like: nn.Module, family: Family, settings: Settings) -> None:
+    """Converts a source model and gives it the gates of another converted one."""
+    from glazoo.models.metaplastic import convert_in_place
+
+    convert_in_place(model, family, settings)
+    here = dict(gates(model))
+    for name, gate in gates(like):
+        here[name].load_state_dict(gate.state_dict())
+
+
+_CLEAN = "_float64"
+
+
+def _clean_module(family: Family) -> ModuleType:
+    """Gives a copy of a family's modeling code that computes in float64 where the original casts to
+    float32."""
+    name = family.modeling + _CLEAN
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.find_spec(family.modeling)
+    if spec is None or spec.origin is None:
+        raise ConversionError(f"the source code of {family.modeling} is not installed")
+    text = Path(spec.origin).read_text("utf-8")
+    for old, new in ((".float()", ".double()"), ("torch.float32", "torch.float64")):
+        text = text.replace(old, new)
+    module = ModuleType(name)
+    module.__package__ = family.modeling.rpartition(".")[0]
+    module.__file__ = spec.origin
+    # Decorators look their module up by name.
+    sys.modules[name] = module
+    try:
+        exec(compile(text, spec.origin, "exec", dont_inherit=True), module.__dict__)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def clean_float64_model(family: Family | str, architecture: str | None = None) -> type[Any]:
+    """Gives a copy of a source model's class whose casts to float32 go to float64 instead.
+
+    Cast to float64, the original rounds to float32 in several places: two float64 runs then agree
+    to float32 only.
+
+    Args:
+        family: a family, or its `model_type`.
+        architecture: the model class; default the family's first.
+
+    Returns:
+        The class; load or build it with `dtype=torch.float64`.
+    """
+    if isinstance(family, str):
+        family = find_family(family)
+    found: type[Any] = getattr(_clean_module(family), architecture or family.architectures[0])
+    return found

@@ -1,0 +1,23 @@
+"""Models for transformers' Auto classes: importing this package registers every converted
+architecture.
+
+import glazoo.models
+model = AutoModelForCausalLM.from_pretrained("converted-folder")
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from glazoo.models import metaplastic
+from glazoo.models.metaplastic import register
+
+__all__ = ["register"]
+
+register()
+
+
+def __getattr__(name: str) -> Any:
+    # Classes are made on first use: a family's modeling code is not imported before somebody needs
+    # it.
+    return getattr(metaplastic, name)

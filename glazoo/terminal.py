@@ -1,0 +1,50 @@
+"""What the commands share: options, and printing for people and for machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["AsJson", "bytes_progress", "console", "print_json"]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
+
+
+def console() -> Console:
+    """Gives the console of standard output; wide enough for tables when it is no terminal."""
+    return Console() if sys.stdout.isatty() else Console(width=160)
+
+
+def print_json(data: Any) -> None:
+    """Prints plain data as JSON, and nothing else."""
+    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def bytes_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows bars on standard error for work that reports `(name, done bytes, total bytes)`."""
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        disable=quiet or not sys.stderr.isatty(),
+        transient=True,
+    )
+    tasks: dict[str, Any] = {}
+
+    def report(name: str, done: int, total: int) -> None:
+        if name not in tasks:
+            tasks[name] = bars.add_task(name, total=total)
+        bars.update(tasks[name], completed=done, total=total)
+
+    with bars:
+        yield report

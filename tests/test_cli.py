@@ -1,0 +1,98 @@
+"""The command line, run as users run it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import glazoo
+from glazoo.doctor import judge
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "glazoo.cli", *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_list_shows_every_variant() -> None:
+    table, data = run("list"), run("list", "--json")
+    assert table.returncode == data.returncode == 0
+    rows = json.loads(data.stdout)
+    assert [r["name"] for r in rows] == list(glazoo.names())
+    for row in rows:
+        assert f" {row['name']} " in table.stdout
+    by_name = {r["name"]: r for r in rows}
+    assert by_name["mamba2"]["state_floats"] == 64 * 64
+    assert by_name["palimpsa"]["state_floats"] == 2 * 64 * 64
+    assert by_name["palimpsa"]["metaplastic"]
+    assert not by_name["mamba2"]["metaplastic"]
+
+
+def test_show() -> None:
+    text, data = run("show", "gated_deltanet"), run("show", "metaplastic_gated_deltanet", "--json")
+    assert text.returncode == data.returncode == 0
+    for line in glazoo.lower(glazoo.load("gated_deltanet")).recurrence:
+        assert line in text.stdout
+    shown = json.loads(data.stdout)
+    assert glazoo.Spec.model_validate(shown["spec"]) == glazoo.load("metaplastic_gated_deltanet")
+    assert shown["program"]["kernel"] == "delta"
+
+
+def test_a_refusal_is_one_line_and_exit_code_two() -> None:
+    result = run("show", "mamba22")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "did you mean 'mamba2'" in result.stderr
+
+
+def test_schema_is_json_schema() -> None:
+    result = run("schema")
+    assert result.returncode == 0
+    assert json.loads(result.stdout) == glazoo.schema()
+
+
+def test_doctor_reports_this_installation() -> None:
+    result = run("doctor", "--json")
+    report = json.loads(result.stdout)
+    assert report["versions"]["glazoo"] == glazoo.__version__
+    assert report["engines"][0] == "reference"
+    assert result.returncode == (0 if report["healthy"] else 1)
+
+
+def test_version() -> None:
+    assert run("--version").stdout.strip() == glazoo.__version__
+
+
+HEALTHY = {"python": "3.12.0", "torch": "2.13.0+cpu", "triton": "3.9.0", "transformers": "5.23.0"}
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "level", "words"),
+    [
+        ({"torch": "2.9.1"}, {}, "error", "torch 2.9.1 is older than 2.11"),
+        ({"triton": None}, {}, "warning", "triton is not installed"),
+        ({"triton": None}, {"gpu": True}, "error", "triton is not installed"),
+        ({"transformers": None}, {}, "warning", "transformers is not installed"),
+        ({"flash-linear-attention": "0.6.0"}, {}, "error", "without a GPU"),
+        ({"flash-linear-attention": "0.6.0"}, {"gpu": True}, "warning", "registers `mamba2`"),
+        ({}, {"interpreting": True}, "warning", "TRITON_INTERPRET is set"),
+        (
+            {"triton": "3.6.0", "numpy": "2.4.6"},
+            {"interpreting": True},
+            "error",
+            "cannot interpret loops",
+        ),
+    ],
+)
+def test_known_bad_combinations(change, options, level, words) -> None:
+    assert judge(HEALTHY, gpu=False, interpreting=False) == []
+    found = judge(HEALTHY | change, **({"gpu": False, "interpreting": False} | options))
+    assert any(f.level == level and words in f.what for f in found)
