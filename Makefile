@@ -2,9 +2,9 @@
 PYTHON ?= python3
 GPU_PYTHON ?= python3
 JOBS ?= 2
-# The CPU wheels of torch live here; PyPI's Linux wheels bring gigabytes of CUDA that nothing below
-# uses. If the index cannot be reached, pip goes on with whatever indexes it is configured for.
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+# An index with CPU wheels of torch, if pip's own has none: on Linux the default wheel brings
+# gigabytes of CUDA that nothing below uses. PyTorch's installation page names the index.
+TORCH_INDEX ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
@@ -27,7 +27,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -m venv .venv
 	@$(PIP) pip setuptools
 	@# torch first and alone: once its CPU wheel is in place, no later step looks for another one.
-	@$(PIP) --no-deps --retries 1 --extra-index-url $(TORCH_INDEX) "$$(grep -i '^torch==' constraints.txt)"
+	@$(PIP) --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$(grep -i '^torch==' constraints.txt)"
 	@$(PIP) --quiet --no-build-isolation --editable '.[dev,plots,train]'
 	@touch $@
 

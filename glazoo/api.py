@@ -157,7 +157,7 @@ def attention(
     Reference: Bonnet et al., Learning to Remember, Learn, and Forget in Attention-Based Models,
     arXiv:2602.09075.
     """
-    program = lower(load(spec))
+    program = _program(spec)
     given = {
         "q": q,
         "k": k,
@@ -183,6 +183,12 @@ def attention(
         assert result.uncertainty is not None
         return OutputWithUncertainty(output, final, result.uncertainty)
     return Output(output, final)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _program(spec: str | Path | Spec) -> Program:
+    """Looks the program up; a graph that is captured takes it as the constant that it is."""
+    return lower(load(spec))
 
 
 def schedule(gate: Gate, heads: int, *, layer: int = 0, layers: int = 1) -> Float[Tensor, "HV"]:

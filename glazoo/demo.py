@@ -25,7 +25,7 @@ from glazoo.terminal import console
 
 __all__ = ["demo"]
 
-_TOKENS, _BATCH, _EVAL_BATCHES = 256, 8, 8
+_TOKENS, _BATCH, _EVAL_BATCHES = 128, 8, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,8 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for models, reports and results.")] = Path(
         "demo-output"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of the source.")] = 240,
-    tune_steps: Annotated[int, typer.Option(min=1, help="Fine-tuning steps of every model.")] = 80,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of the source.")] = 300,
+    tune_steps: Annotated[int, typer.Option(min=1, help="Fine-tuning steps of every model.")] = 60,
     seed: Annotated[int, typer.Option(help="Seed of initialisation and data order.")] = 0,
 ) -> None:
     """Train a small Mamba2 on real text, convert it, verify equality, fine-tune, and compare.
@@ -59,6 +59,8 @@ def demo(
 
     import glazoo.models  # noqa: F401  (registers the converted model's classes)
 
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     started = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     text = _text()
@@ -71,7 +73,7 @@ def demo(
         vocab_size=256,
         hidden_size=128,
         num_hidden_layers=2,
-        state_size=32,
+        state_size=16,
         num_heads=4,
         head_dim=64,
         n_groups=1,
@@ -108,7 +110,9 @@ def demo(
     label = f"tuning {sum(p.numel() for p in gates):,} gate parameters"
     seconds = _train(converted, gates, train, tune_steps, 1e-2, seed + 1, label)
     rows.append(_tuned("converted, gates tuned", converted, gates, after, held_out, seconds))
-    kappas = torch.cat([p for n, p in converted.named_parameters() if n.endswith("b_scale")])
+    kappas = torch.cat(
+        [p.detach() for n, p in converted.named_parameters() if n.endswith("b_scale")]
+    )
 
     everything = load()
     seconds = _train(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -140,6 +141,7 @@ class Program:
         }
 
 
+@functools.lru_cache(maxsize=512)
 def lower(spec: Spec) -> Program:
     """Lowers a spec to its program: the operands, the state and one of the kernel classes.
 

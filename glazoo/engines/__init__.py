@@ -6,6 +6,8 @@ import functools
 import logging
 from collections.abc import Callable
 
+import torch
+
 from glazoo.engines import reference
 from glazoo.engines.call import Call, Result
 
@@ -44,7 +46,8 @@ def pick(impl: str, call: Call) -> Engine:
     """
     if impl == "auto":
         impl = "chunked"
-        _say(impl, call.operands["q"].device.type)
+        if not torch.compiler.is_compiling():
+            _say(impl, call.operands["q"].device.type)
     if impl not in _ENGINES:
         raise ValueError(f"impl: got {impl!r}, accepted are {', '.join(('auto', *_ENGINES))}")
     return _ENGINES[impl]

@@ -1,0 +1,443 @@
+"""The delta class: UT/WY form of gated delta rules with separate erase and write keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from . import checks
+from .common import (
+    Rows,
+    Tile,
+    carry,
+    compute_dtype,
+    empty_as,
+    load,
+    needs_grad,
+    over_sequences,
+    repeat_heads,
+    row_blocks,
+    sequences,
+    slots,
+    starting,
+    store,
+    tiles,
+    without_autocast,
+)
+from .gates import ERASE, READ, READ_BEFORE, NoGate, corners, gate_of
+
+CHUNK = 64
+# Diagonal blocks of the triangular system of this size are inverted by substitution, larger ones
+# by block elimination, which is matmuls.
+BLOCK = 8
+
+
+def _unit_lower_inverse(system: Tensor) -> Tensor:
+    """Inverse of I + strictly lower part of system [N, C, C]."""
+    count, size, _ = system.shape
+    block = min(BLOCK, size)
+    blocks = system.view(count, size // block, block, size // block, block)
+    blocks = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, block, block)
+    unit = torch.eye(block, dtype=system.dtype, device=system.device).expand_as(blocks)
+    solved = torch.linalg.solve_triangular(blocks, unit, upper=False, unitriangular=True)
+    if block == size:
+        return solved.contiguous()
+    inverse = torch.zeros_like(system)
+    target = inverse.view(count, size // block, block, size // block, block)
+    target.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).copy_(
+        solved.view(count, -1, block, block)
+    )
+    half = block
+    while half < size:
+        number = size // (2 * half)
+        both = inverse.view(count, number, 2 * half, number, 2 * half)
+        both = both.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+        first = both[:, :, :half, :half].reshape(-1, half, half)
+        second = both[:, :, half:, half:].reshape(-1, half, half)
+        below = corners(system, half).reshape(-1, half, half)
+        below = torch.bmm(torch.bmm(second, below), first)
+        corners(inverse, half).copy_(below.neg_().view(count, number, half, half))
+        half *= 2
+    return inverse
+
+
+class _System:
+    """What the forward and the backward pass of a tile both need."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        e: Tensor,
+        k: Tensor,
+        g: Tensor | None,
+        rows: Rows,
+        tile: Tile,
+        dtype: torch.dtype,
+        previous: bool,
+        backward: bool = False,
+    ) -> None:
+        self.q, self.e, self.k = (load(x, rows, tile, dtype) for x in (q, e, k))
+        self.gate: NoGate = gate_of(g, rows, tile, dtype, backward, exclusive=previous)
+        self.previous = previous
+        self.mode = READ_BEFORE if previous else ERASE
+        self.read = self.gate.scores(self.q, self.k, READ)
+        self.erase = self.gate.scores(self.e, self.k, self.mode)
+        self.inverse = _unit_lower_inverse(self.erase)
+        self.reads = self.gate.head(self.q)
+        self.erases = self.gate.head(self.e, previous)
+        self.writes = self.gate.tail(self.k)
+
+
+def _forward(
+    q: Tensor,
+    e: Tensor,
+    k: Tensor,
+    w: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    previous: bool,
+    out: Tensor,
+    final: Tensor,
+    borders: Tensor | None,
+) -> None:
+    batch, tokens, heads, _ = w.shape
+    dtype = final.dtype
+    groups = min(q.shape[2], e.shape[2], k.shape[2])
+    for rows in row_blocks(batch, heads, groups):
+        corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
+        shape = (rows.count, *final.shape[2:])
+        if initial is None:
+            state = torch.zeros(shape, dtype=dtype, device=w.device)
+        else:
+            state = initial[corner].to(dtype).reshape(shape)
+        for tile in tiles(tokens, rows.count, CHUNK):
+            wt = load(w, rows, tile, dtype)
+            s = _System(q, e, k, g, rows, tile, dtype, previous)
+            split = (tile.count, rows.count, tile.size, -1)
+            errors = torch.bmm(s.inverse, wt)
+            cells = errors.view(split)
+            erases = torch.bmm(s.inverse, s.erases).view(split)
+            writes = s.writes.view(split).transpose(2, 3)
+            total = s.gate.total_of(tile.count)
+            border = torch.empty(tile.count + 1, *shape, dtype=dtype, device=w.device)
+            border[0] = state
+            for c in range(tile.count):
+                cells[c].baddbmm_(erases[c], border[c], alpha=-1)
+                if total is None:
+                    torch.baddbmm(border[c], writes[c], cells[c], out=border[c + 1])
+                else:
+                    torch.mul(border[c], total[c], out=border[c + 1])
+                    border[c + 1].baddbmm_(writes[c], cells[c])
+            state = border[tile.count]
+            starts = border[: tile.count].view(-1, *shape[1:])
+            result = torch.bmm(s.read, errors).baddbmm_(s.reads, starts)
+            store(out, result, rows, tile)
+            if borders is not None:
+                part = borders[tile.chunk : tile.chunk + tile.count, *corner]
+                part.copy_(starts.view(part.shape))
+        final[corner].copy_(state.view(final[corner].shape))
+
+
+def _backward(
+    grad: Tensor,
+    grad_final: Tensor | None,
+    q: Tensor,
+    e: Tensor,
+    k: Tensor,
+    w: Tensor,
+    g: Tensor | None,
+    borders: Tensor,
+    previous: bool,
+    dq: Tensor,
+    de: Tensor,
+    dk: Tensor,
+    dw: Tensor,
+    dg: Tensor | None,
+    dinitial: Tensor,
+) -> None:
+    batch, tokens, heads, _ = w.shape
+    dtype = borders.dtype
+    groups = min(q.shape[2], e.shape[2], k.shape[2])
+    for rows in row_blocks(batch, heads, groups):
+        corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
+        shape = (rows.count, *borders.shape[3:])
+        if grad_final is None:
+            state = torch.zeros(shape, dtype=dtype, device=w.device)
+        else:
+            state = grad_final[corner].to(dtype).reshape(shape)
+        for tile in reversed(tiles(tokens, rows.count, CHUNK)):
+            wt, dt = load(w, rows, tile, dtype), load(grad, rows, tile, dtype)
+            s = _System(q, e, k, g, rows, tile, dtype, previous, backward=dg is not None)
+            split = (tile.count, rows.count, tile.size, -1)
+            starts = borders[tile.chunk : tile.chunk + tile.count, *corner].reshape(-1, *shape[1:])
+            errors = torch.bmm(s.inverse, wt.baddbmm_(s.erases, starts, alpha=-1))
+            # the adjoint of the triangular solve, for both what the chunk reads and what it leaves
+            adjoint = s.inverse.transpose(1, 2)
+            right = torch.bmm(adjoint, torch.bmm(s.read.transpose(1, 2), dt))
+            cells = right.view(split)
+            leaves = torch.bmm(adjoint, s.writes).view(split)
+            local = torch.bmm(s.reads.transpose(1, 2), dt).view(tile.count, *shape)
+            erases = s.erases.view(split).transpose(2, 3)
+            total = s.gate.total_of(tile.count)
+            ends = torch.empty(tile.count + 1, *shape, dtype=dtype, device=w.device)
+            ends[tile.count] = state
+            for c in reversed(range(tile.count)):
+                cells[c].baddbmm_(leaves[c], ends[c + 1])
+                carry(ends[c + 1], local[c], None if total is None else total[c], ends[c])
+                ends[c].baddbmm_(erases[c], cells[c], alpha=-1)
+            state = ends[0]
+            after = ends[1:].view(-1, *shape[1:])
+            store(dw, right, rows, tile)
+            gate = s.gate
+            dqt = gate.head_backward(torch.bmm(dt, starts.transpose(1, 2)), s.reads)
+            left = right.neg()
+            det = gate.head_backward(torch.bmm(left, starts.transpose(1, 2)), s.erases, previous)
+            dkt = gate.tail_backward(torch.bmm(errors, after.transpose(1, 2)), s.writes)
+            pairs = torch.bmm(dt, errors.transpose(1, 2))
+            gate.scores_backward(pairs, s.read, s.q, s.k, READ, dqt, dkt)
+            pairs = torch.bmm(left, errors.transpose(1, 2))
+            gate.scores_backward(pairs, s.erase, s.e, s.k, s.mode, det, dkt)
+            store(dq, dqt, rows, tile)
+            store(de, det, rows, tile)
+            store(dk, dkt, rows, tile)
+            if dg is not None:
+                store(dg, gate.finish(starts, after), rows, tile)
+        dinitial[corner].copy_(state.view(dinitial[corner].shape))
+
+
+@torch.library.custom_op("glazoo::chunked_delta", mutates_args=())
+@without_autocast
+def _delta(
+    q: Tensor,
+    e: Tensor,
+    k: Tensor,
+    w: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    previous: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, heads, size = w.shape
+    out = empty_as(w)
+    like = torch.empty((), dtype=compute_dtype(q, e, k, w), device=w.device)
+    final = starting(initial, (sequences(cu_seqlens, batch), heads, k.shape[3], size), like)
+    total = slots(cu_seqlens, batch, tokens, CHUNK) if keep else 0
+    borders = like.new_empty(total, *final.shape[1:])
+
+    def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
+        _forward(*operands, *states, previous, *results, *finals, kept[0] if kept else None)
+
+    over_sequences(
+        core, cu_seqlens, CHUNK, [q, e, k, w, g], [initial], [out], [final], [borders] * keep
+    )
+    return out, final, borders
+
+
+@_delta.register_fake
+def _(
+    q: Tensor,
+    e: Tensor,
+    k: Tensor,
+    w: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    previous: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, heads, size = w.shape
+    dtype = compute_dtype(q, e, k, w)
+    shape = (heads, k.shape[3], size)
+    total = slots(cu_seqlens, batch, tokens, CHUNK) if keep else 0
+    return (
+        empty_as(w),
+        w.new_empty(sequences(cu_seqlens, batch), *shape, dtype=dtype),
+        w.new_empty(total, *shape, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("glazoo::chunked_delta_backward", mutates_args=())
+@without_autocast
+def _delta_backward(
+    grad: Tensor,
+    grad_final: Tensor | None,
+    q: Tensor,
+    e: Tensor,
+    k: Tensor,
+    w: Tensor,
+    g: Tensor | None,
+    cu_seqlens: Tensor | None,
+    borders: Tensor,
+    previous: bool,
+    with_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, _, heads, size = w.shape
+    dq, de, dk, dw = empty_as(q), empty_as(e), empty_as(k), empty_as(w)
+    dg = empty_as(w if g is None else g, with_gate)
+    shape = (sequences(cu_seqlens, batch), heads, k.shape[3], size)
+    dinitial = starting(grad_final, shape, borders)
+
+    def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
+        gate = results[4] if with_gate else None
+        _backward(
+            operands[0], *states, *operands[1:], *kept, previous, *results[:4], gate, *finals
+        )
+
+    over_sequences(
+        core,
+        cu_seqlens,
+        CHUNK,
+        [grad, q, e, k, w, g],
+        [grad_final],
+        [dq, de, dk, dw] + [dg] * with_gate,
+        [dinitial],
+        [borders],
+    )
+    return dq, de, dk, dw, dg, dinitial
+
+
+@_delta_backward.register_fake
+def _(
+    grad: Tensor,
+    grad_final: Tensor | None,
+    q: Tensor,
+    e: Tensor,
+    k: Tensor,
+    w: Tensor,
+    g: Tensor | None,
+    cu_seqlens: Tensor | None,
+    borders: Tensor,
+    previous: bool,
+    with_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shape = (sequences(cu_seqlens, w.shape[0]), w.shape[2], k.shape[3], w.shape[3])
+    dg = empty_as(w if g is None else g, with_gate)
+    return (
+        empty_as(q),
+        empty_as(e),
+        empty_as(k),
+        empty_as(w),
+        dg,
+        borders.new_empty(shape),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, e, k, w, g, initial, cu_seqlens, previous, _ = inputs
+    ctx.save_for_backward(q, e, k, w, g, cu_seqlens, output[2])
+    ctx.previous = previous
+    ctx.initial = None if initial is None else initial.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _pull(ctx: Any, grad: Any, grad_final: Any, grad_borders: Any) -> tuple[Any, ...]:
+    q, e, k, w, g, cu_seqlens, borders = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(w)
+    with_gate = g is not None and ctx.needs_input_grad[4]
+    dq, de, dk, dw, dg, dinitial = _delta_backward(
+        grad, grad_final, q, e, k, w, g, cu_seqlens, borders, ctx.previous, with_gate
+    )
+    return (
+        dq,
+        de,
+        dk,
+        dw,
+        dg if with_gate else None,
+        None if ctx.initial is None else dinitial.to(ctx.initial),
+        None,
+        None,
+        None,
+    )
+
+
+_delta.register_autograd(_pull, setup_context=_setup)
+
+
+def _step(
+    q: Tensor,
+    e: Tensor,
+    k: Tensor,
+    w: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    previous: bool,
+) -> tuple[Tensor, Tensor]:
+    """One token: a matrix-vector product to predict, a rank-one update, one to read."""
+    heads = w.shape[2]
+    dtype = compute_dtype(q, e, k, w)
+    query, eraser, key = (repeat_heads(x[:, 0], heads).to(dtype) for x in (q, e, k))
+    error = w[:, 0].to(dtype).unsqueeze(-2)
+    if initial is None:
+        new = key.unsqueeze(-1) * error
+    else:
+        old = decayed = initial.to(dtype)
+        if g is not None:
+            decay = g[:, 0].to(dtype).exp().unsqueeze(-1)
+            decayed = old * (decay.unsqueeze(-1) if g.dim() == 3 else decay)
+        error = error - eraser.unsqueeze(-2) @ (old if previous else decayed)
+        new = decayed + key.unsqueeze(-1) * error
+    return (query.unsqueeze(-2) @ new).squeeze(-2).unsqueeze(1).to(w.dtype), new
+
+
+def delta(
+    q: Float[Tensor, "B T Hq K"],
+    e: Float[Tensor, "B T He K"],
+    k: Float[Tensor, "B T Hk K"],
+    w: Float[Tensor, "B T HV V"],
+    g: Float[Tensor, "B T HV"] | Float[Tensor, "B T HV K"] | None = None,
+    *,
+    initial_state: Float[Tensor, "N HV K V"] | None = None,
+    base: str = "decayed",
+    cu_seqlens: Int[Tensor, " N+1"] | None = None,
+) -> tuple[Float[Tensor, "B T HV V"], Float[Tensor, "N HV K V"]]:
+    """Gated delta rule with separate erase and write keys, in chunks of 64 tokens.
+
+        S'_t = Diag(exp g_t) S_{t-1}        S_t = S'_t + k_t u_t^T        o_t = S_t^T q_t
+        u_t  = w_t - X_t^T e_t              X_t = S'_t (base "decayed") or S_{t-1} (base "prev")
+
+    With D(i, j) the product of the decays of tokens j+1 .. i (without that of i for base "prev"
+    where e_i reads), the u of a chunk that starts at state S solve a unit lower triangular system,
+
+        (I + E) u = w - (e . D(., 0)) S,        E_ij = e_i . D(i, j) k_j  for j < i
+
+    whose inverse is formed once per chunk; given u the rest is the linear class. The backward pass
+    keeps the states at chunk borders and solves the transposed system.
+
+    Args:
+        q: queries, already scaled. Any floating dtype.
+        e: erase keys (the input gate belongs to them: beta k for Gated DeltaNet).
+        k: write keys.
+        w: what is written, beta v for Gated DeltaNet; its dtype is the output's.
+        g: natural log of the decay, <= 0, -inf allowed; None is no decay.
+        initial_state: S_0; None is zeros.
+        base: the state that is corrected, "decayed" or "prev".
+        cu_seqlens: borders of packed sequences (then B = 1); empty sequences are allowed.
+
+    Returns:
+        o in the dtype of w, and the final state in float32 (float64 for float64 operands).
+
+    Raises:
+        ValueError: for shapes that do not fit together or an unknown `base`.
+
+    Reference:
+        Yang et al., "Gated Delta Networks: Improving Mamba2 with Delta Rule", ICLR 2025,
+        arXiv:2412.06464, section 3.3.
+    """
+    checks.choice("base", base, ("decayed", "prev"))
+    checks.tokens(q=q, e=e, k=k, w=w)
+    checks.heads(w.shape[2], q=q, e=e, k=k)
+    checks.gate("g", g, k, w)
+    checks.packing(cu_seqlens, w)
+    checks.state("initial_state", initial_state, cu_seqlens, w, k.shape[3], w.shape[3])
+    previous = base == "prev"
+    if w.shape[1] == 1 and cu_seqlens is None:
+        with torch.autocast(w.device.type, enabled=False):
+            return _step(q, e, k, w, g, initial_state, previous)
+    keep = needs_grad(q, e, k, w, g, initial_state)
+    out, final, _ = _delta(q, e, k, w, g, initial_state, cu_seqlens, previous, keep)
+    return out, final

@@ -1,0 +1,324 @@
+"""The importance scan: evidence per key, accumulated above the prior and forgotten."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from . import checks
+from .common import (
+    carry,
+    compute_dtype,
+    empty_as,
+    load,
+    over_sequences,
+    row_blocks,
+    sequences,
+    starting,
+    store,
+    tiles,
+    without_autocast,
+)
+from .gates import halves, levels
+
+CHUNK = 64
+
+
+def _decays(g: Tensor, rows: Any, tile: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Decay of every token [N, C, D] and of the whole chunk [n, R, D]; D is 1 or K."""
+    part = load(g, rows, tile, dtype)
+    total = part.sum(1).exp_().view(tile.count, rows.count, -1)
+    return part.exp_(), total
+
+
+def _forward(
+    k: Tensor,
+    b: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    out: Tensor,
+    final: Tensor,
+) -> None:
+    batch, tokens, heads = b.shape
+    dtype = final.dtype
+    for rows in row_blocks(batch, heads, k.shape[2]):
+        corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
+        shape = (rows.count, k.shape[3])
+        if initial is None:
+            state = torch.zeros(shape, dtype=dtype, device=b.device)
+        else:
+            state = initial[corner].to(dtype).reshape(shape)
+        for tile in tiles(tokens, rows.count, CHUNK):
+            x = load(k, rows, tile, dtype)
+            x.square_().mul_(load(b, rows, tile, dtype))
+            total = prefix = None
+            if g is None:
+                x = x.cumsum(1)
+            else:
+                prefix, total = _decays(g, rows, tile, dtype)
+                for half in levels(tile.size):
+                    first, second = halves(x, half)
+                    before, after = halves(prefix, half)
+                    second.addcmul_(after, first[:, :, -1:])
+                    after.mul_(before[:, :, -1:])
+            local = x[:, -1].view(tile.count, *shape)
+            border = torch.empty(tile.count + 1, *shape, dtype=dtype, device=b.device)
+            border[0] = state
+            for c in range(tile.count):
+                carry(border[c], local[c], None if total is None else total[c], border[c + 1])
+            state = border[tile.count]
+            starts = border[: tile.count].view(-1, 1, shape[1])
+            x = x.add_(starts) if prefix is None else x.addcmul_(starts, prefix)
+            store(out, x, rows, tile)
+        final[corner].copy_(state.view(final[corner].shape))
+
+
+def _backward(
+    grad: Tensor,
+    k: Tensor,
+    b: Tensor,
+    g: Tensor | None,
+    value: Tensor,
+    initial: Tensor | None,
+    grad_final: Tensor | None,
+    dk: Tensor,
+    db: Tensor,
+    dg: Tensor | None,
+    dinitial: Tensor,
+) -> None:
+    batch, tokens, heads = b.shape
+    dtype = dinitial.dtype
+    for rows in row_blocks(batch, heads, k.shape[2]):
+        corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
+        shape = (rows.count, k.shape[3])
+        if grad_final is None:
+            state = torch.zeros(shape, dtype=dtype, device=b.device)
+        else:
+            state = grad_final[corner].to(dtype).reshape(shape)
+        for tile in reversed(tiles(tokens, rows.count, CHUNK)):
+            y = load(grad, rows, tile, dtype)
+            kt, bt = load(k, rows, tile, dtype), load(b, rows, tile, dtype)
+            decay = total = suffix = None
+            if g is None:
+                y = y.flip(1).cumsum(1).flip(1)
+            else:
+                # suffix(j) = decays of j + 1 .. last token of the chunk
+                decay, total = _decays(g, rows, tile, dtype)
+                suffix = torch.ones_like(decay)
+                suffix[:, :-1] = decay[:, 1:]
+                for half in levels(tile.size):
+                    first, second = halves(y, half)
+                    before, after = halves(suffix, half)
+                    first.addcmul_(before, second[:, :, :1])
+                    before.mul_(after[:, :, :1])
+            entry = y[:, 0] if decay is None else y[:, 0] * decay[:, 0]
+            entry = entry.view(tile.count, *shape)
+            # ends[c]: gradient of the state after chunk c - 1
+            ends = torch.empty(tile.count + 1, *shape, dtype=dtype, device=b.device)
+            ends[tile.count] = state
+            for c in reversed(range(tile.count)):
+                carry(ends[c + 1], entry[c], None if total is None else total[c], ends[c])
+            state = ends[0]
+            after_chunk = ends[1:].view(-1, 1, shape[1])
+            y = y.add_(after_chunk) if suffix is None else y.addcmul_(after_chunk, suffix)
+            if dg is not None and decay is not None:
+                previous = _previous(value, initial, rows, tile, dtype)
+                gate = previous.mul_(y)
+                if dg.dim() == 3:
+                    gate = gate.sum(-1, keepdim=True)
+                store(dg, gate.mul_(decay), rows, tile)
+            y.mul_(kt)
+            store(db, (y * kt).sum(-1, keepdim=True), rows, tile)
+            store(dk, y.mul_(bt).mul_(2), rows, tile)
+        dinitial[corner].copy_(state.view(dinitial[corner].shape))
+
+
+def _previous(
+    value: Tensor, initial: Tensor | None, rows: Any, tile: Any, dtype: torch.dtype
+) -> Tensor:
+    """The state before each token of the tile, [N, C, K]."""
+    before = load(value, rows, tile, dtype)
+    before[:, 1:] = before[:, :-1].clone()
+    first = before[:, 0].view(tile.count, rows.batch, rows.width, -1)
+    if tile.start:
+        source = value[
+            rows.b0 : rows.b1, tile.start - 1 : tile.stop - 1 : tile.size, rows.h0 : rows.h1
+        ]
+        first.copy_(source.transpose(0, 1))
+        return before
+    first[1:].copy_(
+        value[
+            rows.b0 : rows.b1, tile.size - 1 : tile.stop - 1 : tile.size, rows.h0 : rows.h1
+        ].transpose(0, 1)
+    )
+    if initial is None:
+        first[0] = 0
+    else:
+        first[0].copy_(initial[rows.b0 : rows.b1, rows.h0 : rows.h1])
+    return before
+
+
+@torch.library.custom_op("glazoo::chunked_importance", mutates_args=())
+@without_autocast
+def _importance(
+    k: Tensor, b: Tensor, g: Tensor | None, initial: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads = b.shape
+    like = torch.empty((), dtype=compute_dtype(k, b), device=b.device)
+    out = like.new_empty(batch, tokens, heads, k.shape[3])
+    final = starting(initial, (sequences(cu_seqlens, batch), heads, k.shape[3]), like)
+
+    def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
+        _forward(*operands, *states, *results, *finals)
+
+    over_sequences(core, cu_seqlens, CHUNK, [k, b, g], [initial], [out], [final], [])
+    return out, final
+
+
+@_importance.register_fake
+def _(
+    k: Tensor, b: Tensor, g: Tensor | None, initial: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads = b.shape
+    dtype = compute_dtype(k, b)
+    return (
+        b.new_empty(batch, tokens, heads, k.shape[3], dtype=dtype),
+        b.new_empty(sequences(cu_seqlens, batch), heads, k.shape[3], dtype=dtype),
+    )
+
+
+@torch.library.custom_op("glazoo::chunked_importance_backward", mutates_args=())
+@without_autocast
+def _importance_backward(
+    grad: Tensor,
+    grad_final: Tensor | None,
+    k: Tensor,
+    b: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    value: Tensor,
+    with_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, _, heads = b.shape
+    dk, db = empty_as(k), empty_as(b)
+    dg = empty_as(b if g is None else g, with_gate)
+    shape = (sequences(cu_seqlens, batch), heads, k.shape[3])
+    dinitial = starting(grad_final, shape, value)
+
+    def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
+        gate = results[2] if with_gate else None
+        _backward(*operands, *states, *results[:2], gate, *finals)
+
+    over_sequences(
+        core,
+        cu_seqlens,
+        CHUNK,
+        [grad, k, b, g, value],
+        [initial, grad_final],
+        [dk, db] + [dg] * with_gate,
+        [dinitial],
+        [],
+    )
+    return dk, db, dg, dinitial
+
+
+@_importance_backward.register_fake
+def _(
+    grad: Tensor,
+    grad_final: Tensor | None,
+    k: Tensor,
+    b: Tensor,
+    g: Tensor | None,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    value: Tensor,
+    with_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = (sequences(cu_seqlens, b.shape[0]), b.shape[2], k.shape[3])
+    dg = empty_as(b if g is None else g, with_gate)
+    return empty_as(k), empty_as(b), dg, value.new_empty(shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    k, b, g, initial, cu_seqlens = inputs
+    ctx.save_for_backward(k, b, g, initial, cu_seqlens, output[0])
+    ctx.set_materialize_grads(False)
+
+
+def _pull(ctx: Any, grad: Any, grad_final: Any) -> tuple[Any, ...]:
+    k, b, g, initial, cu_seqlens, value = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(value)
+    with_gate = g is not None and ctx.needs_input_grad[2]
+    dk, db, dg, dinitial = _importance_backward(
+        grad, grad_final, k, b, g, initial, cu_seqlens, value, with_gate
+    )
+    return (
+        dk,
+        db,
+        dg if with_gate else None,
+        None if initial is None else dinitial.to(initial.dtype),
+        None,
+    )
+
+
+_importance.register_autograd(_pull, setup_context=_setup)
+
+
+def importance(
+    k: Float[Tensor, "B T Hk K"],
+    b: Float[Tensor, "B T HV"],
+    g: Float[Tensor, "B T HV"] | Float[Tensor, "B T HV K"] | None = None,
+    *,
+    initial_state: Float[Tensor, "N HV K"] | None = None,
+    cu_seqlens: Int[Tensor, " N+1"] | None = None,
+) -> tuple[Float[Tensor, "B T HV K"], Float[Tensor, "N HV K"]]:
+    """Importance above the prior, per key, for a head-shaped importance gate.
+
+        J_t = exp(g_t) J_{t-1} + b_t k_t^2
+
+    A chunk is scanned in log2(64) elementwise steps of doubling width, all chunks at once; the
+    backward pass is the mirrored scan and needs nothing but the result itself.
+
+    Args:
+        k: keys. Any floating dtype.
+        b: importance gate, >= 0.
+        g: natural log of the decay, <= 0, -inf allowed; None is no decay.
+        initial_state: J_0; None is zeros.
+        cu_seqlens: borders of packed sequences (then B = 1); empty sequences are allowed.
+
+    Returns:
+        J after every token and after the last one, both in float32 (float64 for float64 operands):
+        importance is a state and is not rounded to the dtype of the keys.
+
+    Raises:
+        ValueError: for shapes that do not fit together.
+
+    Reference:
+        Bonnet et al., "Learning to Remember, Learn, and Forget in Attention-Based Models",
+        ICML 2026, arXiv:2602.09075.
+    """
+    checks.tokens(k=k)
+    checks.shape("b", b, (*k.shape[:2], b.shape[-1]))
+    checks.heads(b.shape[2], k=k)
+    checks.gate("g", g, k, b)
+    checks.packing(cu_seqlens, b)
+    count = sequences(cu_seqlens, k.shape[0])
+    checks.shape("initial_state", initial_state, (count, b.shape[2], k.shape[3]))
+    if k.shape[1] == 1 and cu_seqlens is None:
+        with torch.autocast(k.device.type, enabled=False):
+            dtype = compute_dtype(k, b)
+            keys = k.to(dtype).square().repeat_interleave(b.shape[2] // k.shape[2], dim=2)
+            value = keys * b.to(dtype).unsqueeze(-1)
+            if initial_state is not None:
+                old = initial_state.to(dtype).unsqueeze(1)
+                if g is not None:
+                    decay = g.to(dtype).exp()
+                    old = old * (decay.unsqueeze(-1) if g.dim() == 3 else decay)
+                value = value + old
+            return value, value[:, 0]
+    return _importance(k, b, g, initial_state, cu_seqlens)

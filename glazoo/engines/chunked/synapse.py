@@ -1,0 +1,714 @@
+"""The synapse class: one importance per synapse, two linear states read through their ratio."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from . import checks
+from .common import (
+    Rows,
+    Tile,
+    carry,
+    compute_dtype,
+    empty_as,
+    load,
+    needs_grad,
+    over_sequences,
+    repeat_heads,
+    row_blocks,
+    sequences,
+    slots,
+    starting,
+    store,
+    without_autocast,
+)
+from .gates import NoGate, gate_of
+
+# Tokens between two states that are kept for the backward pass.
+CHUNK = 256
+# Tokens that the per-token loop walks; states at these borders come from matmuls.
+SUB = 16
+# Synapses that one step of the loop updates per thread: three float32 arrays of this size stay in
+# the second-level cache of a core.
+BLOCK = 65536
+# Synapses of all sub-chunk states of a tile.
+SPAN = 1 << 20
+
+
+def _tiles(tokens: int) -> list[Tile]:
+    found = []
+    for chunk, start in enumerate(range(0, tokens, CHUNK)):
+        stop = min(start + CHUNK, tokens)
+        size = min(SUB, 1 << (stop - start - 1).bit_length())
+        found.append(Tile(start, stop, -(-(stop - start) // size), size, chunk))
+    return found
+
+
+def _rows(batch: int, heads: int, groups: int, synapses: int) -> Iterator[Rows]:
+    return row_blocks(batch, heads, groups, max(1, SPAN * SUB // (CHUNK * synapses)))
+
+
+def _spans(count: int, synapses: int) -> Iterator[slice]:
+    """Slices of the independent sub-chunks of a tile, each small enough for the caches."""
+    step = max(1, BLOCK * torch.get_num_threads() // synapses)
+    for first in range(0, count, step):
+        yield slice(first, min(first + step, count))
+
+
+class _Tile(NamedTuple):
+    """Operands of a tile [n * R, C, .] and the states at the start of every sub-chunk."""
+
+    q: Tensor
+    k: Tensor
+    w: Tensor
+    b: Tensor
+    decay: Tensor | None
+    gate: NoGate
+    keys: Tensor
+    squares: Tensor
+    h: Tensor
+    j: Tensor
+
+
+def _prepare(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    b: Tensor,
+    g: Tensor | None,
+    state: tuple[Tensor, Tensor],
+    rows: Rows,
+    tile: Tile,
+    backward: bool = False,
+) -> tuple[_Tile, tuple[Tensor, Tensor]]:
+    """Loads a tile and scans the linear states over its sub-chunks by matmuls."""
+    dtype = state[0].dtype
+    qt, kt, wt, bt = (load(x, rows, tile, dtype) for x in (q, k, w, b))
+    gate = gate_of(g, rows, tile, dtype, backward)
+    decay = None if g is None else load(g, rows, tile, dtype).exp_()
+    total = gate.total_of(tile.count)
+    found, final = [], []
+    factors = (gate.tail(kt), gate.tail(kt.square()))
+    for keys, values, start in zip(factors, (wt, bt), state, strict=True):
+        writes = torch.bmm(keys.transpose(1, 2), values).view(tile.count, *start.shape)
+        border = start.new_empty(tile.count + 1, *start.shape)
+        border[0] = start
+        for c in range(tile.count):
+            carry(border[c], writes[c], None if total is None else total[c], border[c + 1])
+        found.append(border[: tile.count].view(-1, *start.shape[1:]))
+        final.append(border[tile.count])
+    made = _Tile(qt, kt, wt, bt, decay, gate, *factors, found[0], found[1])
+    return made, (final[0], final[1])
+
+
+def _steps(x: Tensor | None, span: slice) -> Tensor | None:
+    """Tokens first: [n * R, C, D] -> [C, N, D], contiguous."""
+    return None if x is None else x[span].transpose(0, 1).contiguous()
+
+
+def _need(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x
+
+
+def _read(
+    t: _Tile, span: slice, floor: Tensor, before: bool, out: Tensor, doubt: Tensor | None
+) -> None:
+    """The per-token loop of a span of sub-chunks; fills out (and doubt) [N, C, V]."""
+    q, k, w, b = (_need(_steps(x, span)) for x in (t.q, t.k, t.w, t.b))
+    squares = k.square()
+    decay = _steps(t.decay, span)
+    h, j = t.h[span].clone(), t.j[span].clone()
+    ratio = torch.empty_like(h)
+    steps = k.shape[0]
+    result = out.new_empty(steps, h.shape[0], 1, h.shape[2])
+    spread = torch.empty_like(result) if doubt is not None else None
+
+    def read(i: int) -> None:
+        torch.add(j, floor, out=ratio)
+        if spread is None:
+            torch.div(h, ratio, out=ratio)
+        else:
+            torch.reciprocal(ratio, out=ratio)
+            torch.bmm(q[i].square().unsqueeze(1), ratio, out=spread[i])
+            ratio.mul_(h)
+        torch.bmm(q[i].unsqueeze(1), ratio, out=result[i])
+
+    for i in range(steps):
+        if before:
+            read(i)
+        if decay is not None:
+            h.mul_(decay[i].unsqueeze(-1))
+            j.mul_(decay[i].unsqueeze(-1))
+        h.addcmul_(k[i].unsqueeze(-1), w[i].unsqueeze(-2))
+        j.addcmul_(squares[i].unsqueeze(-1), b[i].unsqueeze(-2))
+        if not before:
+            read(i)
+    out[span] = result.squeeze(2).transpose(0, 1)
+    if doubt is not None and spread is not None:
+        doubt[span] = spread.squeeze(2).transpose(0, 1)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    b: Tensor,
+    g: Tensor | None,
+    prior: Tensor,
+    initial: tuple[Tensor | None, Tensor | None],
+    before: bool,
+    out: Tensor,
+    doubt: Tensor | None,
+    final: tuple[Tensor, Tensor],
+    kept: tuple[Tensor, Tensor] | None,
+) -> None:
+    batch, tokens, heads, size = w.shape
+    dtype = final[0].dtype
+    synapses = k.shape[3] * size
+    for rows in _rows(batch, heads, min(q.shape[2], k.shape[2]), synapses):
+        corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
+        shape = (rows.count, k.shape[3], size)
+        h, j = (_start(x, corner, shape, final[0]) for x in initial)
+        floor = _floor(prior, rows, dtype)
+        for tile in _tiles(tokens):
+            if kept is not None:
+                for store_in, value in zip(kept, (h, j), strict=True):
+                    part = store_in[tile.chunk, *corner]
+                    part.copy_(value.view(part.shape))
+            t, (h, j) = _prepare(q, k, w, b, g, (h, j), rows, tile)
+            result = torch.empty_like(t.w)
+            spread = None if doubt is None else torch.empty_like(t.w)
+            floors = floor.repeat(tile.count, 1, 1)
+            for span in _spans(result.shape[0], synapses):
+                _read(t, span, floors[span], before, result, spread)
+            store(out, result, rows, tile)
+            if doubt is not None:
+                store(doubt, _need(spread), rows, tile)
+        for state, value in zip(final, (h, j), strict=True):
+            state[corner].copy_(value.view(state[corner].shape))
+
+
+def _start(
+    x: Tensor | None, corner: tuple[slice, slice], shape: tuple[int, ...], like: Tensor
+) -> Tensor:
+    if x is None:
+        return like.new_zeros(shape)
+    return x[corner].to(like.dtype).reshape(shape)
+
+
+def _floor(prior: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+    """The prior [HV, 1 or K] of a block of rows, [R, 1 or K, 1]."""
+    return prior[rows.h0 : rows.h1].to(dtype).repeat(rows.batch, 1).unsqueeze(-1)
+
+
+class _Local(NamedTuple):
+    """Gradients from reads inside a sub-chunk, [n * R, C, .]; h and j: of its start state."""
+
+    q: Tensor
+    k: Tensor
+    w: Tensor
+    b: Tensor
+    g: Tensor | None
+    prior: Tensor | None
+    h: Tensor
+    j: Tensor
+
+
+def _unread(
+    t: _Tile,
+    span: slice,
+    floor: Tensor,
+    before: bool,
+    grad: Tensor,
+    grad_doubt: Tensor | None,
+    local: _Local,
+) -> None:
+    """The per-token loop forward (states only) and backward (gradients) of a span."""
+    q, k, w, b = (_need(_steps(x, span)) for x in (t.q, t.k, t.w, t.b))
+    squares = k.square()
+    decay = _steps(t.decay, span)
+    dy = _need(_steps(grad, span))
+    du = _steps(grad_doubt, span)
+    steps, count, keys = k.shape
+    h = t.h.new_empty(steps + 1, count, keys, w.shape[2])
+    j = torch.empty_like(h)
+    h[0], j[0] = t.h[span], t.j[span]
+    for i in range(steps):
+        for state, key, value in ((h, k, w), (j, squares, b)):
+            if decay is None:
+                outer = (key[i].unsqueeze(-1), value[i].unsqueeze(-2))
+                torch.addcmul(state[i], *outer, out=state[i + 1])
+            else:
+                torch.mul(state[i], decay[i].unsqueeze(-1), out=state[i + 1])
+                state[i + 1].addcmul_(key[i].unsqueeze(-1), value[i].unsqueeze(-2))
+    dh, dj = torch.zeros_like(h[0]), torch.zeros_like(h[0])
+    inverse, slope, scratch = (torch.empty_like(dh) for _ in range(3))
+    dq, dw, db = (x.new_empty(*x.shape[:2], 1, x.shape[2]) for x in (q, w, b))
+    through_h, through_j = torch.empty_like(dq), torch.empty_like(dq)
+    dg = None if local.g is None else torch.empty_like(k)
+    dprior = None if local.prior is None else torch.zeros_like(dh)
+
+    def unread(i: int, at: int) -> None:
+        torch.add(j[at], floor, out=inverse).reciprocal_()
+        torch.mul(inverse, q[i].unsqueeze(-1), out=slope).mul_(dy[i].unsqueeze(-2))
+        dh.add_(slope)
+        torch.mul(inverse, h[at], out=scratch)
+        torch.bmm(dy[i].unsqueeze(1), scratch.transpose(1, 2), out=dq[i])
+        scratch.mul_(slope)
+        if du is not None:
+            reader = 2 * torch.bmm(du[i].unsqueeze(1), inverse.transpose(1, 2))
+            dq[i].addcmul_(reader, q[i].unsqueeze(1))
+            inverse.square_().mul_(q[i].square().unsqueeze(-1))
+            scratch.addcmul_(inverse, du[i].unsqueeze(-2))
+        dj.sub_(scratch)
+        if dprior is not None:
+            dprior.sub_(scratch)
+
+    for i in reversed(range(steps)):
+        if not before:
+            unread(i, i + 1)
+        torch.bmm(k[i].unsqueeze(1), dh, out=dw[i])
+        torch.bmm(squares[i].unsqueeze(1), dj, out=db[i])
+        torch.bmm(w[i].unsqueeze(1), dh.transpose(1, 2), out=through_h[i])
+        torch.bmm(b[i].unsqueeze(1), dj.transpose(1, 2), out=through_j[i])
+        if decay is not None:
+            if dg is not None:
+                torch.mul(h[i], dh, out=scratch).addcmul_(j[i], dj)
+                torch.sum(scratch, -1, out=dg[i])
+            dh.mul_(decay[i].unsqueeze(-1))
+            dj.mul_(decay[i].unsqueeze(-1))
+        if before:
+            unread(i, i)
+    dk = through_h.squeeze(2).addcmul_(through_j.squeeze(2), k, value=2)
+    for target, value in ((local.q, dq.squeeze(2)), (local.k, dk)):
+        target[span] = value.transpose(0, 1)
+    for target, value in ((local.w, dw.squeeze(2)), (local.b, db.squeeze(2))):
+        target[span] = value.transpose(0, 1)
+    local.h[span], local.j[span] = dh, dj
+    if dg is not None and local.g is not None and decay is not None:
+        if local.g.shape[2] == 1:
+            dg = dg.sum(-1, keepdim=True)
+        local.g[span] = dg.mul_(decay).transpose(0, 1)
+    if dprior is not None and local.prior is not None:
+        local.prior[span] = dprior.sum(-1)
+
+
+def _backward(
+    grad: Tensor,
+    grad_doubt: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    b: Tensor,
+    g: Tensor | None,
+    prior: Tensor,
+    grad_final: tuple[Tensor | None, Tensor | None],
+    before: bool,
+    kept: tuple[Tensor, Tensor],
+    dq: Tensor,
+    dk: Tensor,
+    dw: Tensor,
+    db: Tensor,
+    dg: Tensor | None,
+    dprior: Tensor | None,
+    dinitial: tuple[Tensor, Tensor],
+) -> None:
+    batch, tokens, heads, size = w.shape
+    dtype = kept[0].dtype
+    synapses = k.shape[3] * size
+    for rows in _rows(batch, heads, min(q.shape[2], k.shape[2]), synapses):
+        corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
+        shape = (rows.count, k.shape[3], size)
+        state = [_start(x, corner, shape, kept[0]) for x in grad_final]
+        floor = _floor(prior, rows, dtype)
+        for tile in reversed(_tiles(tokens)):
+            start = tuple(x[tile.chunk, *corner].reshape(shape) for x in kept)
+            t, _ = _prepare(
+                q, k, w, b, g, (start[0], start[1]), rows, tile, backward=dg is not None
+            )
+            dy = load(grad, rows, tile, dtype)
+            du = None if grad_doubt is None else load(grad_doubt, rows, tile, dtype)
+            local = _Local(
+                *(torch.empty_like(x) for x in (t.q, t.k, t.w, t.b)),
+                None if dg is None else torch.empty_like(_need(t.decay)),
+                None if dprior is None else t.k.new_empty(t.k.shape[0], t.k.shape[2]),
+                torch.empty_like(t.h),
+                torch.empty_like(t.j),
+            )
+            floors = floor.repeat(tile.count, 1, 1)
+            for span in _spans(t.k.shape[0], synapses):
+                _unread(t, span, floors[span], before, dy, du, local)
+            # what later sub-chunks read came through the state at the end of this one
+            total = t.gate.total_of(tile.count)
+            after = []
+            for i, entry in enumerate((local.h, local.j)):
+                entries = entry.view(tile.count, *shape)
+                ends = entry.new_empty(tile.count + 1, *shape)
+                ends[tile.count] = state[i]
+                for c in reversed(range(tile.count)):
+                    carry(ends[c + 1], entries[c], None if total is None else total[c], ends[c])
+                state[i] = ends[0]
+                after.append(ends[1:].view(-1, *shape[1:]))
+            local.w.baddbmm_(t.keys, after[0])
+            local.b.baddbmm_(t.squares, after[1])
+            through = torch.bmm(t.w, after[0].transpose(1, 2))
+            local.k.add_(t.gate.tail_backward(through, t.keys))
+            through = torch.bmm(t.b, after[1].transpose(1, 2))
+            local.k.addcmul_(t.gate.tail_backward(through, t.squares), t.k, value=2)
+            if dg is not None and local.g is not None:
+                t.gate.finish(t.h, after[0])
+                local.g.add_(t.gate.finish(t.j, after[1]))
+                store(dg, local.g, rows, tile)
+            results = ((dq, local.q), (dk, local.k), (dw, local.w), (db, local.b))
+            for target, value in results:
+                store(target, value, rows, tile)
+            if dprior is not None and local.prior is not None:
+                part = local.prior.view(tile.count * rows.batch, rows.width, -1).sum(0)
+                if dprior.shape[1] == 1:
+                    part = part.sum(-1, keepdim=True)
+                dprior[rows.h0 : rows.h1].add_(part)
+        for target, value in zip(dinitial, state, strict=True):
+            target[corner].copy_(value.view(target[corner].shape))
+
+
+@torch.library.custom_op("glazoo::chunked_synapse", mutates_args=())
+@without_autocast
+def _synapse(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    b: Tensor,
+    g: Tensor | None,
+    prior: Tensor,
+    initial_h: Tensor | None,
+    initial_j: Tensor | None,
+    cu_seqlens: Tensor | None,
+    before: bool,
+    uncertainty: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, tokens, heads, size = w.shape
+    out, doubt = empty_as(w), empty_as(w, uncertainty)
+    like = torch.empty((), dtype=compute_dtype(q, k, w, b), device=w.device)
+    shape = (sequences(cu_seqlens, batch), heads, k.shape[3], size)
+    final = [starting(x, shape, like) for x in (initial_h, initial_j)]
+    total = slots(cu_seqlens, batch, tokens, CHUNK) if keep else 0
+    kept = [like.new_empty(total, *shape[1:]) for _ in range(2)]
+
+    def core(operands: Any, states: Any, results: Any, finals: Any, parts: Any) -> None:
+        extra = results[1] if uncertainty else None
+        _forward(*operands, prior, states, before, results[0], extra, finals, parts or None)
+
+    results = [out] + [doubt] * uncertainty
+    over_sequences(
+        core,
+        cu_seqlens,
+        CHUNK,
+        [q, k, w, b, g],
+        [initial_h, initial_j],
+        results,
+        final,
+        kept if keep else [],
+    )
+    return out, final[0], final[1], doubt, kept[0], kept[1]
+
+
+@_synapse.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    b: Tensor,
+    g: Tensor | None,
+    prior: Tensor,
+    initial_h: Tensor | None,
+    initial_j: Tensor | None,
+    cu_seqlens: Tensor | None,
+    before: bool,
+    uncertainty: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, tokens, heads, size = w.shape
+    dtype = compute_dtype(q, k, w, b)
+    shape = (heads, k.shape[3], size)
+    total = slots(cu_seqlens, batch, tokens, CHUNK) if keep else 0
+    count = sequences(cu_seqlens, batch)
+    return (
+        empty_as(w),
+        w.new_empty(count, *shape, dtype=dtype),
+        w.new_empty(count, *shape, dtype=dtype),
+        empty_as(w, uncertainty),
+        w.new_empty(total, *shape, dtype=dtype),
+        w.new_empty(total, *shape, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("glazoo::chunked_synapse_backward", mutates_args=())
+@without_autocast
+def _synapse_backward(
+    grad: Tensor,
+    grad_doubt: Tensor | None,
+    grad_h: Tensor | None,
+    grad_j: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    b: Tensor,
+    g: Tensor | None,
+    prior: Tensor,
+    cu_seqlens: Tensor | None,
+    kept_h: Tensor,
+    kept_j: Tensor,
+    before: bool,
+    with_gate: bool,
+    with_prior: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, _, heads, size = w.shape
+    found = [empty_as(x) for x in (q, k, w, b)]
+    dg = empty_as(w if g is None else g, with_gate)
+    # summed over all tokens in the compute dtype
+    dprior = kept_h.new_zeros(prior.shape if with_prior else (0,))
+    shape = (sequences(cu_seqlens, batch), heads, k.shape[3], size)
+    dinitial = [starting(x, shape, kept_h) for x in (grad_h, grad_j)]
+
+    def core(operands: Any, states: Any, results: Any, finals: Any, parts: Any) -> None:
+        _backward(
+            *operands,
+            prior,
+            states,
+            before,
+            parts,
+            *results[:4],
+            results[4] if with_gate else None,
+            dprior if with_prior else None,
+            finals,
+        )
+
+    over_sequences(
+        core,
+        cu_seqlens,
+        CHUNK,
+        [grad, grad_doubt, q, k, w, b, g],
+        [grad_h, grad_j],
+        found + [dg] * with_gate,
+        dinitial,
+        [kept_h, kept_j],
+    )
+    return found[0], found[1], found[2], found[3], dg, dprior, dinitial[0], dinitial[1]
+
+
+@_synapse_backward.register_fake
+def _(
+    grad: Tensor,
+    grad_doubt: Tensor | None,
+    grad_h: Tensor | None,
+    grad_j: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    b: Tensor,
+    g: Tensor | None,
+    prior: Tensor,
+    cu_seqlens: Tensor | None,
+    kept_h: Tensor,
+    kept_j: Tensor,
+    before: bool,
+    with_gate: bool,
+    with_prior: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shape = (sequences(cu_seqlens, w.shape[0]), w.shape[2], k.shape[3], w.shape[3])
+    return (
+        empty_as(q),
+        empty_as(k),
+        empty_as(w),
+        empty_as(b),
+        empty_as(w if g is None else g, with_gate),
+        kept_h.new_empty(prior.shape if with_prior else (0,)),
+        kept_h.new_empty(shape),
+        kept_h.new_empty(shape),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, w, b, g, prior, initial_h, initial_j, cu_seqlens, before, _, _ = inputs
+    ctx.save_for_backward(q, k, w, b, g, prior, cu_seqlens, output[4], output[5])
+    ctx.before = before
+    ctx.initial = tuple(None if x is None else x.dtype for x in (initial_h, initial_j))
+    ctx.set_materialize_grads(False)
+
+
+def _pull(
+    ctx: Any, grad: Any, grad_h: Any, grad_j: Any, grad_doubt: Any, *unused: Any
+) -> tuple[Any, ...]:
+    q, k, w, b, g, prior, cu_seqlens, kept_h, kept_j = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(w)
+    with_gate = g is not None and ctx.needs_input_grad[4]
+    with_prior = ctx.needs_input_grad[5]
+    dq, dk, dw, db, dg, dprior, *dinitial = _synapse_backward(
+        grad,
+        grad_doubt,
+        grad_h,
+        grad_j,
+        q,
+        k,
+        w,
+        b,
+        g,
+        prior,
+        cu_seqlens,
+        kept_h,
+        kept_j,
+        ctx.before,
+        with_gate,
+        with_prior,
+    )
+    states = [
+        None if dtype is None else x.to(dtype)
+        for x, dtype in zip(dinitial, ctx.initial, strict=True)
+    ]
+    return (
+        dq,
+        dk,
+        dw,
+        db,
+        dg if with_gate else None,
+        dprior.to(prior.dtype) if with_prior else None,
+        *states,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+_synapse.register_autograd(_pull, setup_context=_setup)
+
+
+def _step(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    b: Tensor,
+    g: Tensor | None,
+    prior: Tensor,
+    initial: tuple[Tensor, Tensor] | None,
+    before: bool,
+    uncertainty: bool,
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+    heads = w.shape[2]
+    dtype = compute_dtype(q, k, w, b)
+    query, key = (repeat_heads(x[:, 0], heads).to(dtype) for x in (q, k))
+    h = key.unsqueeze(-1) * w[:, 0].to(dtype).unsqueeze(-2)
+    j = key.square().unsqueeze(-1) * b[:, 0].to(dtype).unsqueeze(-2)
+    if initial is None:
+        old_h, old_j = torch.zeros_like(h), torch.zeros_like(j)
+    else:
+        old_h, old_j = (x.to(dtype) for x in initial)
+        if g is None:
+            h, j = h + old_h, j + old_j
+        else:
+            decay = g[:, 0].to(dtype).exp().unsqueeze(-1)
+            decay = decay.unsqueeze(-1) if g.dim() == 3 else decay
+            h, j = h + decay * old_h, j + decay * old_j
+    read_h, read_j = (old_h, old_j) if before else (h, j)
+    total = read_j + prior.to(dtype).unsqueeze(-1)
+    out = query.unsqueeze(-2) @ (read_h / total)
+    doubt = None
+    if uncertainty:
+        spread = query.square().unsqueeze(-2) @ total.reciprocal()
+        doubt = spread.squeeze(-2).unsqueeze(1).to(w.dtype)
+    return out.squeeze(-2).unsqueeze(1).to(w.dtype), (h, j), doubt
+
+
+def synapse(
+    q: Float[Tensor, "B T Hq K"],
+    k: Float[Tensor, "B T Hk K"],
+    w: Float[Tensor, "B T HV V"],
+    b: Float[Tensor, "B T HV V"],
+    g: Float[Tensor, "B T HV"] | Float[Tensor, "B T HV K"] | None = None,
+    *,
+    prior: Float[Tensor, " HV"] | Float[Tensor, "HV K"],
+    initial_state: tuple[Tensor, Tensor] | None = None,
+    read: str = "post",
+    uncertainty: bool = False,
+    cu_seqlens: Int[Tensor, " N+1"] | None = None,
+) -> tuple[
+    Float[Tensor, "B T HV V"],
+    tuple[Float[Tensor, "N HV K V"], Float[Tensor, "N HV K V"]],
+    Float[Tensor, "B T HV V"] | None,
+]:
+    """Palimpsa in its natural parameters: memory and importance of every synapse.
+
+        h_t = Diag(exp g_t) h_{t-1} + k_t w_t^T        J_t = Diag(exp g_t) J_{t-1} + k_t^2 b_t^T
+        o_t = (h_t / (J_t + I_p))^T q_t                (read "pre": of the states of t - 1)
+
+    h and J are linear, so their values every 16 tokens come from matmuls; all these sub-chunks are
+    then walked at once, token by token, in arrays that fit in the cache.
+
+    Memory: training keeps 2 K V / 256 numbers per token and head besides the operands (the states
+    every 256 tokens) and recomputes the states of single tokens, 16 tokens of a few rows at a time.
+
+    Gradients: with r = 1 / (J + I_p), X = h r and dy the gradient of o, a read owes
+
+        dX = q dy^T      dh = dX . r      dJ = -dX . X . r      dq = X dy      dI_p = sum dJ
+
+    to the states; dh and dJ are carried backward by the decays to dh_acc and dJ_acc, from which
+
+        dw = dh_acc^T k      db = dJ_acc^T k^2      dk = dh_acc w + 2 k . (dJ_acc b)
+        dg_t = exp(g_t) (<h_{t-1}, dh_acc_t> + <J_{t-1}, dJ_acc_t>)       (per key or per head).
+
+    Inside a sub-chunk the loop does this; the part that flows through the state at its end is the
+    linear class's backward pass, in matmuls.
+
+    Args:
+        q: queries, already scaled. Any floating dtype.
+        k: keys.
+        w: values times write gate; its dtype is the output's.
+        b: importance gate per value channel, >= 0.
+        g: natural log of the decay, <= 0, -inf allowed; None is no decay.
+        prior: importance I_p > 0 of a synapse that was never written.
+        initial_state: (h_0, J_0); None is zeros.
+        read: "post" reads after the write of the token, "pre" before its decay and write.
+        uncertainty: also return sum_k q_k^2 / (J_t + I_p)_k.
+        cu_seqlens: borders of packed sequences (then B = 1); empty sequences are allowed.
+
+    Returns:
+        o in the dtype of w, the final (h, J) in float32 (float64 for float64 operands), and the
+        uncertainty in the dtype of w or None.
+
+    Raises:
+        ValueError: for shapes that do not fit together or an unknown `read`.
+
+    Reference:
+        Bonnet et al., "Learning to Remember, Learn, and Forget in Attention-Based Models",
+        ICML 2026, arXiv:2602.09075.
+    """
+    checks.choice("read", read, ("post", "pre"))
+    checks.tokens(q=q, k=k, w=w, b=b)
+    checks.heads(w.shape[2], q=q, k=k)
+    checks.shape("b", b, tuple(w.shape))
+    checks.gate("g", g, k, w)
+    checks.packing(cu_seqlens, w)
+    heads, keys = w.shape[2], k.shape[3]
+    checks.shape("prior", prior, (heads,), (heads, keys))
+    for i, x in enumerate(initial_state or ()):
+        checks.state(f"initial_state[{i}]", x, cu_seqlens, w, keys, w.shape[3])
+    before = read == "pre"
+    if prior.dim() == 1:
+        prior = prior.unsqueeze(-1)
+    if w.shape[1] == 1 and cu_seqlens is None:
+        with torch.autocast(w.device.type, enabled=False):
+            return _step(q, k, w, b, g, prior, initial_state, before, uncertainty)
+    h, j = (None, None) if initial_state is None else initial_state
+    keep = needs_grad(q, k, w, b, g, prior, h, j)
+    out, final_h, final_j, doubt, _, _ = _synapse(
+        q, k, w, b, g, prior, h, j, cu_seqlens, before, uncertainty, keep
+    )
+    return out, (final_h, final_j), doubt if uncertainty else None

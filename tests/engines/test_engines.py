@@ -1,0 +1,145 @@
+"""Every engine computes what the reference computes, for every spec and both metaplastic forms."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+import glazoo
+from glazoo.engines import available
+from oracles import make_operands, make_state
+
+FORMS = [(n, None) for n in glazoo.names()] + [
+    (n, gate)
+    for n in glazoo.names()
+    if not glazoo.load(n).metaplastic
+    for gate in ("head", "value")
+]
+ENGINES = [e for e in available() if e != "reference"]
+
+
+def instance(name, gate, regime="normal", *, tokens=70, batch=2, sequences=None):
+    rng = np.random.default_rng(zlib.crc32(f"{name} {gate} {regime} {tokens}".encode()))
+    sizes = {"H": 2, "HV": 4, "K": 5, "V": 3}
+    operands = make_operands(name, rng, batch, tokens, **sizes, gate=gate, regime=regime)
+    start = make_state(name, rng, sequences or batch, **sizes, gate=gate)
+    parts = [*start[:3], *(start.lag or (None, None))]
+    tensor = {k: None if x is None else torch.from_numpy(np.array(x)) for k, x in operands.items()}
+    state = glazoo.State(*(None if x is None else torch.from_numpy(np.array(x)) for x in parts))
+    spec = glazoo.load(name)
+    return (spec if gate is None else glazoo.metaplasticize(spec, gate=gate)), tensor, state
+
+
+def run(spec, operands, impl, **options):
+    ops = dict(operands)
+    return glazoo.attention(
+        spec,
+        ops.pop("q"),
+        ops.pop("k"),
+        ops.pop("v"),
+        **ops,
+        output_final_state=True,
+        impl=impl,
+        **options,
+    )
+
+
+def everything(result) -> list[torch.Tensor]:
+    uncertainty = [result.uncertainty] if len(result) == 3 else []
+    return [result.output, *(x for x in result.final_state if x is not None), *uncertainty]
+
+
+def assert_same(actual, expected, terms: int) -> None:
+    """Two float64 evaluations of the same sums differ by one rounding per term, times the scale of
+    the intermediate values; a reordered recurrence cannot be asked for more."""
+    for x, y in zip(actual, expected, strict=True):
+        assert x.shape == y.shape
+        assert x.dtype == y.dtype
+        finite = torch.isfinite(y)
+        assert torch.equal(torch.isfinite(x), finite)
+        x, y = x[finite], y[finite]
+        scale = max(1.0, float(y.abs().max())) if y.numel() else 1.0
+        bound = 64 * terms * torch.finfo(y.dtype).eps * scale
+        assert (x - y).abs().max() <= bound if y.numel() else True
+
+
+def has_variance(spec) -> bool:
+    return spec.importance is None or spec.importance.preconditioner is None
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("regime", ["normal", "no_decay", "strong_decay", "reset", "zero_keys"])
+@pytest.mark.parametrize(("name", "gate"), FORMS)
+def test_agrees_with_the_reference(name, gate, regime, impl) -> None:
+    spec, operands, state = instance(name, gate, regime)
+    options = {"initial_state": state, "output_uncertainty": has_variance(spec)}
+    actual, expected = (run(spec, operands, e, **options) for e in (impl, "reference"))
+    assert_same(everything(actual), everything(expected), 70 * 5)
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize("tokens", [0, 1, 2])
+@pytest.mark.parametrize(("name", "gate"), FORMS)
+def test_short_sequences(name, gate, tokens, impl) -> None:
+    spec, operands, state = instance(name, gate, tokens=tokens)
+    for start in (None, state):
+        actual, expected = (
+            run(spec, operands, e, initial_state=start) for e in (impl, "reference")
+        )
+        assert_same(everything(actual), everything(expected), 10)
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize(("name", "gate"), FORMS)
+def test_packed_sequences(name, gate, impl) -> None:
+    lengths = [1, 0, 66, 5, 0]
+    cu = torch.tensor([0, *np.cumsum(lengths)])
+    spec, operands, state = instance(name, gate, tokens=72, batch=1, sequences=len(lengths))
+    for start in (None, state):
+        options = {
+            "initial_state": start,
+            "cu_seqlens": cu,
+            "output_uncertainty": has_variance(spec),
+        }
+        actual, expected = (run(spec, operands, e, **options) for e in (impl, "reference"))
+        assert_same(everything(actual), everything(expected), 72 * 5)
+
+
+@pytest.mark.parametrize("impl", ENGINES)
+@pytest.mark.parametrize(("name", "gate"), FORMS)
+def test_gradients(name, gate, impl) -> None:
+    spec, operands, state = instance(name, gate, tokens=19, batch=1)
+    rng = torch.Generator().manual_seed(1)
+
+    def gradients(engine):
+        ops = {k: None if x is None else x.clone().requires_grad_() for k, x in operands.items()}
+        start = state.map(lambda x: x.clone().requires_grad_())
+        results = everything(run(spec, ops, engine, initial_state=start))
+        rng.manual_seed(1)
+        loss = sum((x * torch.randn(x.shape, generator=rng, dtype=x.dtype)).sum() for x in results)
+        loss.backward()
+        leaves = [*ops.values(), *start]
+        return [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves if x is not None]
+
+    actual, expected = gradients(impl), gradients("reference")
+    if spec.posterior.precision == "full":
+        # H is symmetric: only the symmetric part of its gradient means anything.
+        actual[-1], expected[-1] = (x + x.mT for x in (actual[-1], expected[-1]))
+    assert_same(actual, expected, 19 * 5 * 5)
+
+
+@pytest.mark.parametrize("impl", ["auto", *ENGINES])
+@pytest.mark.parametrize("as_spec", [False, True])
+def test_compiles_without_graph_breaks(as_spec, impl) -> None:
+    spec, operands, _ = instance("gated_deltanet", "head")
+    name = spec if as_spec else spec.name
+
+    def f(ops):
+        return run(name, ops, impl).output
+
+    torch.compiler.reset()
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(operands), f(operands))
