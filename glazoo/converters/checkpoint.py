@@ -448,7 +448,7 @@ def convert_checkpoint(
     Reference: arXiv:2602.09075, MetaMamba2.
     """
     begun = time.monotonic()
-    source, destination = Path(src), Path(dst)
+    source, destination = Path(src), Path(os.path.abspath(dst))
     checkpoint = inspect_checkpoint(source)
     family, config = checkpoint.family, checkpoint.config
     settings = Settings.make(
@@ -490,7 +490,7 @@ def convert_checkpoint(
     before, after = _state_bytes(checkpoint, settings)
     return ConversionReport(
         source=str(source),
-        destination=str(destination),
+        destination=str(dst),
         dry_run=dry_run,
         family=family.model_type,
         architecture=family.converted_architecture(checkpoint.architecture),
@@ -659,7 +659,7 @@ def revert_checkpoint(
             in it was changed.
     """
     begun = time.monotonic()
-    source, destination = Path(src), Path(dst)
+    source, destination = Path(src), Path(os.path.abspath(dst))
     if not source.is_dir():
         raise ConversionError(f"{source}: there is no such folder")
     if not (source / MANIFEST).is_file():
@@ -700,7 +700,7 @@ def revert_checkpoint(
         raise ConversionError(f"cannot revert {source}: {one_line(e)}") from e
     return RevertReport(
         source=str(source),
-        destination=str(destination),
+        destination=str(dst),
         files=tuple(records),
         seconds=time.monotonic() - begun,
     )

@@ -196,6 +196,9 @@ class Staging:
         finally:
             self._discard()
             self._signals.__exit__()
+        # What came in while the folder was being renamed: it is complete, but nobody is waiting.
+        if kind is None:
+            self._signals.deliver()
         if isinstance(error, OSError):
             raise ConversionError(f"cannot write {self.destination}: {one_line(error)}") from error
 

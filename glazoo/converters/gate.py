@@ -145,16 +145,16 @@ class ImportanceGate(nn.Module):
 
     def forward(
         self, hidden: Float[Tensor, "B T D"], write: Float[Tensor, "B T HV"]
-    ) -> Float[Tensor, "B T HV *V"]:
-        """Gives the importance gate of every token.
+    ) -> tuple[Float[Tensor, "B T HV *V"], Float[Tensor, " HV"]]:
+        """Gives the importance gate of every token and the prior of every head.
 
         Args:
             hidden: the mixer's input, [B, T, D].
             write: the write gate beta, [B, T, HV], float32 or float64.
 
         Returns:
-            b >= 0 in the write gate's dtype, [B, T, HV] for a head gate and [B, T, HV, V] for a
-            value gate.
+            b >= 0, [B, T, HV] for a head gate and [B, T, HV, V] for a value gate, and I_p > 0,
+            [HV], both in the write gate's dtype.
         """
         # The two small products run in the model's dtype; what they give enters a sigmoid.
         low = F.linear(F.linear(hidden, self.b_down.to(hidden.dtype)), self.b_up.to(hidden.dtype))
@@ -163,12 +163,8 @@ class ImportanceGate(nn.Module):
         if self.gate == "value":
             strength = strength.unsqueeze(-1)
             opening = opening.unflatten(-1, (self.heads, self.value))
-        b: Tensor = strength * opening
-        return b
-
-    def prior(self, dtype: torch.dtype) -> Float[Tensor, " HV"]:
-        """Gives the prior importance I_p > 0 of every head."""
-        return self.ip_log.to(dtype).exp()
+        # One call gives both: between calls, an offloading hook takes the parameters away.
+        return strength * opening, self.ip_log.to(write.dtype).exp()
 
     def extra_repr(self) -> str:
         rank = self.b_down.shape[0]

@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from glazoo.converters.errors import ConversionError
+
 __all__ = [
     "AddedTensor",
     "Check",
@@ -74,12 +76,17 @@ class Report:
         raise NotImplementedError
 
     def write(self, path: Path | str) -> None:
-        """Writes the report: JSON if the name ends in .json, readable text otherwise."""
+        """Writes the report to a file: readable text if its name ends in .md, JSON otherwise.
+
+        Raises:
+            ConversionError: the file cannot be written.
+        """
         path = Path(path)
-        if path.suffix == ".json":
-            path.write_text(json.dumps(self.to_json(), indent=2) + "\n", "utf-8")
-        else:
-            path.write_text(self.to_markdown(), "utf-8")
+        data = json.dumps(self.to_json(), indent=2) + "\n"
+        try:
+            path.write_text(self.to_markdown() if path.suffix == ".md" else data, "utf-8")
+        except OSError as e:
+            raise ConversionError(f"cannot write the report {path}: {e.strerror}") from e
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,8 @@ def read_shard(path: Path) -> Shard:
         bits = _BITS.get(dtype)
         # Offsets must tile the data without holes: anything else is a damaged file, or one that
         # hides something.
-        if first != end or (bits is not None and nbytes * 8 != bits * math.prod(shape)):
+        fits = bits is None or nbytes * 8 == bits * math.prod(shape)
+        if first != end or nbytes < 0 or min(shape, default=0) < 0 or not fits:
             raise ConversionError(f"{name}: the header is damaged at tensor {key}")
         tensors[key] = TensorInfo(dtype, shape, nbytes)
         end = last

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
@@ -66,14 +67,28 @@ class _ConvertedModel:
         else:
             super()._init_weights(module)  # type: ignore[misc]
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Saves the model, into the folder it was loaded from too."""
+        # A conversion links shards to the source's files. Writing over one would change the source:
+        # take the link away first. What replaces it is a file of its own.
+        if Path(save_directory).is_dir():
+            for path in Path(save_directory).glob("*.safetensors"):
+                if path.stat().st_nlink > 1:
+                    path.unlink()
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
     @classmethod
     def from_pretrained(
-        cls, path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        output_loading_info: bool = False,
+        **kwargs: Any,
     ) -> Any:
         """Loads a converted checkpoint; absent or unknown metaplastic tensors are an error, not a
         log line."""
         model, info = super().from_pretrained(  # type: ignore[misc]
-            path, *args, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
         missing = sorted(info["missing_keys"])
         unknown = sorted(k for k in info["unexpected_keys"] if ".metaplastic." in k)
@@ -86,7 +101,7 @@ class _ConvertedModel:
             if keys:
                 more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
                 raise ConversionError(
-                    f"{path} {kind} tensors: {', '.join(keys[:3])}{more}; "
+                    f"{pretrained_model_name_or_path} {kind} tensors: {', '.join(keys[:3])}{more}; "
                     "it is not a complete converted checkpoint"
                 )
         return (model, info) if output_loading_info else model
@@ -175,6 +190,13 @@ def attach(model: nn.Module, family: Family, settings: Settings) -> None:
     mixers = find_mixers(model, family)
     if absent := sorted(set(settings.layers) - set(mixers)):
         raise ConversionError(f"the model has no {family.mixer} in the layers {absent}")
+    if any("forward" in vars(mixers[layer]) for layer in settings.layers):
+        # A hook of that kind keeps the source's forward pass on the instance, over any class.
+        raise ConversionError(
+            "the model's mixers carry hooks that replace `forward` (it was loaded with a "
+            "device_map "
+            "that offloads): convert the checkpoint folder, or load the model without"
+        )
     for layer in settings.layers:
         mixer = mixers[layer]
         weight = next(mixer.parameters())
@@ -267,6 +289,8 @@ def __getattr__(name: str) -> Any:
             continue
         if name == cls.__name__:
             return cls
+        if name == f"Metaplastic{family.mixer}":
+            return _mixer_class(family.source_model(family.mixer), family)
         for architecture in family.architectures:
             if name == family.converted_architecture(architecture):
                 return model_class(family.source_model(architecture), family)

@@ -4,6 +4,7 @@ pass."""
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,6 +42,13 @@ def unpack_state(packed: Tensor, value: int) -> State:
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else (x * mask[:, :, None]).to(x.dtype)
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Holds autocast off: importance adds up small numbers, and loses them in a narrow dtype."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 class SSDMixer(nn.Module):
@@ -132,20 +140,22 @@ class SSDMixer(nn.Module):
             step = step.clamp(*self.time_step_limit)
         step = step.to(wide)
 
-        out = attention(
-            self.metaplastic_spec,
-            query.reshape(batch, tokens, self.n_groups, self.ssm_state_size),
-            key.reshape(batch, tokens, self.n_groups, self.ssm_state_size),
-            x,
-            g=-torch.exp(self.A_log.to(wide)) * step,
-            beta=step,
-            b=self.metaplastic(hidden_states, step),
-            prior=self.metaplastic.prior(wide),
-            scale=1.0,
-            initial_state=None if packed is None else unpack_state(packed, self.head_dim),
-            output_final_state=cache_params is not None,
-            impl=self.metaplastic_impl,
-        )
+        b, prior = self.metaplastic(hidden_states, step)
+        with _full_precision(x.device):
+            out = attention(
+                self.metaplastic_spec,
+                query.reshape(batch, tokens, self.n_groups, self.ssm_state_size),
+                key.reshape(batch, tokens, self.n_groups, self.ssm_state_size),
+                x,
+                g=-torch.exp(self.A_log.to(wide)) * step,
+                beta=step,
+                b=b,
+                prior=prior,
+                scale=1.0,
+                initial_state=None if packed is None else unpack_state(packed, self.head_dim),
+                output_final_state=cache_params is not None,
+                impl=self.metaplastic_impl,
+            )
         if cache_params is not None:
             assert out.final_state is not None
             cache_params.update_recurrent_state(pack_state(out.final_state), self.layer_idx)

@@ -112,9 +112,7 @@ def tiles(tokens: int, rows: int, chunk: int, limit: int = TILE) -> list[Tile]:
     return found
 
 
-def _windows(
-    x: Tensor, buffer: Tensor, rows: Rows, tile: Tile
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _windows(x: Tensor, buffer: Tensor, rows: Rows, tile: Tile) -> Iterator[tuple[Tensor, Tensor]]:
     """Pairs of views [n, b, heads, share, C, D]: of the tile's tokens in x and in the buffer."""
     share = rows.heads // x.shape[2]
     part = x[rows.b0 : rows.b1, tile.start : tile.stop, rows.h0 // share : rows.h1 // share]
@@ -244,9 +242,7 @@ def groups(cu_seqlens: Tensor | None, batch: int, tokens: int, chunk: int) -> li
                 found.append(Group(1, span[1] - span[0], part, span))
             else:
                 spans = [(borders[j], borders[j + 1]) for j in part]
-                found.append(
-                    Group(len(part), padded, part, spans=spans, device=cu_seqlens.device)
-                )
+                found.append(Group(len(part), padded, part, spans=spans, device=cu_seqlens.device))
     return found
 
 

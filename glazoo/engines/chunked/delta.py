@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import checks
-from .common import (
+from glazoo.engines.chunked import checks
+from glazoo.engines.chunked.common import (
     Rows,
     Tile,
     carry,
@@ -27,7 +27,7 @@ from .common import (
     tiles,
     without_autocast,
 )
-from .gates import ERASE, READ, READ_BEFORE, NoGate, corners, gate_of
+from glazoo.engines.chunked.gates import ERASE, READ, READ_BEFORE, NoGate, corners, gate_of
 
 CHUNK = 64
 # Diagonal blocks of the triangular system of this size are inverted by substitution, larger ones
@@ -47,9 +47,7 @@ def _unit_lower_inverse(system: Tensor) -> Tensor:
         return solved.contiguous()
     inverse = torch.zeros_like(system)
     target = inverse.view(count, size // block, block, size // block, block)
-    target.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).copy_(
-        solved.view(count, -1, block, block)
-    )
+    target.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).copy_(solved.view(count, -1, block, block))
     half = block
     while half < size:
         number = size // (2 * half)
@@ -283,9 +281,7 @@ def _delta_backward(
 
     def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
         gate = results[4] if with_gate else None
-        _backward(
-            operands[0], *states, *operands[1:], *kept, previous, *results[:4], gate, *finals
-        )
+        _backward(operands[0], *states, *operands[1:], *kept, previous, *results[:4], gate, *finals)
 
     over_sequences(
         core,

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .common import Rows, Tile, load, triangle
+from glazoo.engines.chunked.common import Rows, Tile, load, triangle
 
 
 def levels(size: int) -> list[int]:
@@ -48,9 +48,7 @@ def corners(x: Tensor, half: int) -> Tensor:
     return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)[:, :, half:, :half]
 
 
-def _spread(
-    reader: Tensor, writer: Tensor, exclusive: bool, target: tuple[Tensor, Tensor]
-) -> None:
+def _spread(reader: Tensor, writer: Tensor, exclusive: bool, target: tuple[Tensor, Tensor]) -> None:
     """Adds what a product from j < t to i >= t owes to g_t, given its value by reader and writer.
 
     reader, writer and target [.., s, D]: the first of target is where the writers are.
@@ -141,9 +139,7 @@ class HeadGate(NoGate):
         for half in levels(self.size):
             first, second = halves(prefix, half)
             before, behind = halves(suffix, half)
-            torch.mul(
-                second.exp(), before.exp().transpose(2, 3), out=corners(decays, half)
-            )
+            torch.mul(second.exp(), before.exp().transpose(2, 3), out=corners(decays, half))
             before.add_(second[:, :, -1:])
             second.add_(first[:, :, -1:])
         self.decays = decays

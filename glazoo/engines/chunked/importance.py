@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import checks
-from .common import (
+from glazoo.engines.chunked import checks
+from glazoo.engines.chunked.common import (
     carry,
     compute_dtype,
     empty_as,
@@ -22,7 +22,7 @@ from .common import (
     tiles,
     without_autocast,
 )
-from .gates import halves, levels
+from glazoo.engines.chunked.gates import halves, levels
 
 CHUNK = 64
 

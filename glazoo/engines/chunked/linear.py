@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import checks
-from .common import (
+from glazoo.engines.chunked import checks
+from glazoo.engines.chunked.common import (
     carry,
     compute_dtype,
     empty_as,
@@ -25,7 +25,7 @@ from .common import (
     tiles,
     without_autocast,
 )
-from .gates import READ, READ_BEFORE, gate_of
+from glazoo.engines.chunked.gates import READ, READ_BEFORE, gate_of
 
 CHUNK = 64
 
@@ -196,9 +196,7 @@ def _linear_backward(
 
     def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
         gate = results[3] if with_gate else None
-        _backward(
-            operands[0], *states, *operands[1:], *kept, before, *results[:3], gate, *finals
-        )
+        _backward(operands[0], *states, *operands[1:], *kept, before, *results[:3], gate, *finals)
 
     results = [dq, dk, dw] + [dg] * with_gate
     over_sequences(

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import checks
-from .common import (
+from glazoo.engines.chunked import checks
+from glazoo.engines.chunked.common import (
     Rows,
     Tile,
     carry,
@@ -27,7 +27,7 @@ from .common import (
     store,
     without_autocast,
 )
-from .gates import NoGate, gate_of
+from glazoo.engines.chunked.gates import NoGate, gate_of
 
 # Tokens between two states that are kept for the backward pass.
 CHUNK = 256

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from . import checks
-from .common import (
+from glazoo.engines.chunked import checks
+from glazoo.engines.chunked.common import (
     Rows,
     Tile,
     compute_dtype,
@@ -459,9 +459,7 @@ def _synapse_delta(
 
     def core(operands: Any, states: Any, results: Any, finals: Any, parts: Any) -> None:
         extra = results[1] if uncertainty else None
-        _forward(
-            *operands, prior, states, rule, previous, results[0], extra, finals, parts or None
-        )
+        _forward(*operands, prior, states, rule, previous, results[0], extra, finals, parts or None)
 
     over_sequences(
         core,
@@ -531,9 +529,7 @@ def _synapse_delta_backward(
     previous: bool,
     with_gate: bool,
     with_prior: bool,
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, _, heads, size = v.shape
     found = [empty_as(x) for x in (q, k, v, beta, b)]
     de = empty_as(k if e is None else e, e is not None)
@@ -591,9 +587,7 @@ def _(
     previous: bool,
     with_gate: bool,
     with_prior: bool,
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape = (sequences(cu_seqlens, v.shape[0]), v.shape[2], k.shape[3], v.shape[3])
     return (
         empty_as(q),
@@ -839,9 +833,7 @@ def synapse_delta(
     previous = base == "prev"
     if v.shape[1] == 1 and cu_seqlens is None:
         with torch.autocast(v.device.type, enabled=False):
-            return _single(
-                q, k, v, beta, b, e, g, prior, (mu, j), rule, previous, uncertainty
-            )
+            return _single(q, k, v, beta, b, e, g, prior, (mu, j), rule, previous, uncertainty)
     keep = needs_grad(q, k, v, beta, b, e, g, prior, mu, j)
     out, final_mu, final_j, doubt, _, _ = _synapse_delta(
         q, k, v, beta, b, e, g, prior, mu, j, cu_seqlens, rule, previous, uncertainty, keep

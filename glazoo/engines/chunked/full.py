@@ -1,0 +1,513 @@
+"""The full class: the exact posterior, one linear system per token (Mesa)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from glazoo.engines.chunked import checks
+from glazoo.engines.chunked.common import (
+    Rows,
+    Tile,
+    carry,
+    compute_dtype,
+    empty_as,
+    load,
+    needs_grad,
+    over_sequences,
+    repeat_heads,
+    row_blocks,
+    sequences,
+    slots,
+    starting,
+    store,
+    tiles,
+    without_autocast,
+)
+from glazoo.engines.chunked.gates import READ, NoGate, gate_of
+from glazoo.engines.chunked.linear import CHUNK, linear
+from glazoo.engines.chunked.linear import _backward as linear_backward
+
+# Numbers in the matrices of the tokens that are factored at once.
+SPAN = 1 << 21
+# Conjugate gradients stop when every residual is below this many units of rounding of its right
+# hand side, or after twice as many steps as there are keys.
+TOLERANCE = 16
+
+
+class _Systems:
+    """The systems (H_t + Lambda) x_t = y_t of a tile, from the states at its chunk borders."""
+
+    def __init__(
+        self,
+        k: Tensor,
+        w: Tensor,
+        g: Tensor | None,
+        prior: Tensor,
+        starts: Tensor,
+        rows: Rows,
+        tile: Tile,
+        gradients: bool,
+    ) -> None:
+        dtype = starts.dtype
+        self.k, self.w = load(k, rows, tile, dtype), load(w, rows, tile, dtype)
+        self.decay = None if g is None else load(g, rows, tile, dtype).exp_()
+        self.gate: NoGate = gate_of(g, rows, tile, dtype)
+        self.floor = prior[rows.h0 : rows.h1].to(dtype).repeat(tile.count * rows.batch, 1)
+        self.starts = starts
+        self.gradients = gradients
+
+    def solve(self, y: Tensor) -> Tensor:
+        """x [N, C, K] for right-hand sides y [N, C, K]."""
+        return self._iterate(y) if self.gradients else self._factor(y)
+
+    def _factor(self, y: Tensor) -> Tensor:
+        count, steps, keys = y.shape
+        x = torch.empty_like(y)
+        step = max(1, SPAN // (steps * keys * keys))
+        for first in range(0, count, step):
+            span = slice(first, min(first + step, count))
+            k, w = self.k[span], self.w[span]
+            matrices = y.new_empty(k.shape[0], steps, keys, keys)
+            state = self.starts[span]
+            for i in range(steps):
+                outer = (w[:, i].unsqueeze(-1), k[:, i].unsqueeze(-2))
+                new = matrices[:, i]
+                if self.decay is None:
+                    torch.addcmul(state, *outer, out=new)
+                else:
+                    torch.mul(state, self.decay[span][:, i].unsqueeze(-1), out=new)
+                    new.addcmul_(*outer)
+                state = new
+            diagonal = matrices.diagonal(dim1=2, dim2=3)
+            diagonal.add_(self.floor[span].unsqueeze(1))
+            factor, failed = torch.linalg.cholesky_ex(matrices)
+            solved = torch.cholesky_solve(y[span].unsqueeze(-1), factor).squeeze(-1)
+            if bool(failed.any()):
+                bad = failed > 0
+                solved[bad] = _regularised(matrices[bad], y[span][bad])
+            x[span] = solved
+        return x
+
+    def _iterate(self, y: Tensor) -> Tensor:
+        k, w, starts = self.k, self.w, self.starts
+        floor = self.floor.unsqueeze(1)
+        # diagonal of H_t + Lambda, the preconditioner
+        ones = self.gate.head(torch.ones_like(k))
+        decays = self.gate.scores(k.new_ones(*k.shape[:2], 1), k.new_ones(*k.shape[:2], 1), READ)
+        scale = torch.bmm(decays, k * w)
+        scale.addcmul_(ones, starts.diagonal(dim1=1, dim2=2).unsqueeze(1)).add_(floor)
+
+        def apply(x: Tensor) -> Tensor:
+            inside = torch.bmm(torch.bmm(x, k.transpose(1, 2)).mul_(decays), w)
+            return inside.add_(self.gate.head(torch.bmm(x, starts))).addcmul_(x, floor)
+
+        x = torch.zeros_like(y)
+        residual = y.clone()
+        direction = residual / scale
+        product = (residual * direction).sum(-1, keepdim=True)
+        goal = (TOLERANCE * torch.finfo(y.dtype).eps * torch.linalg.vector_norm(y, dim=-1)) ** 2
+        for _ in range(2 * y.shape[2]):
+            active = residual.square().sum(-1) > goal
+            if not bool(active.any()):
+                break
+            image = apply(direction)
+            curve = (direction * image).sum(-1, keepdim=True)
+            moving = active.unsqueeze(-1) & (curve > 0)
+            size = torch.where(moving, product / curve.where(moving, torch.ones_like(curve)), 0)
+            x.addcmul_(size, direction)
+            residual.addcmul_(size, image, value=-1)
+            scaled = residual / scale
+            new = (residual * scaled).sum(-1, keepdim=True)
+            positive = product > 0
+            ratio = torch.where(positive, new / product.where(positive, torch.ones_like(new)), 0)
+            direction = scaled.addcmul_(ratio, direction)
+            product = new
+        return x
+
+
+def _regularised(matrices: Tensor, y: Tensor) -> Tensor:
+    """Solves systems that are not positive definite after rounding.
+
+    The state carries errors of a unit of rounding of its largest entry, so this much is added to
+    the diagonal; it changes the system no more than the rounding of the state has.
+    """
+    double = matrices.double().tril()
+    double = double + double.tril(-1).transpose(-1, -2)
+    size = matrices.shape[-1]
+    noise = size * torch.finfo(matrices.dtype).eps
+    largest = double.diagonal(dim1=-2, dim2=-1).abs().amax(-1).clamp_min(1e-300)
+    solved = torch.zeros_like(y, dtype=torch.float64)
+    todo = torch.arange(matrices.shape[0], device=matrices.device)
+    while todo.numel() and noise < 1:
+        shifted = double[todo].clone()
+        shifted.diagonal(dim1=-2, dim2=-1).add_((noise * largest[todo]).unsqueeze(-1))
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        good = failed == 0
+        right = y[todo[good]].double().unsqueeze(-1)
+        solved[todo[good]] = torch.cholesky_solve(right, factor[good]).squeeze(-1)
+        todo = todo[~good]
+        noise *= 16
+    return solved.to(y.dtype)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    g: Tensor | None,
+    prior: Tensor,
+    initial: Tensor | None,
+    gradients: bool,
+    out: Tensor,
+    final: Tensor,
+    borders: Tensor | None,
+) -> None:
+    batch, tokens, heads, _ = w.shape
+    dtype = final.dtype
+    for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2])):
+        corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
+        shape = (rows.count, *final.shape[2:])
+        if initial is None:
+            state = torch.zeros(shape, dtype=dtype, device=w.device)
+        else:
+            state = initial[corner].to(dtype).reshape(shape)
+        for tile in tiles(tokens, rows.count, CHUNK):
+            kt, wt = load(k, rows, tile, dtype), load(w, rows, tile, dtype)
+            gate = gate_of(g, rows, tile, dtype)
+            writes = torch.bmm(gate.tail(kt).transpose(1, 2), wt).view(tile.count, *shape)
+            total = gate.total_of(tile.count)
+            border = torch.empty(tile.count + 1, *shape, dtype=dtype, device=w.device)
+            border[0] = state
+            for c in range(tile.count):
+                carry(border[c], writes[c], None if total is None else total[c], border[c + 1])
+            state = border[tile.count]
+            starts = border[: tile.count].view(-1, *shape[1:])
+            systems = _Systems(k, w, g, prior, starts, rows, tile, gradients)
+            store(out, systems.solve(load(q, rows, tile, dtype)), rows, tile)
+            if borders is not None:
+                part = borders[tile.chunk : tile.chunk + tile.count, *corner]
+                part.copy_(starts.view(part.shape))
+        final[corner].copy_(state.view(final[corner].shape))
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    g: Tensor | None,
+    prior: Tensor,
+    grad_final: Tensor | None,
+    gradients: bool,
+    borders: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dw: Tensor,
+    dg: Tensor | None,
+    dprior: Tensor | None,
+    dinitial: Tensor,
+) -> None:
+    batch, tokens, heads, _ = w.shape
+    dtype = borders.dtype
+    # minus the adjoint solution, which reads the matrix as a query reads a memory
+    adjoint = torch.empty(x.shape, dtype=dtype, device=x.device)
+    for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2])):
+        corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
+        for tile in tiles(tokens, rows.count, CHUNK):
+            part = borders[tile.chunk : tile.chunk + tile.count, *corner]
+            starts = part.reshape(-1, *part.shape[3:])
+            systems = _Systems(k, w, g, prior, starts, rows, tile, gradients)
+            z = systems.solve(load(grad, rows, tile, dtype))
+            store(dq, z, rows, tile)
+            z.neg_()
+            store(adjoint, z, rows, tile)
+            if dprior is not None:
+                total = z.mul_(load(x, rows, tile, dtype)).sum(1)
+                total = total.view(tile.count * rows.batch, rows.width, -1).sum(0)
+                dprior[rows.h0 : rows.h1].add_(total)
+    unused = torch.empty_like(adjoint)
+    linear_backward(x, grad_final, adjoint, k, w, g, borders, False, unused, dk, dw, dg, dinitial)
+
+
+@torch.library.custom_op("glazoo::chunked_full", mutates_args=())
+@without_autocast
+def _solve(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    g: Tensor | None,
+    prior: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gradients: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, heads, size = w.shape
+    like = torch.empty((), dtype=compute_dtype(q, k, w), device=w.device)
+    out = like.new_empty(w.shape)
+    final = starting(initial, (sequences(cu_seqlens, batch), heads, size, size), like)
+    total = slots(cu_seqlens, batch, tokens, CHUNK) if keep else 0
+    borders = like.new_empty(total, *final.shape[1:])
+
+    def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
+        part = kept[0] if kept else None
+        _forward(*operands, prior, *states, gradients, *results, *finals, part)
+
+    over_sequences(
+        core, cu_seqlens, CHUNK, [q, k, w, g], [initial], [out], [final], [borders] * keep
+    )
+    return out, final, borders
+
+
+@_solve.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    g: Tensor | None,
+    prior: Tensor,
+    initial: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gradients: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, heads, size = w.shape
+    dtype = compute_dtype(q, k, w)
+    total = slots(cu_seqlens, batch, tokens, CHUNK) if keep else 0
+    return (
+        w.new_empty(w.shape, dtype=dtype),
+        w.new_empty(sequences(cu_seqlens, batch), heads, size, size, dtype=dtype),
+        w.new_empty(total, heads, size, size, dtype=dtype),
+    )
+
+
+@torch.library.custom_op("glazoo::chunked_full_backward", mutates_args=())
+@without_autocast
+def _solve_backward(
+    grad: Tensor,
+    grad_final: Tensor | None,
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    g: Tensor | None,
+    prior: Tensor,
+    cu_seqlens: Tensor | None,
+    borders: Tensor,
+    gradients: bool,
+    with_gate: bool,
+    with_prior: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, _, heads, size = w.shape
+    dq, dk, dw = empty_as(q), empty_as(k), empty_as(w)
+    dg = empty_as(w if g is None else g, with_gate)
+    dprior = borders.new_zeros(prior.shape if with_prior else (0,))
+    dinitial = starting(grad_final, (sequences(cu_seqlens, batch), heads, size, size), borders)
+
+    def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
+        _backward(
+            *operands,
+            prior,
+            *states,
+            gradients,
+            *kept,
+            *results[:3],
+            results[3] if with_gate else None,
+            dprior if with_prior else None,
+            *finals,
+        )
+
+    over_sequences(
+        core,
+        cu_seqlens,
+        CHUNK,
+        [grad, x, q, k, w, g],
+        [grad_final],
+        [dq, dk, dw] + [dg] * with_gate,
+        [dinitial],
+        [borders],
+    )
+    return dq, dk, dw, dg, dprior, dinitial
+
+
+@_solve_backward.register_fake
+def _(
+    grad: Tensor,
+    grad_final: Tensor | None,
+    x: Tensor,
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    g: Tensor | None,
+    prior: Tensor,
+    cu_seqlens: Tensor | None,
+    borders: Tensor,
+    gradients: bool,
+    with_gate: bool,
+    with_prior: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shape = (sequences(cu_seqlens, w.shape[0]), w.shape[2], w.shape[3], w.shape[3])
+    return (
+        empty_as(q),
+        empty_as(k),
+        empty_as(w),
+        empty_as(w if g is None else g, with_gate),
+        borders.new_empty(prior.shape if with_prior else (0,)),
+        borders.new_empty(shape),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, w, g, prior, initial, cu_seqlens, gradients, _ = inputs
+    ctx.save_for_backward(q, k, w, g, prior, cu_seqlens, output[0], output[2])
+    ctx.gradients = gradients
+    ctx.initial = None if initial is None else initial.dtype
+    ctx.set_materialize_grads(False)
+
+
+def _pull(ctx: Any, grad: Any, grad_final: Any, grad_borders: Any) -> tuple[Any, ...]:
+    q, k, w, g, prior, cu_seqlens, x, borders = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(x)
+    with_gate = g is not None and ctx.needs_input_grad[3]
+    with_prior = ctx.needs_input_grad[4]
+    dq, dk, dw, dg, dprior, dinitial = _solve_backward(
+        grad,
+        grad_final,
+        x,
+        q,
+        k,
+        w,
+        g,
+        prior,
+        cu_seqlens,
+        borders,
+        ctx.gradients,
+        with_gate,
+        with_prior,
+    )
+    return (
+        dq,
+        dk,
+        dw,
+        dg if with_gate else None,
+        dprior.to(prior.dtype) if with_prior else None,
+        None if ctx.initial is None else dinitial.to(ctx.initial),
+        None,
+        None,
+        None,
+    )
+
+
+_solve.register_autograd(_pull, setup_context=_setup)
+
+
+def full(
+    q: Float[Tensor, "B T Hq K"],
+    k: Float[Tensor, "B T Hk K"],
+    w: Float[Tensor, "B T HV V"],
+    beta: Float[Tensor, "B T HV"],
+    g: Float[Tensor, "B T HV"] | None = None,
+    *,
+    prior: Float[Tensor, "HV K"],
+    initial_state: tuple[Tensor, Tensor] | None = None,
+    uncertainty: bool = False,
+    solver: str = "cholesky",
+    cu_seqlens: Int[Tensor, " N+1"] | None = None,
+) -> tuple[
+    Float[Tensor, "B T HV V"],
+    tuple[Float[Tensor, "N HV K V"], Float[Tensor, "N HV K K"]],
+    Float[Tensor, "B T HV"] | None,
+]:
+    """Exact posterior mean: ridge regression on the past, solved at every token.
+
+        G_t = a_t G_{t-1} + k_t w_t^T       H_t = a_t H_{t-1} + beta_t k_t k_t^T
+        x_t = (H_t + Lambda)^{-1} q_t       o_t = G_t^T x_t
+
+    G and H are linear states. H of every token of a chunk is built from the state at its border
+    and factored ("cholesky"), or never built: "cg" runs Jacobi-preconditioned conjugate gradients
+    for all tokens of a chunk at once with products in matmul form, until every residual is below
+    16 units of rounding of its query or 2 K steps are done. Then o is the linear class read with x.
+
+    Gradients: o is the linear class's backward pass with query x, which gives dx. With
+    z = (H + Lambda)^{-1} dx the rest is dq = z, dLambda = -z . x, dH = -z x^T, and the latter is the
+    linear class's backward pass once more (query -z, output gradient x).
+
+    Memory: training keeps K (K + V) / 64 numbers per token and head (states at chunk borders) and
+    x; matrices of single tokens exist for a few hundred tokens at a time.
+
+    A system that is not positive definite after rounding of the state (Lambda below one unit of
+    rounding of H) is solved with that unit added to its diagonal.
+
+    Args:
+        q: queries, already scaled. Any floating dtype.
+        k: keys.
+        w: values times write gate, beta v; its dtype is the output's.
+        beta: write gate, >= 0.
+        g: natural log of the decay, <= 0, -inf allowed; None is no decay.
+        prior: Lambda > 0, the diagonal of the prior precision.
+        initial_state: (G_0, H_0), H_0 symmetric; None is zeros.
+        uncertainty: also return q_t^T x_t.
+        solver: "cholesky" or "cg".
+        cu_seqlens: borders of packed sequences (then B = 1); empty sequences are allowed.
+
+    Returns:
+        o in the dtype of w, the final (G, H) in float32 (float64 for float64 operands), and the
+        uncertainty in the dtype of w or None.
+
+    Raises:
+        ValueError: for shapes that do not fit together or an unknown solver.
+
+    Reference:
+        von Oswald et al., "MesaNet: Sequence Modeling by Locally Optimal Test-Time Training",
+        arXiv:2506.05233, equations 5 to 7.
+    """
+    checks.choice("solver", solver, ("cholesky", "cg"))
+    checks.tokens(q=q, k=k, w=w)
+    heads, keys = w.shape[2], k.shape[3]
+    checks.heads(heads, q=q, k=k)
+    lead = tuple(w.shape[:3])
+    checks.shape("beta", beta, lead)
+    checks.shape("g", g, lead)
+    checks.shape("prior", prior, (heads, keys))
+    checks.packing(cu_seqlens, w)
+    memory, matrix = (None, None) if initial_state is None else initial_state
+    checks.state("initial_state[0]", memory, cu_seqlens, w, keys, w.shape[3])
+    checks.state("initial_state[1]", matrix, cu_seqlens, w, keys, keys)
+    dtype = compute_dtype(q, k, w)
+    with torch.autocast(w.device.type, enabled=False):
+        share = heads // k.shape[2]
+        weighted = k.to(dtype).repeat_interleave(share, dim=2) if share > 1 else k.to(dtype)
+        weighted = weighted * beta.to(dtype).unsqueeze(-1)
+        if w.shape[1] == 1 and cu_seqlens is None:
+            x, matrix = _single(q, k, weighted, g, prior, matrix)
+        else:
+            keep = needs_grad(q, k, weighted, g, prior, matrix)
+            x, matrix, _ = _solve(
+                q, k, weighted, g, prior, matrix, cu_seqlens, solver == "cg", keep
+            )
+        out, memory = linear(x, k, w, g, initial_state=memory, cu_seqlens=cu_seqlens)
+        doubt = None
+        if uncertainty:
+            parts = x.unflatten(2, (q.shape[2], -1)) * q.to(dtype).unsqueeze(3)
+            doubt = parts.sum(-1).flatten(2, 3).to(w.dtype)
+        return out, (memory, matrix), doubt
+
+
+def _single(
+    q: Tensor, k: Tensor, w: Tensor, g: Tensor | None, prior: Tensor, initial: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One token: x and the new matrix."""
+    heads = w.shape[2]
+    query, key = (repeat_heads(x[:, 0], heads).to(w.dtype) for x in (q, k))
+    matrix = key.unsqueeze(-1) * w[:, 0].unsqueeze(-2)
+    if initial is not None:
+        old = initial.to(w.dtype)
+        matrix = matrix + (old if g is None else old * g[:, 0].to(w.dtype).exp()[..., None, None])
+    total = matrix + torch.diag_embed(prior.to(w.dtype))
+    return torch.linalg.solve(total, query.unsqueeze(-1)).squeeze(-1).unsqueeze(1), matrix
