@@ -428,6 +428,8 @@ def _synapse_delta(call: Call, core: Core, x: _Tokens) -> _Core:
             None if g is None else _interleave(g, torch.zeros_like(g)),
         )
         cu = None if cu is None else 2 * cu
+    if beta is None:
+        beta = v.new_ones(v.shape[:3])
     b = x.b if x.b is None or not removes else _interleave(x.b, x.b)
     # The class keeps one importance per synapse; a head-shaped one is equal for all value channels.
     shared = b is not None and b.ndim == 3

@@ -12,6 +12,7 @@ so neither a full-precision copy of the operands nor repeated heads ever exist a
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, ParamSpec, TypeVar
 
@@ -98,8 +99,13 @@ def row_blocks(batch: int, heads: int, groups: int, limit: int = TILE) -> Iterat
             yield Rows(b0, min(b0 + depth, batch), h0, min(h0 + width, heads), heads)
 
 
+def row_limit(tokens: int, chunk: int) -> int:
+    """Rows of a tile: more of them where sequences are shorter than a chunk."""
+    return TILE * max(1, min(chunk // max(tokens, 1), 8))
+
+
 def tiles(tokens: int, rows: int, chunk: int, limit: int = TILE) -> list[Tile]:
-    """Cuts `tokens` into tiles of whole chunks and one part-filled power-of-two chunk at the end."""
+    """Cuts `tokens` into tiles of whole chunks and a part-filled power-of-two chunk at the end."""
     whole = tokens // chunk
     step = max(1, limit // max(rows, 1))
     found = [
@@ -223,7 +229,7 @@ def groups(cu_seqlens: Tensor | None, batch: int, tokens: int, chunk: int) -> li
     borders = [int(x) for x in cu_seqlens.tolist()]
     found: list[Group] = []
     buckets: dict[int, list[int]] = {}
-    for i, (first, stop) in enumerate(zip(borders, borders[1:], strict=False)):
+    for i, (first, stop) in enumerate(itertools.pairwise(borders)):
         length = stop - first
         if length > LONG * chunk:
             found.append(Group(1, length, [i], (first, stop)))

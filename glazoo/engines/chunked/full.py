@@ -20,6 +20,7 @@ from glazoo.engines.chunked.common import (
     over_sequences,
     repeat_heads,
     row_blocks,
+    row_limit,
     sequences,
     slots,
     starting,
@@ -33,7 +34,7 @@ from glazoo.engines.chunked.linear import _backward as linear_backward
 
 # Numbers in the matrices of the tokens that are factored at once.
 SPAN = 1 << 21
-# Conjugate gradients stop when every residual is below this many units of rounding of its right
+# Conjugate gradients stop when every residual is below this many machine epsilons of its right
 # hand side, or after twice as many steps as there are keys.
 TOLERANCE = 16
 
@@ -168,7 +169,7 @@ def _forward(
 ) -> None:
     batch, tokens, heads, _ = w.shape
     dtype = final.dtype
-    for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2])):
+    for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2]), row_limit(tokens, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.count, *final.shape[2:])
         if initial is None:
@@ -216,7 +217,7 @@ def _backward(
     dtype = borders.dtype
     # minus the adjoint solution, which reads the matrix as a query reads a memory
     adjoint = torch.empty(x.shape, dtype=dtype, device=x.device)
-    for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2])):
+    for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2]), row_limit(tokens, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         for tile in tiles(tokens, rows.count, CHUNK):
             part = borders[tile.chunk : tile.chunk + tile.count, *corner]
@@ -432,11 +433,12 @@ def full(
     G and H are linear states. H of every token of a chunk is built from the state at its border
     and factored ("cholesky"), or never built: "cg" runs Jacobi-preconditioned conjugate gradients
     for all tokens of a chunk at once with products in matmul form, until every residual is below
-    16 units of rounding of its query or 2 K steps are done. Then o is the linear class read with x.
+    16 times the machine epsilon of its query or 2 K steps are done. Then o is the linear class
+    read with x.
 
-    Gradients: o is the linear class's backward pass with query x, which gives dx. With
-    z = (H + Lambda)^{-1} dx the rest is dq = z, dLambda = -z . x, dH = -z x^T, and the latter is the
-    linear class's backward pass once more (query -z, output gradient x).
+    Gradients: the linear class's backward pass with query x gives dx. With
+    z = (H + Lambda)^{-1} dx the rest is dq = z, dLambda = -z . x and dH = -z x^T, and the latter
+    goes through the linear class's backward pass once more (query -z, output gradient x).
 
     Memory: training keeps K (K + V) / 64 numbers per token and head (states at chunk borders) and
     x; matrices of single tokens exist for a few hundred tokens at a time.
@@ -481,8 +483,10 @@ def full(
     checks.state("initial_state[1]", matrix, cu_seqlens, w, keys, keys)
     dtype = compute_dtype(q, k, w)
     with torch.autocast(w.device.type, enabled=False):
+        # both are used more than once: their gradients are summed before they are rounded
+        q, k = q.to(dtype), k.to(dtype)
         share = heads // k.shape[2]
-        weighted = k.to(dtype).repeat_interleave(share, dim=2) if share > 1 else k.to(dtype)
+        weighted = k.repeat_interleave(share, dim=2) if share > 1 else k
         weighted = weighted * beta.to(dtype).unsqueeze(-1)
         if w.shape[1] == 1 and cu_seqlens is None:
             x, matrix = _single(q, k, weighted, g, prior, matrix)
@@ -494,7 +498,7 @@ def full(
         out, memory = linear(x, k, w, g, initial_state=memory, cu_seqlens=cu_seqlens)
         doubt = None
         if uncertainty:
-            parts = x.unflatten(2, (q.shape[2], -1)) * q.to(dtype).unsqueeze(3)
+            parts = x.unflatten(2, (q.shape[2], -1)) * q.unsqueeze(3)
             doubt = parts.sum(-1).flatten(2, 3).to(w.dtype)
         return out, (memory, matrix), doubt
 

@@ -2,7 +2,7 @@
 
 With a_t = exp(g_t), the chunked forms need, for tokens j < i of one chunk,
 
-    head(i) = a_1 .. a_i     tail(j) = a_{j+1} .. a_C     total = a_1 .. a_C     D(i, j) = a_{j+1} .. a_i
+    head(i) = a_1 .. a_i   tail(j) = a_{j+1} .. a_C   total = a_1 .. a_C   D(i, j) = a_{j+1} .. a_i
 
 and `exclusive` forms without a_i (the reader sees the state before the decay of its own token).
 Ratios of cumulative products overflow and differences of cumulative logs cancel, so none is formed.
@@ -138,7 +138,7 @@ class HeadGate(NoGate):
         decays.diagonal(dim1=1, dim2=2).fill_(1)
         for half in levels(self.size):
             first, second = halves(prefix, half)
-            before, behind = halves(suffix, half)
+            before, _ = halves(suffix, half)
             torch.mul(second.exp(), before.exp().transpose(2, 3), out=corners(decays, half))
             before.add_(second[:, :, -1:])
             second.add_(first[:, :, -1:])

@@ -16,6 +16,7 @@ from glazoo.engines.chunked.common import (
     load,
     over_sequences,
     row_blocks,
+    row_limit,
     sequences,
     starting,
     store,
@@ -44,7 +45,7 @@ def _forward(
 ) -> None:
     batch, tokens, heads = b.shape
     dtype = final.dtype
-    for rows in row_blocks(batch, heads, k.shape[2]):
+    for rows in row_blocks(batch, heads, k.shape[2], row_limit(tokens, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.count, k.shape[3])
         if initial is None:
@@ -91,7 +92,7 @@ def _backward(
 ) -> None:
     batch, tokens, heads = b.shape
     dtype = dinitial.dtype
-    for rows in row_blocks(batch, heads, k.shape[2]):
+    for rows in row_blocks(batch, heads, k.shape[2], row_limit(tokens, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.count, k.shape[3])
         if grad_final is None:

@@ -18,6 +18,7 @@ from glazoo.engines.chunked.common import (
     over_sequences,
     repeat_heads,
     row_blocks,
+    row_limit,
     sequences,
     slots,
     starting,
@@ -45,7 +46,7 @@ def _forward(
     batch, tokens, heads, _ = w.shape
     dtype = final.dtype
     mode = READ_BEFORE if before else READ
-    for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2])):
+    for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2]), row_limit(tokens, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.count, *final.shape[2:])
         if initial is None:
@@ -89,7 +90,7 @@ def _backward(
     batch, tokens, heads, _ = w.shape
     dtype = borders.dtype
     mode = READ_BEFORE if before else READ
-    for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2])):
+    for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2]), row_limit(tokens, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.count, *borders.shape[3:])
         if grad_final is None:

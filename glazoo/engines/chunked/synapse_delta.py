@@ -1,4 +1,4 @@
-"""The synapse_delta class: delta rules with one importance per synapse, one token after the other."""
+"""The synapse_delta class: delta rules with one importance per synapse, token by token."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ class _Tokens(NamedTuple):
     beta: Tensor
     b: Tensor
     e: Tensor | None
+    s: Tensor | None
     decay: Tensor | None
     rest: Tensor | None
 
@@ -67,6 +68,7 @@ def _load(
     beta: Tensor,
     b: Tensor,
     e: Tensor | None,
+    s: Tensor | None,
     g: Tensor | None,
     rows: Rows,
     tile: Tile,
@@ -83,6 +85,7 @@ def _load(
         get(beta),
         get(b),
         None if e is None else get(e),
+        None if s is None else get(s),
         None if gate is None else gate.exp(),
         None if gate is None else gate.expm1().neg_(),
     )
@@ -133,7 +136,8 @@ def _advance(
     """One token; returns new (mu, J)."""
     step = _predict(t, i, mu, j, floor)
     k, v, beta = t.k[i], t.v[i], t.beta[i]
-    new_j = torch.addcmul(step.predicted, _down(k.square()), _along(t.b[i]))
+    seen = k if t.s is None else t.s[i]
+    new_j = torch.addcmul(step.predicted, _down(seen.square()), _along(t.b[i]))
     if rule == DIAGONAL:
         gain = _gain(k, beta, step.certainty)[0]
         kept = torch.mul(gain, _down(k)).neg_().add_(1).mul_(step.before)
@@ -162,6 +166,7 @@ def _forward(
     beta: Tensor,
     b: Tensor,
     e: Tensor | None,
+    s: Tensor | None,
     g: Tensor | None,
     prior: Tensor,
     initial: tuple[Tensor | None, Tensor | None],
@@ -175,7 +180,7 @@ def _forward(
     batch, tokens, heads, size = v.shape
     dtype = final[0].dtype
     keys = k.shape[3]
-    for rows in _rows(batch, heads, _groups(q, k, e), keys * size):
+    for rows in _rows(batch, heads, _groups(q, k, e, s), keys * size):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.count, keys, size)
         mu, j = (_start(x, corner, shape, final[0]) for x in initial)
@@ -185,7 +190,7 @@ def _forward(
                 for target, value in zip(kept, (mu, j), strict=True):
                     part = target[tile.chunk, *corner]
                     part.copy_(value.view(part.shape))
-            t = _load(q, k, v, beta, b, e, g, rows, tile, dtype)
+            t = _load(q, k, v, beta, b, e, s, g, rows, tile, dtype)
             result = t.v.new_empty(tile.size, rows.count, size)
             spread = None if doubt is None else torch.empty_like(result)
             for i in range(tile.size):
@@ -200,8 +205,8 @@ def _forward(
             state[corner].copy_(value.view(state[corner].shape))
 
 
-def _groups(q: Tensor, k: Tensor, e: Tensor | None) -> int:
-    return min(x.shape[2] for x in (q, k, e) if x is not None)
+def _groups(q: Tensor, k: Tensor, e: Tensor | None, s: Tensor | None) -> int:
+    return min(x.shape[2] for x in (q, k, e, s) if x is not None)
 
 
 def _start(
@@ -226,6 +231,7 @@ class _Grads(NamedTuple):
     beta: Tensor
     b: Tensor
     e: Tensor | None
+    s: Tensor | None
     g: Tensor | None
     prior: Tensor | None
 
@@ -321,10 +327,16 @@ def _retreat(
             dmu_direct = (_down(eraser) * _along(derror)).neg_()
         else:
             dbefore = torch.addcmul(dbefore, _down(eraser), _along(derror), value=-1)
-    # observe: J = J' + k^2 b
+    # observe: J = J' + s^2 b, with s = k unless it is given
     dnew = dj if dtotal is None else dj.add_(dtotal)
-    grads.b[i] = _over_keys(squares, dnew)
-    grads.k[i] = dk.addcmul_(k, _over_values(t.b[i], dnew), value=2)
+    seen = _over_values(t.b[i], dnew)
+    if t.s is None or grads.s is None:
+        grads.b[i] = _over_keys(squares, dnew)
+        dk.addcmul_(k, seen, value=2)
+    else:
+        grads.b[i] = _over_keys(t.s[i].square(), dnew)
+        grads.s[i] = seen.mul_(t.s[i]).mul_(2)
+    grads.k[i] = dk
     # predict
     dpredicted = dnew if dcertainty is None else dnew + dcertainty
     if grads.prior is not None:
@@ -361,6 +373,7 @@ def _backward(
     beta: Tensor,
     b: Tensor,
     e: Tensor | None,
+    s: Tensor | None,
     g: Tensor | None,
     prior: Tensor,
     grad_final: tuple[Tensor | None, Tensor | None],
@@ -369,6 +382,7 @@ def _backward(
     kept: tuple[Tensor, Tensor],
     results: list[Tensor],
     de: Tensor | None,
+    ds: Tensor | None,
     dg: Tensor | None,
     dprior: Tensor | None,
     dinitial: tuple[Tensor, Tensor],
@@ -376,14 +390,14 @@ def _backward(
     batch, tokens, heads, size = v.shape
     dtype = kept[0].dtype
     keys = k.shape[3]
-    for rows in _rows(batch, heads, _groups(q, k, e), keys * size):
+    for rows in _rows(batch, heads, _groups(q, k, e, s), keys * size):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.count, keys, size)
         dmu, dj = (_start(x, corner, shape, kept[0]).clone() for x in grad_final)
         floor = _floor(prior, rows, dtype)
         total = None if dprior is None else torch.zeros_like(dmu)
         for tile in reversed(_tiles(tokens)):
-            t = _load(q, k, v, beta, b, e, g, rows, tile, dtype)
+            t = _load(q, k, v, beta, b, e, s, g, rows, tile, dtype)
             dy = load(grad, rows, tile, dtype).transpose(0, 1).contiguous()
             du = None
             if grad_doubt is not None:
@@ -398,6 +412,7 @@ def _backward(
                 torch.empty_like(t.beta),
                 torch.empty_like(t.b),
                 None if de is None or t.e is None else torch.zeros_like(t.e),
+                None if ds is None or t.s is None else torch.empty_like(t.s),
                 None if dg is None or t.decay is None else torch.empty_like(t.decay),
                 total,
             )
@@ -418,7 +433,7 @@ def _backward(
                     dj,
                     grads,
                 )
-            for target, value in zip([*results, de, dg], grads[:7], strict=True):
+            for target, value in zip([*results, de, ds, dg], grads[:8], strict=True):
                 if target is not None and value is not None:
                     store(target, value.transpose(0, 1).contiguous(), rows, tile)
         if dprior is not None and total is not None:
@@ -439,6 +454,7 @@ def _synapse_delta(
     beta: Tensor,
     b: Tensor,
     e: Tensor | None,
+    s: Tensor | None,
     g: Tensor | None,
     prior: Tensor,
     initial_mu: Tensor | None,
@@ -465,7 +481,7 @@ def _synapse_delta(
         core,
         cu_seqlens,
         CHUNK,
-        [q, k, v, beta, b, e, g],
+        [q, k, v, beta, b, e, s, g],
         [initial_mu, initial_j],
         [out] + [doubt] * uncertainty,
         final,
@@ -482,6 +498,7 @@ def _(
     beta: Tensor,
     b: Tensor,
     e: Tensor | None,
+    s: Tensor | None,
     g: Tensor | None,
     prior: Tensor,
     initial_mu: Tensor | None,
@@ -520,6 +537,7 @@ def _synapse_delta_backward(
     beta: Tensor,
     b: Tensor,
     e: Tensor | None,
+    s: Tensor | None,
     g: Tensor | None,
     prior: Tensor,
     cu_seqlens: Tensor | None,
@@ -529,10 +547,11 @@ def _synapse_delta_backward(
     previous: bool,
     with_gate: bool,
     with_prior: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, _, heads, size = v.shape
     found = [empty_as(x) for x in (q, k, v, beta, b)]
     de = empty_as(k if e is None else e, e is not None)
+    ds = empty_as(k if s is None else s, s is not None)
     dg = empty_as(v if g is None else g, with_gate)
     dprior = kept_mu.new_zeros(prior.shape if with_prior else (0,))
     shape = (sequences(cu_seqlens, batch), heads, k.shape[3], size)
@@ -548,6 +567,7 @@ def _synapse_delta_backward(
             parts,
             results[:5],
             results[5] if e is not None else None,
+            results[5 + (e is not None)] if s is not None else None,
             results[-1] if with_gate else None,
             dprior if with_prior else None,
             finals,
@@ -557,13 +577,13 @@ def _synapse_delta_backward(
         core,
         cu_seqlens,
         CHUNK,
-        [grad, grad_doubt, q, k, v, beta, b, e, g],
+        [grad, grad_doubt, q, k, v, beta, b, e, s, g],
         [grad_mu, grad_j],
-        found + [de] * (e is not None) + [dg] * with_gate,
+        found + [de] * (e is not None) + [ds] * (s is not None) + [dg] * with_gate,
         dinitial,
         [kept_mu, kept_j],
     )
-    return (*found, de, dg, dprior, *dinitial)  # type: ignore[return-value]
+    return (*found, de, ds, dg, dprior, *dinitial)  # type: ignore[return-value]
 
 
 @_synapse_delta_backward.register_fake
@@ -578,6 +598,7 @@ def _(
     beta: Tensor,
     b: Tensor,
     e: Tensor | None,
+    s: Tensor | None,
     g: Tensor | None,
     prior: Tensor,
     cu_seqlens: Tensor | None,
@@ -587,7 +608,7 @@ def _(
     previous: bool,
     with_gate: bool,
     with_prior: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     shape = (sequences(cu_seqlens, v.shape[0]), v.shape[2], k.shape[3], v.shape[3])
     return (
         empty_as(q),
@@ -596,6 +617,7 @@ def _(
         empty_as(beta),
         empty_as(b),
         empty_as(k if e is None else e, e is not None),
+        empty_as(k if s is None else s, s is not None),
         empty_as(v if g is None else g, with_gate),
         kept_mu.new_empty(prior.shape if with_prior else (0,)),
         kept_mu.new_empty(shape),
@@ -604,8 +626,8 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, beta, b, e, g, prior, mu, j, cu_seqlens, rule, previous, _, _ = inputs
-    ctx.save_for_backward(q, k, v, beta, b, e, g, prior, cu_seqlens, output[4], output[5])
+    q, k, v, beta, b, e, s, g, prior, mu, j, cu_seqlens, rule, previous, _, _ = inputs
+    ctx.save_for_backward(q, k, v, beta, b, e, s, g, prior, cu_seqlens, output[4], output[5])
     ctx.rule, ctx.previous = rule, previous
     ctx.initial = tuple(None if x is None else x.dtype for x in (mu, j))
     ctx.set_materialize_grads(False)
@@ -614,12 +636,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _pull(
     ctx: Any, grad: Any, grad_mu: Any, grad_j: Any, grad_doubt: Any, *unused: Any
 ) -> tuple[Any, ...]:
-    q, k, v, beta, b, e, g, prior, cu_seqlens, kept_mu, kept_j = ctx.saved_tensors
+    q, k, v, beta, b, e, s, g, prior, cu_seqlens, kept_mu, kept_j = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(v)
-    with_gate = g is not None and ctx.needs_input_grad[6]
-    with_prior = ctx.needs_input_grad[7]
-    dq, dk, dv, dbeta, db, de, dg, dprior, *dinitial = _synapse_delta_backward(
+    with_gate = g is not None and ctx.needs_input_grad[7]
+    with_prior = ctx.needs_input_grad[8]
+    dq, dk, dv, dbeta, db, de, ds, dg, dprior, *dinitial = _synapse_delta_backward(
         grad,
         grad_doubt,
         grad_mu,
@@ -630,6 +652,7 @@ def _pull(
         beta,
         b,
         e,
+        s,
         g,
         prior,
         cu_seqlens,
@@ -651,6 +674,7 @@ def _pull(
         dbeta,
         db,
         None if e is None else de,
+        None if s is None else ds,
         dg if with_gate else None,
         dprior.to(prior.dtype) if with_prior else None,
         *states,
@@ -672,6 +696,7 @@ def _single(
     beta: Tensor,
     b: Tensor,
     e: Tensor | None,
+    s: Tensor | None,
     g: Tensor | None,
     prior: Tensor,
     initial: tuple[Tensor | None, Tensor | None],
@@ -705,7 +730,8 @@ def _single(
         predicted = decay * j
         certainty = predicted + floor
         before = decay * (j + floor) / certainty * mu
-    new_j = predicted + key.square() * gate
+    seen = key if s is None else get(s, True)
+    new_j = predicted + seen.square() * gate
     source = mu if previous else before
     if rule == FIRST_ORDER:
         error = rate * (value - eraser.transpose(-1, -2) @ source)
@@ -734,6 +760,7 @@ def synapse_delta(
     g: Float[Tensor, "B T HV"] | Float[Tensor, "B T HV K"] | None = None,
     *,
     e: Float[Tensor, "B T He K"] | None = None,
+    evidence: Float[Tensor, "B T Hs K"] | None = None,
     prior: Float[Tensor, " HV"] | Float[Tensor, "HV K"],
     gain: str = "first_order",
     correction: str = "full",
@@ -769,7 +796,8 @@ def synapse_delta(
         exact, full        ds = sum_k (M k / I') err      dI' = -M k s err / I'^2,  s the strength
         exact, diagonal    dG = M (v - k mu')             dmu' = M (1 - k G)
         forgetting         c = dmu' mu a (1 - a) / I'^2   dJ_{t-1} = a (N + dI + dI') + c I_p
-                           dI_p += dI + dI' - c J_{t-1}   dg = sum dmu' mu' I_p / I' + J' (N + dI + dI')
+                           dI_p += dI + dI' - c J_{t-1}
+                           dg = sum dmu' mu' I_p / I' + J' (N + dI + dI')
 
     and the strength s = beta / (1 + beta z), z = sum k^2 / I', gives dbeta = ds / (1 + beta z)^2,
     dz = -ds s^2 to k and I'.
@@ -782,6 +810,7 @@ def synapse_delta(
         b: importance gate, >= 0; None freezes the importance at the prior (J stays 0).
         g: natural log of the decay, <= 0, -inf allowed; None is no decay.
         e: erase keys of correction "full"; None is k.
+        evidence: keys s that importance counts, J_t = J' + s^2 b^T; None is k.
         prior: importance I_p > 0 of a synapse that was never written.
         gain: "first_order" or "exact".
         correction: "full" or, with the exact gain, "diagonal".
@@ -808,9 +837,9 @@ def synapse_delta(
     checks.choice("base", base, ("decayed", "prev"))
     if correction == "diagonal" and gain != "exact":
         raise ValueError(f"correction 'diagonal' comes with gain {gain!r}; accepted: 'exact'")
-    checks.tokens(q=q, k=k, v=v, e=e)
+    checks.tokens(q=q, k=k, v=v, e=e, evidence=evidence)
     heads, keys = v.shape[2], k.shape[3]
-    checks.heads(heads, q=q, k=k, e=e)
+    checks.heads(heads, q=q, k=k, e=e, evidence=evidence)
     lead = tuple(v.shape[:3])
     checks.shape("beta", beta, lead, (*lead, 1), tuple(v.shape))
     checks.shape("b", b, lead, (*lead, 1), tuple(v.shape))
@@ -833,9 +862,26 @@ def synapse_delta(
     previous = base == "prev"
     if v.shape[1] == 1 and cu_seqlens is None:
         with torch.autocast(v.device.type, enabled=False):
-            return _single(q, k, v, beta, b, e, g, prior, (mu, j), rule, previous, uncertainty)
-    keep = needs_grad(q, k, v, beta, b, e, g, prior, mu, j)
+            return _single(
+                q, k, v, beta, b, e, evidence, g, prior, (mu, j), rule, previous, uncertainty
+            )
+    keep = needs_grad(q, k, v, beta, b, e, evidence, g, prior, mu, j)
     out, final_mu, final_j, doubt, _, _ = _synapse_delta(
-        q, k, v, beta, b, e, g, prior, mu, j, cu_seqlens, rule, previous, uncertainty, keep
+        q,
+        k,
+        v,
+        beta,
+        b,
+        e,
+        evidence,
+        g,
+        prior,
+        mu,
+        j,
+        cu_seqlens,
+        rule,
+        previous,
+        uncertainty,
+        keep,
     )
     return out, (final_mu, final_j), doubt if uncertainty else None
