@@ -6,6 +6,7 @@ differentiated by autograd. They share no code with the engines.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -56,6 +57,40 @@ def delta(q, e, k, w, g=None, *, initial_state=None, base="decayed"):
     return stack(out, w), state
 
 
+def delta_at_once(q, e, k, w, g=None, *, initial_state=None, base="decayed"):
+    """The delta rule as one triangular system over all tokens, another way to round it."""
+    batch, tokens, heads, size = w.shape
+    q, e, k = spread(q, heads), spread(e, heads), spread(k, heads)
+    keys = k.shape[3]
+    state = w.new_zeros(batch, heads, keys, size) if initial_state is None else initial_state
+    # between[t][:, :, j]: product of the decays of tokens j .. t, of j = 0 .. t + 1
+    row = w.new_ones(batch, heads, 1, keys)
+    between = [row]
+    for t in range(tokens):
+        decay = column(g, t, w).squeeze(-1).unsqueeze(-2) if g is not None else row.new_ones(())
+        row = torch.cat((row * decay, w.new_ones(batch, heads, 1, keys)), dim=2)
+        between.append(row)
+    reads, system, start = [], [], []
+    for t in range(tokens):
+        key = k[:, : t + 1].transpose(1, 2)
+        past = between[t + 1] if base == "decayed" else between[t]
+        erase = (past[:, :, 1 : t + 1] * key[:, :, :t] * e[:, t].unsqueeze(2)).sum(-1)
+        read = (between[t + 1][:, :, 1 : t + 2] * key * q[:, t].unsqueeze(2)).sum(-1)
+        system.append(torch.nn.functional.pad(erase, (0, tokens - t)))
+        reads.append(torch.nn.functional.pad(read, (0, tokens - t - 1)))
+        start.append(past[:, :, 0] * e[:, t])
+    if not tokens:
+        return w, state
+    right = w.transpose(1, 2) - torch.stack(start, 2) @ state
+    matrix = torch.stack(system, 2)[..., :tokens] + torch.eye(tokens, dtype=w.dtype)
+    errors = torch.linalg.solve_triangular(matrix, right, upper=False, unitriangular=True)
+    first = torch.stack([between[t + 1][:, :, 0] * q[:, t] for t in range(tokens)], 2)
+    out = torch.stack(reads, 2) @ errors + first @ state
+    tail = between[tokens][:, :, 1:] * k.transpose(1, 2)
+    final = between[tokens][:, :, 0].unsqueeze(-1) * state + tail.transpose(-1, -2) @ errors
+    return out.transpose(1, 2), final
+
+
 def importance(k, b, g=None, *, initial_state=None):
     batch, tokens, heads = b.shape
     k = spread(k, heads)
@@ -72,9 +107,7 @@ def spread_prior(prior: Tensor) -> Tensor:
     return prior.view(prior.shape[0], -1, 1)
 
 
-def synapse(
-    q, k, w, b, g=None, *, prior, initial_state=None, read="post", uncertainty=False
-):
+def synapse(q, k, w, b, g=None, *, prior, initial_state=None, read="post", uncertainty=False):
     batch, tokens, heads, size = w.shape
     q, k = spread(q, heads), spread(k, heads)
     zero = w.new_zeros(batch, heads, k.shape[3], size)
@@ -114,6 +147,8 @@ def synapse_delta(
     q, k, e = spread(q, heads), spread(k, heads), spread(e, heads)
     zero = v.new_zeros(batch, heads, k.shape[3], size)
     mu, j = (zero, zero) if initial_state is None else initial_state
+    if b is None:
+        j = torch.zeros_like(mu)
     floor = spread_prior(prior)
     beta = beta.unsqueeze(-1) if beta.dim() == 3 else beta
     out, doubt = [], []
@@ -124,7 +159,7 @@ def synapse_delta(
         value = v[:, t].unsqueeze(-2)
         predicted = decay * j
         if b is None:
-            new_j, before = predicted, decay * mu
+            new_j, before = j, decay * mu
         else:
             gate = b[:, t].unsqueeze(-1) if b.dim() == 3 else b[:, t]
             new_j = predicted + key**2 * gate.unsqueeze(-2)
@@ -153,7 +188,10 @@ def full(q, k, w, beta, g=None, *, prior, initial_state=None, uncertainty=False)
     q, k = spread(q, heads), spread(k, heads)
     keys = k.shape[3]
     if initial_state is None:
-        memory, matrix = w.new_zeros(batch, heads, keys, size), w.new_zeros(batch, heads, keys, keys)
+        memory, matrix = (
+            w.new_zeros(batch, heads, keys, size),
+            w.new_zeros(batch, heads, keys, keys),
+        )
     else:
         memory, matrix = initial_state
     out, doubt = [], []
@@ -177,7 +215,7 @@ def packed(
 ) -> list[tuple]:
     """Runs a loop on each sequence of a pack with its own initial state."""
     found = []
-    for i, (first, stop) in enumerate(zip(borders, borders[1:], strict=False)):
+    for i, (first, stop) in enumerate(itertools.pairwise(borders)):
         part = [None if x is None else x[:, first:stop] for x in operands]
         if states is None:
             state = None

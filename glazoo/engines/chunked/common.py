@@ -54,17 +54,17 @@ def needs_grad(*operands: Tensor | None) -> bool:
 
 
 class Tile(NamedTuple):
-    """Tokens start..stop as `count` chunks of `size` tokens; a part-filled tile has one chunk."""
+    """Tokens start..stop as `number` chunks of `size` tokens; a part-filled tile has one chunk."""
 
     start: int
     stop: int
-    count: int
+    number: int
     size: int
     chunk: int
 
     @property
     def full(self) -> bool:
-        return self.stop - self.start == self.count * self.size
+        return self.stop - self.start == self.number * self.size
 
 
 class Rows(NamedTuple):
@@ -77,7 +77,7 @@ class Rows(NamedTuple):
     heads: int
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         return (self.b1 - self.b0) * (self.h1 - self.h0)
 
     @property
@@ -134,7 +134,7 @@ def _windows(x: Tensor, buffer: Tensor, rows: Rows, tile: Tile) -> Iterator[tupl
 
 def _shape(x: Tensor, rows: Rows, tile: Tile) -> tuple[int, ...]:
     share = rows.heads // x.shape[2]
-    return (tile.count, rows.batch, rows.width // share, share, tile.size, x.shape[3])
+    return (tile.number, rows.batch, rows.width // share, share, tile.size, x.shape[3])
 
 
 def load(x: Tensor, rows: Rows, tile: Tile, dtype: torch.dtype) -> Tensor:

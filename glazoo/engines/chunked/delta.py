@@ -43,7 +43,7 @@ def _unit_lower_inverse(system: Tensor) -> Tensor:
     blocks = system.view(count, size // block, block, size // block, block)
     blocks = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, block, block)
     unit = torch.eye(block, dtype=system.dtype, device=system.device).expand_as(blocks)
-    solved = torch.linalg.solve_triangular(blocks, unit, upper=False, unitriangular=True)
+    solved: Tensor = torch.linalg.solve_triangular(blocks, unit, upper=False, unitriangular=True)
     if block == size:
         return solved.contiguous()
     inverse = torch.zeros_like(system)
@@ -107,35 +107,35 @@ def _forward(
     groups = min(q.shape[2], e.shape[2], k.shape[2])
     for rows in row_blocks(batch, heads, groups, row_limit(tokens, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
-        shape = (rows.count, *final.shape[2:])
+        shape = (rows.number, *final.shape[2:])
         if initial is None:
             state = torch.zeros(shape, dtype=dtype, device=w.device)
         else:
             state = initial[corner].to(dtype).reshape(shape)
-        for tile in tiles(tokens, rows.count, CHUNK):
+        for tile in tiles(tokens, rows.number, CHUNK):
             wt = load(w, rows, tile, dtype)
             s = _System(q, e, k, g, rows, tile, dtype, previous)
-            split = (tile.count, rows.count, tile.size, -1)
+            split = (tile.number, rows.number, tile.size, -1)
             errors = torch.bmm(s.inverse, wt)
             cells = errors.view(split)
             erases = torch.bmm(s.inverse, s.erases).view(split)
             writes = s.writes.view(split).transpose(2, 3)
-            total = s.gate.total_of(tile.count)
-            border = torch.empty(tile.count + 1, *shape, dtype=dtype, device=w.device)
+            total = s.gate.total_of(tile.number)
+            border = torch.empty(tile.number + 1, *shape, dtype=dtype, device=w.device)
             border[0] = state
-            for c in range(tile.count):
+            for c in range(tile.number):
                 cells[c].baddbmm_(erases[c], border[c], alpha=-1)
                 if total is None:
                     torch.baddbmm(border[c], writes[c], cells[c], out=border[c + 1])
                 else:
                     torch.mul(border[c], total[c], out=border[c + 1])
                     border[c + 1].baddbmm_(writes[c], cells[c])
-            state = border[tile.count]
-            starts = border[: tile.count].view(-1, *shape[1:])
+            state = border[tile.number]
+            starts = border[: tile.number].view(-1, *shape[1:])
             result = torch.bmm(s.read, errors).baddbmm_(s.reads, starts)
             store(out, result, rows, tile)
             if borders is not None:
-                part = borders[tile.chunk : tile.chunk + tile.count, *corner]
+                part = borders[tile.chunk : tile.chunk + tile.number, *corner]
                 part.copy_(starts.view(part.shape))
         final[corner].copy_(state.view(final[corner].shape))
 
@@ -162,28 +162,28 @@ def _backward(
     groups = min(q.shape[2], e.shape[2], k.shape[2])
     for rows in row_blocks(batch, heads, groups, row_limit(tokens, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
-        shape = (rows.count, *borders.shape[3:])
+        shape = (rows.number, *borders.shape[3:])
         if grad_final is None:
             state = torch.zeros(shape, dtype=dtype, device=w.device)
         else:
             state = grad_final[corner].to(dtype).reshape(shape)
-        for tile in reversed(tiles(tokens, rows.count, CHUNK)):
+        for tile in reversed(tiles(tokens, rows.number, CHUNK)):
             wt, dt = load(w, rows, tile, dtype), load(grad, rows, tile, dtype)
             s = _System(q, e, k, g, rows, tile, dtype, previous, backward=dg is not None)
-            split = (tile.count, rows.count, tile.size, -1)
-            starts = borders[tile.chunk : tile.chunk + tile.count, *corner].reshape(-1, *shape[1:])
+            split = (tile.number, rows.number, tile.size, -1)
+            starts = borders[tile.chunk : tile.chunk + tile.number, *corner].reshape(-1, *shape[1:])
             errors = torch.bmm(s.inverse, wt.baddbmm_(s.erases, starts, alpha=-1))
             # the adjoint of the triangular solve, for both what the chunk reads and what it leaves
             adjoint = s.inverse.transpose(1, 2)
             right = torch.bmm(adjoint, torch.bmm(s.read.transpose(1, 2), dt))
             cells = right.view(split)
             leaves = torch.bmm(adjoint, s.writes).view(split)
-            local = torch.bmm(s.reads.transpose(1, 2), dt).view(tile.count, *shape)
+            local = torch.bmm(s.reads.transpose(1, 2), dt).view(tile.number, *shape)
             erases = s.erases.view(split).transpose(2, 3)
-            total = s.gate.total_of(tile.count)
-            ends = torch.empty(tile.count + 1, *shape, dtype=dtype, device=w.device)
-            ends[tile.count] = state
-            for c in reversed(range(tile.count)):
+            total = s.gate.total_of(tile.number)
+            ends = torch.empty(tile.number + 1, *shape, dtype=dtype, device=w.device)
+            ends[tile.number] = state
+            for c in reversed(range(tile.number)):
                 cells[c].baddbmm_(leaves[c], ends[c + 1])
                 carry(ends[c + 1], local[c], None if total is None else total[c], ends[c])
                 ends[c].baddbmm_(erases[c], cells[c], alpha=-1)
@@ -228,7 +228,15 @@ def _delta(
     borders = like.new_empty(total, *final.shape[1:])
 
     def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
-        _forward(*operands, *states, previous, *results, *finals, kept[0] if kept else None)
+        arguments: list[Any] = [
+            *operands,
+            *states,
+            previous,
+            *results,
+            *finals,
+            kept[0] if kept else None,
+        ]
+        _forward(*arguments)
 
     over_sequences(
         core, cu_seqlens, CHUNK, [q, e, k, w, g], [initial], [out], [final], [borders] * keep
@@ -282,7 +290,17 @@ def _delta_backward(
 
     def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
         gate = results[4] if with_gate else None
-        _backward(operands[0], *states, *operands[1:], *kept, previous, *results[:4], gate, *finals)
+        arguments: list[Any] = [
+            operands[0],
+            *states,
+            *operands[1:],
+            *kept,
+            previous,
+            *results[:4],
+            gate,
+            *finals,
+        ]
+        _backward(*arguments)
 
     over_sequences(
         core,

@@ -57,7 +57,7 @@ class _Systems:
         self.k, self.w = load(k, rows, tile, dtype), load(w, rows, tile, dtype)
         self.decay = None if g is None else load(g, rows, tile, dtype).exp_()
         self.gate: NoGate = gate_of(g, rows, tile, dtype)
-        self.floor = prior[rows.h0 : rows.h1].to(dtype).repeat(tile.count * rows.batch, 1)
+        self.floor = prior[rows.h0 : rows.h1].to(dtype).repeat(tile.number * rows.batch, 1)
         self.starts = starts
         self.gradients = gradients
 
@@ -171,26 +171,26 @@ def _forward(
     dtype = final.dtype
     for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2]), row_limit(tokens, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
-        shape = (rows.count, *final.shape[2:])
+        shape = (rows.number, *final.shape[2:])
         if initial is None:
             state = torch.zeros(shape, dtype=dtype, device=w.device)
         else:
             state = initial[corner].to(dtype).reshape(shape)
-        for tile in tiles(tokens, rows.count, CHUNK):
+        for tile in tiles(tokens, rows.number, CHUNK):
             kt, wt = load(k, rows, tile, dtype), load(w, rows, tile, dtype)
             gate = gate_of(g, rows, tile, dtype)
-            writes = torch.bmm(gate.tail(kt).transpose(1, 2), wt).view(tile.count, *shape)
-            total = gate.total_of(tile.count)
-            border = torch.empty(tile.count + 1, *shape, dtype=dtype, device=w.device)
+            writes = torch.bmm(gate.tail(kt).transpose(1, 2), wt).view(tile.number, *shape)
+            total = gate.total_of(tile.number)
+            border = torch.empty(tile.number + 1, *shape, dtype=dtype, device=w.device)
             border[0] = state
-            for c in range(tile.count):
+            for c in range(tile.number):
                 carry(border[c], writes[c], None if total is None else total[c], border[c + 1])
-            state = border[tile.count]
-            starts = border[: tile.count].view(-1, *shape[1:])
+            state = border[tile.number]
+            starts = border[: tile.number].view(-1, *shape[1:])
             systems = _Systems(k, w, g, prior, starts, rows, tile, gradients)
             store(out, systems.solve(load(q, rows, tile, dtype)), rows, tile)
             if borders is not None:
-                part = borders[tile.chunk : tile.chunk + tile.count, *corner]
+                part = borders[tile.chunk : tile.chunk + tile.number, *corner]
                 part.copy_(starts.view(part.shape))
         final[corner].copy_(state.view(final[corner].shape))
 
@@ -219,8 +219,8 @@ def _backward(
     adjoint = torch.empty(x.shape, dtype=dtype, device=x.device)
     for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2]), row_limit(tokens, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
-        for tile in tiles(tokens, rows.count, CHUNK):
-            part = borders[tile.chunk : tile.chunk + tile.count, *corner]
+        for tile in tiles(tokens, rows.number, CHUNK):
+            part = borders[tile.chunk : tile.chunk + tile.number, *corner]
             starts = part.reshape(-1, *part.shape[3:])
             systems = _Systems(k, w, g, prior, starts, rows, tile, gradients)
             z = systems.solve(load(grad, rows, tile, dtype))
@@ -229,7 +229,7 @@ def _backward(
             store(adjoint, z, rows, tile)
             if dprior is not None:
                 total = z.mul_(load(x, rows, tile, dtype)).sum(1)
-                total = total.view(tile.count * rows.batch, rows.width, -1).sum(0)
+                total = total.view(tile.number * rows.batch, rows.width, -1).sum(0)
                 dprior[rows.h0 : rows.h1].add_(total)
     unused = torch.empty_like(adjoint)
     linear_backward(x, grad_final, adjoint, k, w, g, borders, False, unused, dk, dw, dg, dinitial)
@@ -257,7 +257,8 @@ def _solve(
 
     def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
         part = kept[0] if kept else None
-        _forward(*operands, prior, *states, gradients, *results, *finals, part)
+        arguments: list[Any] = [*operands, prior, *states, gradients, *results, *finals, part]
+        _forward(*arguments)
 
     over_sequences(
         core, cu_seqlens, CHUNK, [q, k, w, g], [initial], [out], [final], [borders] * keep
@@ -311,7 +312,7 @@ def _solve_backward(
     dinitial = starting(grad_final, (sequences(cu_seqlens, batch), heads, size, size), borders)
 
     def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
-        _backward(
+        arguments: list[Any] = [
             *operands,
             prior,
             *states,
@@ -321,7 +322,8 @@ def _solve_backward(
             results[3] if with_gate else None,
             dprior if with_prior else None,
             *finals,
-        )
+        ]
+        _backward(*arguments)
 
     over_sequences(
         core,

@@ -31,7 +31,7 @@ CHUNK = 64
 def _decays(g: Tensor, rows: Any, tile: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Decay of every token [N, C, D] and of the whole chunk [n, R, D]; D is 1 or K."""
     part = load(g, rows, tile, dtype)
-    total = part.sum(1).exp_().view(tile.count, rows.count, -1)
+    total = part.sum(1).exp_().view(tile.number, rows.number, -1)
     return part.exp_(), total
 
 
@@ -47,12 +47,12 @@ def _forward(
     dtype = final.dtype
     for rows in row_blocks(batch, heads, k.shape[2], row_limit(tokens, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
-        shape = (rows.count, k.shape[3])
+        shape = (rows.number, k.shape[3])
         if initial is None:
             state = torch.zeros(shape, dtype=dtype, device=b.device)
         else:
             state = initial[corner].to(dtype).reshape(shape)
-        for tile in tiles(tokens, rows.count, CHUNK):
+        for tile in tiles(tokens, rows.number, CHUNK):
             x = load(k, rows, tile, dtype)
             x.square_().mul_(load(b, rows, tile, dtype))
             total = prefix = None
@@ -65,13 +65,13 @@ def _forward(
                     before, after = halves(prefix, half)
                     second.addcmul_(after, first[:, :, -1:])
                     after.mul_(before[:, :, -1:])
-            local = x[:, -1].view(tile.count, *shape)
-            border = torch.empty(tile.count + 1, *shape, dtype=dtype, device=b.device)
+            local = x[:, -1].view(tile.number, *shape)
+            border = torch.empty(tile.number + 1, *shape, dtype=dtype, device=b.device)
             border[0] = state
-            for c in range(tile.count):
+            for c in range(tile.number):
                 carry(border[c], local[c], None if total is None else total[c], border[c + 1])
-            state = border[tile.count]
-            starts = border[: tile.count].view(-1, 1, shape[1])
+            state = border[tile.number]
+            starts = border[: tile.number].view(-1, 1, shape[1])
             x = x.add_(starts) if prefix is None else x.addcmul_(starts, prefix)
             store(out, x, rows, tile)
         final[corner].copy_(state.view(final[corner].shape))
@@ -94,12 +94,12 @@ def _backward(
     dtype = dinitial.dtype
     for rows in row_blocks(batch, heads, k.shape[2], row_limit(tokens, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
-        shape = (rows.count, k.shape[3])
+        shape = (rows.number, k.shape[3])
         if grad_final is None:
             state = torch.zeros(shape, dtype=dtype, device=b.device)
         else:
             state = grad_final[corner].to(dtype).reshape(shape)
-        for tile in reversed(tiles(tokens, rows.count, CHUNK)):
+        for tile in reversed(tiles(tokens, rows.number, CHUNK)):
             y = load(grad, rows, tile, dtype)
             kt, bt = load(k, rows, tile, dtype), load(b, rows, tile, dtype)
             decay = total = suffix = None
@@ -116,11 +116,11 @@ def _backward(
                     first.addcmul_(before, second[:, :, :1])
                     before.mul_(after[:, :, :1])
             entry = y[:, 0] if decay is None else y[:, 0] * decay[:, 0]
-            entry = entry.view(tile.count, *shape)
+            entry = entry.view(tile.number, *shape)
             # ends[c]: gradient of the state after chunk c - 1
-            ends = torch.empty(tile.count + 1, *shape, dtype=dtype, device=b.device)
-            ends[tile.count] = state
-            for c in reversed(range(tile.count)):
+            ends = torch.empty(tile.number + 1, *shape, dtype=dtype, device=b.device)
+            ends[tile.number] = state
+            for c in reversed(range(tile.number)):
                 carry(ends[c + 1], entry[c], None if total is None else total[c], ends[c])
             state = ends[0]
             after_chunk = ends[1:].view(-1, 1, shape[1])
@@ -143,7 +143,7 @@ def _previous(
     """The state before each token of the tile, [N, C, K]."""
     before = load(value, rows, tile, dtype)
     before[:, 1:] = before[:, :-1].clone()
-    first = before[:, 0].view(tile.count, rows.batch, rows.width, -1)
+    first = before[:, 0].view(tile.number, rows.batch, rows.width, -1)
     if tile.start:
         source = value[
             rows.b0 : rows.b1, tile.start - 1 : tile.stop - 1 : tile.size, rows.h0 : rows.h1
@@ -173,7 +173,8 @@ def _importance(
     final = starting(initial, (sequences(cu_seqlens, batch), heads, k.shape[3]), like)
 
     def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
-        _forward(*operands, *states, *results, *finals)
+        arguments: list[Any] = [*operands, *states, *results, *finals]
+        _forward(*arguments)
 
     over_sequences(core, cu_seqlens, CHUNK, [k, b, g], [initial], [out], [final], [])
     return out, final
@@ -212,7 +213,8 @@ def _importance_backward(
 
     def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
         gate = results[2] if with_gate else None
-        _backward(*operands, *states, *results[:2], gate, *finals)
+        arguments: list[Any] = [*operands, *states, *results[:2], gate, *finals]
+        _backward(*arguments)
 
     over_sequences(
         core,
@@ -322,4 +324,5 @@ def importance(
                     old = old * (decay.unsqueeze(-1) if g.dim() == 3 else decay)
                 value = value + old
             return value, value[:, 0]
-    return _importance(k, b, g, initial_state, cu_seqlens)
+    value, final = _importance(k, b, g, initial_state, cu_seqlens)
+    return value, final

@@ -48,26 +48,26 @@ def _forward(
     mode = READ_BEFORE if before else READ
     for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2]), row_limit(tokens, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
-        shape = (rows.count, *final.shape[2:])
+        shape = (rows.number, *final.shape[2:])
         if initial is None:
             state = torch.zeros(shape, dtype=dtype, device=w.device)
         else:
             state = initial[corner].to(dtype).reshape(shape)
-        for tile in tiles(tokens, rows.count, CHUNK):
+        for tile in tiles(tokens, rows.number, CHUNK):
             qt, kt, wt = (load(x, rows, tile, dtype) for x in (q, k, w))
             gate = gate_of(g, rows, tile, dtype, exclusive=before)
             result = torch.bmm(gate.scores(qt, kt, mode), wt)
-            writes = torch.bmm(gate.tail(kt).transpose(1, 2), wt).view(tile.count, *shape)
-            total = gate.total_of(tile.count)
-            border = torch.empty(tile.count + 1, *shape, dtype=dtype, device=w.device)
+            writes = torch.bmm(gate.tail(kt).transpose(1, 2), wt).view(tile.number, *shape)
+            total = gate.total_of(tile.number)
+            border = torch.empty(tile.number + 1, *shape, dtype=dtype, device=w.device)
             border[0] = state
-            for c in range(tile.count):
+            for c in range(tile.number):
                 carry(border[c], writes[c], None if total is None else total[c], border[c + 1])
-            state = border[tile.count]
-            starts = border[: tile.count].view(-1, *shape[1:])
+            state = border[tile.number]
+            starts = border[: tile.number].view(-1, *shape[1:])
             store(out, result.baddbmm_(gate.head(qt, before), starts), rows, tile)
             if borders is not None:
-                part = borders[tile.chunk : tile.chunk + tile.count, *corner]
+                part = borders[tile.chunk : tile.chunk + tile.number, *corner]
                 part.copy_(starts.view(part.shape))
         final[corner].copy_(state.view(final[corner].shape))
 
@@ -92,22 +92,22 @@ def _backward(
     mode = READ_BEFORE if before else READ
     for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2]), row_limit(tokens, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
-        shape = (rows.count, *borders.shape[3:])
+        shape = (rows.number, *borders.shape[3:])
         if grad_final is None:
             state = torch.zeros(shape, dtype=dtype, device=w.device)
         else:
             state = grad_final[corner].to(dtype).reshape(shape)
-        for tile in reversed(tiles(tokens, rows.count, CHUNK)):
+        for tile in reversed(tiles(tokens, rows.number, CHUNK)):
             qt, kt, wt, dt = (load(x, rows, tile, dtype) for x in (q, k, w, grad))
             gate = gate_of(g, rows, tile, dtype, backward=dg is not None, exclusive=before)
-            starts = borders[tile.chunk : tile.chunk + tile.count, *corner].reshape(-1, *shape[1:])
+            starts = borders[tile.chunk : tile.chunk + tile.number, *corner].reshape(-1, *shape[1:])
             reads, writes = gate.head(qt, before), gate.tail(kt)
-            local = torch.bmm(reads.transpose(1, 2), dt).view(tile.count, *shape)
-            total = gate.total_of(tile.count)
+            local = torch.bmm(reads.transpose(1, 2), dt).view(tile.number, *shape)
+            total = gate.total_of(tile.number)
             # gradients of the states: ends[c] is that of the state after chunk c - 1
-            ends = torch.empty(tile.count + 1, *shape, dtype=dtype, device=w.device)
-            ends[tile.count] = state
-            for c in reversed(range(tile.count)):
+            ends = torch.empty(tile.number + 1, *shape, dtype=dtype, device=w.device)
+            ends[tile.number] = state
+            for c in reversed(range(tile.number)):
                 carry(ends[c + 1], local[c], None if total is None else total[c], ends[c])
             state = ends[0]
             after = ends[1:].view(-1, *shape[1:])
@@ -145,7 +145,15 @@ def _linear(
     borders = like.new_empty(total, *final.shape[1:])
 
     def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
-        _forward(*operands, *states, before, *results, *finals, kept[0] if kept else None)
+        arguments: list[Any] = [
+            *operands,
+            *states,
+            before,
+            *results,
+            *finals,
+            kept[0] if kept else None,
+        ]
+        _forward(*arguments)
 
     over_sequences(
         core, cu_seqlens, CHUNK, [q, k, w, g], [initial], [out], [final], [borders] * keep
@@ -197,7 +205,17 @@ def _linear_backward(
 
     def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
         gate = results[3] if with_gate else None
-        _backward(operands[0], *states, *operands[1:], *kept, before, *results[:3], gate, *finals)
+        arguments: list[Any] = [
+            operands[0],
+            *states,
+            *operands[1:],
+            *kept,
+            before,
+            *results[:3],
+            gate,
+            *finals,
+        ]
+        _backward(*arguments)
 
     results = [dq, dk, dw] + [dg] * with_gate
     over_sequences(

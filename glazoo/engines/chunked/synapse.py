@@ -33,8 +33,8 @@ from glazoo.engines.chunked.gates import NoGate, gate_of
 CHUNK = 256
 # Tokens that the per-token loop walks; states at these borders come from matmuls.
 SUB = 16
-# Synapses that one step of the loop updates per thread: three float32 arrays of this size stay in
-# the second-level cache of a core.
+# Synapses that one step of the loop updates per thread; fewer pay for more calls, more leave the
+# caches of a core.
 BLOCK = 65536
 # Synapses of all sub-chunk states of a tile.
 SPAN = 1 << 20
@@ -91,24 +91,19 @@ def _prepare(
     qt, kt, wt, bt = (load(x, rows, tile, dtype) for x in (q, k, w, b))
     gate = gate_of(g, rows, tile, dtype, backward)
     decay = None if g is None else load(g, rows, tile, dtype).exp_()
-    total = gate.total_of(tile.count)
+    total = gate.total_of(tile.number)
     found, final = [], []
     factors = (gate.tail(kt), gate.tail(kt.square()))
     for keys, values, start in zip(factors, (wt, bt), state, strict=True):
-        writes = torch.bmm(keys.transpose(1, 2), values).view(tile.count, *start.shape)
-        border = start.new_empty(tile.count + 1, *start.shape)
+        writes = torch.bmm(keys.transpose(1, 2), values).view(tile.number, *start.shape)
+        border = start.new_empty(tile.number + 1, *start.shape)
         border[0] = start
-        for c in range(tile.count):
+        for c in range(tile.number):
             carry(border[c], writes[c], None if total is None else total[c], border[c + 1])
-        found.append(border[: tile.count].view(-1, *start.shape[1:]))
-        final.append(border[tile.count])
+        found.append(border[: tile.number].view(-1, *start.shape[1:]))
+        final.append(border[tile.number])
     made = _Tile(qt, kt, wt, bt, decay, gate, *factors, found[0], found[1])
     return made, (final[0], final[1])
-
-
-def _steps(x: Tensor | None, span: slice) -> Tensor | None:
-    """Tokens first: [n * R, C, D] -> [C, N, D], contiguous."""
-    return None if x is None else x[span].transpose(0, 1).contiguous()
 
 
 def _need(x: Tensor | None) -> Tensor:
@@ -116,37 +111,54 @@ def _need(x: Tensor | None) -> Tensor:
     return x
 
 
+def _stack(first: Tensor, second: Tensor, span: slice, dim: int) -> tuple[Tensor, ...]:
+    """Per token, the rows of both operands of a span, [2 N, D] with an axis of 1 at dim."""
+    both = torch.stack((first[span], second[span])).permute(2, 0, 1, 3)
+    return both.flatten(1, 2).contiguous().unsqueeze(dim).unbind(0)
+
+
+def _each(x: Tensor, span: slice, dim: int) -> tuple[Tensor, ...]:
+    """Per token, the rows of a span, [N, D] with an axis of 1 at dim."""
+    return x[span].transpose(0, 1).contiguous().unsqueeze(dim).unbind(0)
+
+
 def _read(
     t: _Tile, span: slice, floor: Tensor, before: bool, out: Tensor, doubt: Tensor | None
 ) -> None:
-    """The per-token loop of a span of sub-chunks; fills out (and doubt) [N, C, V]."""
-    q, k, w, b = (_need(_steps(x, span)) for x in (t.q, t.k, t.w, t.b))
-    squares = k.square()
-    decay = _steps(t.decay, span)
-    h, j = t.h[span].clone(), t.j[span].clone()
+    """The per-token loop of a span of sub-chunks; fills out (and doubt) [N, C, V].
+
+    h and J are one array of 2 N rows, so that each step updates both in one pass.
+    """
+    keys = _stack(t.k, t.k.square(), span, -1)
+    values = _stack(t.w, t.b, span, -2)
+    decay = None if t.decay is None else _stack(t.decay, t.decay, span, -1)
+    query = _each(t.q, span, -2)
+    squares = None if doubt is None else _each(t.q.square(), span, -2)
+    state = torch.cat((t.h[span], t.j[span]))
+    h, j = state.chunk(2)
     ratio = torch.empty_like(h)
-    steps = k.shape[0]
-    result = out.new_empty(steps, h.shape[0], 1, h.shape[2])
+    steps, count, size = len(keys), h.shape[0], h.shape[2]
+    result = out.new_empty(steps, count, 1, size)
     spread = torch.empty_like(result) if doubt is not None else None
+    into = result.unbind(0)
+    into_spread = () if spread is None else spread.unbind(0)
 
     def read(i: int) -> None:
         torch.add(j, floor, out=ratio)
-        if spread is None:
+        if squares is None:
             torch.div(h, ratio, out=ratio)
         else:
-            torch.reciprocal(ratio, out=ratio)
-            torch.bmm(q[i].square().unsqueeze(1), ratio, out=spread[i])
+            ratio.reciprocal_()
+            torch.bmm(squares[i], ratio, out=into_spread[i])
             ratio.mul_(h)
-        torch.bmm(q[i].unsqueeze(1), ratio, out=result[i])
+        torch.bmm(query[i], ratio, out=into[i])
 
     for i in range(steps):
         if before:
             read(i)
         if decay is not None:
-            h.mul_(decay[i].unsqueeze(-1))
-            j.mul_(decay[i].unsqueeze(-1))
-        h.addcmul_(k[i].unsqueeze(-1), w[i].unsqueeze(-2))
-        j.addcmul_(squares[i].unsqueeze(-1), b[i].unsqueeze(-2))
+            state.mul_(decay[i])
+        state.addcmul_(keys[i], values[i])
         if not before:
             read(i)
     out[span] = result.squeeze(2).transpose(0, 1)
@@ -173,7 +185,7 @@ def _forward(
     synapses = k.shape[3] * size
     for rows in _rows(batch, heads, min(q.shape[2], k.shape[2]), synapses):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
-        shape = (rows.count, k.shape[3], size)
+        shape = (rows.number, k.shape[3], size)
         h, j = (_start(x, corner, shape, final[0]) for x in initial)
         floor = _floor(prior, rows, dtype)
         for tile in _tiles(tokens):
@@ -184,7 +196,7 @@ def _forward(
             t, (h, j) = _prepare(q, k, w, b, g, (h, j), rows, tile)
             result = torch.empty_like(t.w)
             spread = None if doubt is None else torch.empty_like(t.w)
-            floors = floor.repeat(tile.count, 1, 1)
+            floors = floor.repeat(tile.number, 1, 1)
             for span in _spans(result.shape[0], synapses):
                 _read(t, span, floors[span], before, result, spread)
             store(out, result, rows, tile)
@@ -205,6 +217,14 @@ def _start(
 def _floor(prior: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
     """The prior [HV, 1 or K] of a block of rows, [R, 1 or K, 1]."""
     return prior[rows.h0 : rows.h1].to(dtype).repeat(rows.batch, 1).unsqueeze(-1)
+
+
+def _room(pieces: list[Tile], rows: int, synapses: int, like: Tensor) -> Tensor:
+    """Room for the states of all tokens of any span of these tiles."""
+    longest = max(tile.size for tile in pieces)
+    widest = max(tile.number * rows for tile in pieces)
+    span = next(_spans(widest, synapses))
+    return like.new_empty(longest + 1, 2 * span.stop, *like.shape[3:])
 
 
 class _Local(NamedTuple):
@@ -228,44 +248,58 @@ def _unread(
     grad: Tensor,
     grad_doubt: Tensor | None,
     local: _Local,
+    room: Tensor,
 ) -> None:
-    """The per-token loop forward (states only) and backward (gradients) of a span."""
-    q, k, w, b = (_need(_steps(x, span)) for x in (t.q, t.k, t.w, t.b))
-    squares = k.square()
-    decay = _steps(t.decay, span)
-    dy = _need(_steps(grad, span))
-    du = _steps(grad_doubt, span)
-    steps, count, keys = k.shape
-    h = t.h.new_empty(steps + 1, count, keys, w.shape[2])
-    j = torch.empty_like(h)
-    h[0], j[0] = t.h[span], t.j[span]
+    """The per-token loop forward (states only) and backward (gradients) of a span.
+
+    The states of its tokens are kept in room [C + 1, at least 2 N, K, V], which all spans share.
+    """
+    keys, values = _stack(t.k, t.k.square(), span, -1), _stack(t.w, t.b, span, -2)
+    decay = None if t.decay is None else _stack(t.decay, t.decay, span, -1)
+    query, dy = _each(t.q, span, -1), _each(grad, span, -2)
+    du = squares = None
+    if grad_doubt is not None:
+        du, squares = _each(grad_doubt, span, -2), _each(t.q.square(), span, -1)
+    start = torch.cat((t.h[span], t.j[span]))
+    steps, rows = len(keys), start.shape[0]
+    state = room[: steps + 1, :rows].unbind(0)
+    state[0].copy_(start)
     for i in range(steps):
-        for state, key, value in ((h, k, w), (j, squares, b)):
-            if decay is None:
-                outer = (key[i].unsqueeze(-1), value[i].unsqueeze(-2))
-                torch.addcmul(state[i], *outer, out=state[i + 1])
-            else:
-                torch.mul(state[i], decay[i].unsqueeze(-1), out=state[i + 1])
-                state[i + 1].addcmul_(key[i].unsqueeze(-1), value[i].unsqueeze(-2))
-    dh, dj = torch.zeros_like(h[0]), torch.zeros_like(h[0])
+        if decay is None:
+            torch.addcmul(state[i], keys[i], values[i], out=state[i + 1])
+        else:
+            torch.mul(state[i], decay[i], out=state[i + 1])
+            state[i + 1].addcmul_(keys[i], values[i])
+    halves = [x.chunk(2) for x in state]
+    grads = torch.zeros_like(start)
+    backward = grads.transpose(1, 2)
+    dh, dj = grads.chunk(2)
+    both = torch.empty_like(start)
     inverse, slope, scratch = (torch.empty_like(dh) for _ in range(3))
-    dq, dw, db = (x.new_empty(*x.shape[:2], 1, x.shape[2]) for x in (q, w, b))
-    through_h, through_j = torch.empty_like(dq), torch.empty_like(dq)
-    dg = None if local.g is None else torch.empty_like(k)
+    turned = scratch.transpose(1, 2)
+    size, width = start.shape[2], start.shape[1]
+    dq = start.new_empty(steps, rows // 2, 1, width)
+    dvalues = start.new_empty(steps, rows, 1, size)
+    dkeys = start.new_empty(steps, rows, 1, width)
+    dg = None if local.g is None else start.new_empty(steps, rows, width)
     dprior = None if local.prior is None else torch.zeros_like(dh)
+    into_q, into_values, into_keys = dq.unbind(0), dvalues.unbind(0), dkeys.unbind(0)
+    into_g = () if dg is None else dg.unbind(0)
+    columns = [x.transpose(1, 2) for x in keys]
 
     def unread(i: int, at: int) -> None:
-        torch.add(j[at], floor, out=inverse).reciprocal_()
-        torch.mul(inverse, q[i].unsqueeze(-1), out=slope).mul_(dy[i].unsqueeze(-2))
+        h, j = halves[at]
+        torch.add(j, floor, out=inverse).reciprocal_()
+        torch.mul(inverse, query[i], out=slope).mul_(dy[i])
         dh.add_(slope)
-        torch.mul(inverse, h[at], out=scratch)
-        torch.bmm(dy[i].unsqueeze(1), scratch.transpose(1, 2), out=dq[i])
+        torch.mul(inverse, h, out=scratch)
+        torch.bmm(dy[i], turned, out=into_q[i])
         scratch.mul_(slope)
-        if du is not None:
-            reader = 2 * torch.bmm(du[i].unsqueeze(1), inverse.transpose(1, 2))
-            dq[i].addcmul_(reader, q[i].unsqueeze(1))
-            inverse.square_().mul_(q[i].square().unsqueeze(-1))
-            scratch.addcmul_(inverse, du[i].unsqueeze(-2))
+        if du is not None and squares is not None:
+            reader = 2 * torch.bmm(du[i], inverse.transpose(1, 2))
+            into_q[i].addcmul_(reader, query[i].transpose(1, 2))
+            inverse.square_().mul_(squares[i])
+            scratch.addcmul_(inverse, du[i])
         dj.sub_(scratch)
         if dprior is not None:
             dprior.sub_(scratch)
@@ -273,28 +307,32 @@ def _unread(
     for i in reversed(range(steps)):
         if not before:
             unread(i, i + 1)
-        torch.bmm(k[i].unsqueeze(1), dh, out=dw[i])
-        torch.bmm(squares[i].unsqueeze(1), dj, out=db[i])
-        torch.bmm(w[i].unsqueeze(1), dh.transpose(1, 2), out=through_h[i])
-        torch.bmm(b[i].unsqueeze(1), dj.transpose(1, 2), out=through_j[i])
+        torch.bmm(columns[i], grads, out=into_values[i])
+        torch.bmm(values[i], backward, out=into_keys[i])
         if decay is not None:
             if dg is not None:
-                torch.mul(h[i], dh, out=scratch).addcmul_(j[i], dj)
-                torch.sum(scratch, -1, out=dg[i])
-            dh.mul_(decay[i].unsqueeze(-1))
-            dj.mul_(decay[i].unsqueeze(-1))
+                torch.mul(state[i], grads, out=both)
+                torch.sum(both, -1, out=into_g[i])
+            grads.mul_(decay[i])
         if before:
             unread(i, i)
-    dk = through_h.squeeze(2).addcmul_(through_j.squeeze(2), k, value=2)
-    for target, value in ((local.q, dq.squeeze(2)), (local.k, dk)):
-        target[span] = value.transpose(0, 1)
-    for target, value in ((local.w, dw.squeeze(2)), (local.b, db.squeeze(2))):
-        target[span] = value.transpose(0, 1)
+
+    def home(x: Tensor) -> Tensor:
+        """[C, N, 1, D] as [N, C, D]."""
+        return x.squeeze(2).transpose(0, 1)
+
+    through_h, through_j = (home(x) for x in dkeys.chunk(2, dim=1))
+    local.q[span] = home(dq)
+    local.k[span] = torch.addcmul(through_h, through_j, t.k[span], value=2)
+    for target, value in zip((local.w, local.b), dvalues.chunk(2, dim=1), strict=True):
+        target[span] = home(value)
     local.h[span], local.j[span] = dh, dj
-    if dg is not None and local.g is not None and decay is not None:
+    if dg is not None and local.g is not None and t.decay is not None:
+        first, second = dg.chunk(2, dim=1)
+        total = (first + second).transpose(0, 1)
         if local.g.shape[2] == 1:
-            dg = dg.sum(-1, keepdim=True)
-        local.g[span] = dg.mul_(decay).transpose(0, 1)
+            total = total.sum(-1, keepdim=True)
+        torch.mul(total, t.decay[span], out=local.g[span])
     if dprior is not None and local.prior is not None:
         local.prior[span] = dprior.sum(-1)
 
@@ -324,10 +362,12 @@ def _backward(
     synapses = k.shape[3] * size
     for rows in _rows(batch, heads, min(q.shape[2], k.shape[2]), synapses):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
-        shape = (rows.count, k.shape[3], size)
+        shape = (rows.number, k.shape[3], size)
         state = [_start(x, corner, shape, kept[0]) for x in grad_final]
         floor = _floor(prior, rows, dtype)
-        for tile in reversed(_tiles(tokens)):
+        pieces = list(reversed(_tiles(tokens)))
+        room = _room(pieces, rows.number, synapses, kept[0])
+        for tile in pieces:
             start = tuple(x[tile.chunk, *corner].reshape(shape) for x in kept)
             t, _ = _prepare(
                 q, k, w, b, g, (start[0], start[1]), rows, tile, backward=dg is not None
@@ -335,23 +375,26 @@ def _backward(
             dy = load(grad, rows, tile, dtype)
             du = None if grad_doubt is None else load(grad_doubt, rows, tile, dtype)
             local = _Local(
-                *(torch.empty_like(x) for x in (t.q, t.k, t.w, t.b)),
+                torch.empty_like(t.q),
+                torch.empty_like(t.k),
+                torch.empty_like(t.w),
+                torch.empty_like(t.b),
                 None if dg is None else torch.empty_like(_need(t.decay)),
                 None if dprior is None else t.k.new_empty(t.k.shape[0], t.k.shape[2]),
                 torch.empty_like(t.h),
                 torch.empty_like(t.j),
             )
-            floors = floor.repeat(tile.count, 1, 1)
+            floors = floor.repeat(tile.number, 1, 1)
             for span in _spans(t.k.shape[0], synapses):
-                _unread(t, span, floors[span], before, dy, du, local)
+                _unread(t, span, floors[span], before, dy, du, local, room)
             # what later sub-chunks read came through the state at the end of this one
-            total = t.gate.total_of(tile.count)
+            total = t.gate.total_of(tile.number)
             after = []
             for i, entry in enumerate((local.h, local.j)):
-                entries = entry.view(tile.count, *shape)
-                ends = entry.new_empty(tile.count + 1, *shape)
-                ends[tile.count] = state[i]
-                for c in reversed(range(tile.count)):
+                entries = entry.view(tile.number, *shape)
+                ends = entry.new_empty(tile.number + 1, *shape)
+                ends[tile.number] = state[i]
+                for c in reversed(range(tile.number)):
                     carry(ends[c + 1], entries[c], None if total is None else total[c], ends[c])
                 state[i] = ends[0]
                 after.append(ends[1:].view(-1, *shape[1:]))
@@ -369,7 +412,7 @@ def _backward(
             for target, value in results:
                 store(target, value, rows, tile)
             if dprior is not None and local.prior is not None:
-                part = local.prior.view(tile.count * rows.batch, rows.width, -1).sum(0)
+                part = local.prior.view(tile.number * rows.batch, rows.width, -1).sum(0)
                 if dprior.shape[1] == 1:
                     part = part.sum(-1, keepdim=True)
                 dprior[rows.h0 : rows.h1].add_(part)
@@ -403,7 +446,17 @@ def _synapse(
 
     def core(operands: Any, states: Any, results: Any, finals: Any, parts: Any) -> None:
         extra = results[1] if uncertainty else None
-        _forward(*operands, prior, states, before, results[0], extra, finals, parts or None)
+        arguments: list[Any] = [
+            *operands,
+            prior,
+            states,
+            before,
+            results[0],
+            extra,
+            finals,
+            parts or None,
+        ]
+        _forward(*arguments)
 
     results = [out] + [doubt] * uncertainty
     over_sequences(
@@ -478,7 +531,7 @@ def _synapse_backward(
     dinitial = [starting(x, shape, kept_h) for x in (grad_h, grad_j)]
 
     def core(operands: Any, states: Any, results: Any, finals: Any, parts: Any) -> None:
-        _backward(
+        arguments: list[Any] = [
             *operands,
             prior,
             states,
@@ -488,7 +541,8 @@ def _synapse_backward(
             results[4] if with_gate else None,
             dprior if with_prior else None,
             finals,
-        )
+        ]
+        _backward(*arguments)
 
     over_sequences(
         core,

@@ -182,7 +182,7 @@ def _forward(
     keys = k.shape[3]
     for rows in _rows(batch, heads, _groups(q, k, e, s), keys * size):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
-        shape = (rows.count, keys, size)
+        shape = (rows.number, keys, size)
         mu, j = (_start(x, corner, shape, final[0]) for x in initial)
         floor = _floor(prior, rows, dtype)
         for tile in _tiles(tokens):
@@ -191,7 +191,7 @@ def _forward(
                     part = target[tile.chunk, *corner]
                     part.copy_(value.view(part.shape))
             t = _load(q, k, v, beta, b, e, s, g, rows, tile, dtype)
-            result = t.v.new_empty(tile.size, rows.count, size)
+            result = t.v.new_empty(tile.size, rows.number, size)
             spread = None if doubt is None else torch.empty_like(result)
             for i in range(tile.size):
                 mu, j = _advance(t, i, mu, j, floor, rule, previous)
@@ -392,7 +392,7 @@ def _backward(
     keys = k.shape[3]
     for rows in _rows(batch, heads, _groups(q, k, e, s), keys * size):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
-        shape = (rows.count, keys, size)
+        shape = (rows.number, keys, size)
         dmu, dj = (_start(x, corner, shape, kept[0]).clone() for x in grad_final)
         floor = _floor(prior, rows, dtype)
         total = None if dprior is None else torch.zeros_like(dmu)
@@ -402,9 +402,11 @@ def _backward(
             du = None
             if grad_doubt is not None:
                 du = load(grad_doubt, rows, tile, dtype).transpose(0, 1).contiguous()
-            states = [tuple(x[tile.chunk, *corner].reshape(shape) for x in kept)]
+            first, second = (x[tile.chunk, *corner].reshape(shape) for x in kept)
+            states = [(first, second)]
             for i in range(tile.size):
-                states.append(_advance(t, i, *states[-1], floor, rule, previous))
+                mu, j = states[-1]
+                states.append(_advance(t, i, mu, j, floor, rule, previous))
             grads = _Grads(
                 torch.empty_like(t.q),
                 torch.empty_like(t.k),
@@ -418,10 +420,12 @@ def _backward(
             )
             for i in reversed(range(tile.size)):
                 new_mu, new_j = states.pop()
+                mu, j = states[-1]
                 dmu, dj = _retreat(
                     t,
                     i,
-                    *states[-1],
+                    mu,
+                    j,
                     new_mu,
                     new_j,
                     floor,
@@ -475,7 +479,18 @@ def _synapse_delta(
 
     def core(operands: Any, states: Any, results: Any, finals: Any, parts: Any) -> None:
         extra = results[1] if uncertainty else None
-        _forward(*operands, prior, states, rule, previous, results[0], extra, finals, parts or None)
+        arguments: list[Any] = [
+            *operands,
+            prior,
+            states,
+            rule,
+            previous,
+            results[0],
+            extra,
+            finals,
+            parts or None,
+        ]
+        _forward(*arguments)
 
     over_sequences(
         core,
@@ -558,7 +573,7 @@ def _synapse_delta_backward(
     dinitial = [starting(x, shape, kept_mu) for x in (grad_mu, grad_j)]
 
     def core(operands: Any, states: Any, results: Any, finals: Any, parts: Any) -> None:
-        _backward(
+        arguments: list[Any] = [
             *operands,
             prior,
             states,
@@ -571,7 +586,8 @@ def _synapse_delta_backward(
             results[-1] if with_gate else None,
             dprior if with_prior else None,
             finals,
-        )
+        ]
+        _backward(*arguments)
 
     over_sequences(
         core,

@@ -1,0 +1,407 @@
+"""Times the chunked engine on a CPU against the PyTorch fallbacks that transformers ships.
+
+    python benchmarks/cpu.py            # the whole table, about half an hour on two cores
+    python benchmarks/cpu.py --quick    # two sizes, about two minutes
+
+Every contender of a size gets the same operands, is first checked against the float32 result of its
+rival, and is timed in the same rounds (interleaved, so that a busy machine disturbs all alike).
+Times are wall-clock medians with the 20th and 80th percentile; memory is the growth of the peak
+resident set over one forward and backward pass. Nothing is asserted about time. The result is
+printed and written to benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import datetime
+import gc
+import inspect
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers.models.kimi_linear import modeling_kimi_linear
+from transformers.models.mamba2 import modeling_mamba2
+from transformers.models.qwen3_next import modeling_qwen3_next
+
+from glazoo.engines import chunked
+
+RESULTS = Path(__file__).parent / "results"
+# The Kimi function makes tensors of T x 64 x H x K numbers, about six of which live at once.
+MEMORY_LIMIT = 8 << 30
+# (contender, rival, what the ratio should be): rival's time over the contender's for a speed-up,
+# the contender's over the rival's for a cost.
+GOALS = (
+    ("linear", "mamba2_chunk_scan", "speed-up", 1.5),
+    ("delta", "torch_chunk_gated_delta_rule", "speed-up", 1.5),
+    ("delta, decay per key", "chunk_kimi_delta_attention", "speed-up", 1.5),
+    ("linear, metaplastic", "linear", "cost", 1.3),
+    ("delta, metaplastic", "delta", "cost", 1.3),
+    ("synapse", "linear", "cost", 8.0),
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    tokens: int
+    heads: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"T {self.tokens}, H {self.heads}, K = V = {self.width}"
+
+
+@dataclass
+class Timing:
+    """Seconds of one contender at one size; memory in bytes."""
+
+    size: Size
+    contender: str
+    forward: list[float] = field(default_factory=list)
+    both: list[float] = field(default_factory=list)
+    memory: int | None = None
+
+    def summary(self) -> dict[str, Any]:
+        found: dict[str, Any] = {**asdict(self.size), "contender": self.contender}
+        for name in ("forward", "both"):
+            times = getattr(self, name)
+            cuts = quantiles(times, n=5) if len(times) > 1 else [times[0]] * 4
+            found[name] = {"p20": cuts[0], "p50": median(times), "p80": cuts[3], "n": len(times)}
+        found["memory"] = self.memory
+        return found
+
+
+def operands(size: Size) -> dict[str, Tensor]:
+    """Queries, unit keys, values and gates of a layer with sensible ranges; leaves."""
+    generator = torch.Generator().manual_seed(0)
+    lead = (1, size.tokens, size.heads)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    made = {
+        "q": F.normalize(normal(*lead, size.width), dim=-1),
+        "k": F.normalize(normal(*lead, size.width), dim=-1),
+        "v": normal(*lead, size.width),
+        "g": -0.2 * uniform(*lead),
+        "g_key": -0.2 * uniform(*lead, size.width),
+        "beta": uniform(*lead),
+        "b": uniform(*lead),
+        "b_value": uniform(*lead, size.width),
+        "prior": torch.ones(size.heads, size.width),
+    }
+    return {name: x.requires_grad_() for name, x in made.items()}
+
+
+def contenders(x: dict[str, Tensor], size: Size) -> dict[str, Callable[[], Tensor]]:
+    """What is timed: functions of the operands that return the output."""
+    mamba2 = inspect.unwrap(modeling_mamba2.mamba2_chunk_scan)
+    delta_rule = inspect.unwrap(modeling_qwen3_next.torch_chunk_gated_delta_rule)
+    kimi = inspect.unwrap(modeling_kimi_linear.chunk_kimi_delta_attention)
+    q, k, v, g, beta = x["q"], x["k"], x["v"], x["g"], x["beta"]
+    scale = size.width**-0.5
+    # Mamba2 discretises with dt: decay exp(A dt), write dt x. A = -1 and dt = -g.
+    slope = -torch.ones(size.heads)
+
+    def gated(y: Tensor) -> Tensor:
+        return y * beta.unsqueeze(-1)
+
+    def linear(query: Tensor) -> Tensor:
+        return chunked.linear(query, k, v * (-g).unsqueeze(-1), g)[0]
+
+    def delta(write: Tensor, decay: Tensor) -> Tensor:
+        return chunked.delta(q * scale, gated(k), write, gated(v), decay)[0]
+
+    def importance() -> Tensor:
+        return chunked.importance(k, x["b"], g)[0] + x["prior"]
+
+    def synapse() -> Tensor:
+        values = v * (-g).unsqueeze(-1)
+        return chunked.synapse(q, k, values, x["b_value"], g, prior=x["prior"])[0]
+
+    found = {
+        "mamba2_chunk_scan": lambda: mamba2(v, -g, slope, k, q, 256),
+        "linear": lambda: linear(q),
+        "linear, metaplastic": lambda: linear(q / importance()),
+        "torch_chunk_gated_delta_rule": lambda: delta_rule(q, k, v, g, beta)[0],
+        "delta": lambda: delta(k, g),
+        "delta, metaplastic": lambda: delta(k / importance(), g),
+        "delta, decay per key": lambda: delta(k, x["g_key"]),
+        "synapse": synapse,
+    }
+    if 6 * 64 * 4 * size.tokens * size.heads * size.width <= MEMORY_LIMIT:
+        found["chunk_kimi_delta_attention"] = lambda: kimi(q, k, v, x["g_key"], beta)[0]
+    return found
+
+
+def check(found: dict[str, Callable[[], Tensor]], x: dict[str, Tensor]) -> dict[str, float]:
+    """Largest difference of output and gradients between rivals, relative to the largest entry."""
+    differences = {}
+    leaves = list(x.values())
+    for contender, rival, kind, _ in GOALS:
+        if kind != "speed-up" or rival not in found:
+            continue
+        pairs = []
+        for name in (contender, rival):
+            y = found[name]()
+            gradients = torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)
+            pairs.append([y.detach(), *(z for z in gradients if z is not None)])
+        worst = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*pairs, strict=True))
+        differences[f"{contender} / {rival}"] = worst
+    for name, function in found.items():
+        if not bool(torch.isfinite(function()).all()):
+            raise RuntimeError(f"{name} gives a result that is not finite")
+    # Two float32 algorithms: a few hundred units of rounding apart at most, a bug is far more.
+    limit = 512 * torch.finfo(torch.float32).eps
+    for pair, worst in differences.items():
+        if not worst <= limit:
+            raise RuntimeError(f"{pair}: results differ by {worst:.2g}, more than {limit:.0e}")
+    return differences
+
+
+def once(function: Callable[[], Tensor], leaves: list[Tensor]) -> tuple[float, float]:
+    """Seconds of one forward pass and of one forward and backward pass."""
+    for leaf in leaves:
+        leaf.grad = None
+    start = time.perf_counter()
+    y = function()
+    middle = time.perf_counter()
+    y.backward(torch.ones_like(y))
+    return middle - start, time.perf_counter() - start
+
+
+def resident(key: str) -> int:
+    """A memory figure of this process in bytes (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {key} in /proc/self/status")
+
+
+def peak(function: Callable[[], Tensor], leaves: list[Tensor]) -> int | None:
+    """Growth of the peak resident set over a forward and backward pass; None where not known."""
+    for leaf in leaves:
+        leaf.grad = None
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident("VmRSS:")
+        once(function, leaves)
+        return resident("VmHWM:") - before
+    except (OSError, RuntimeError, AttributeError):
+        return None
+
+
+def measure(
+    size: Size, rounds: int, patience: float, memory: bool, console: Console
+) -> tuple[list[Timing], dict[str, float]]:
+    """All contenders at one size, interleaved."""
+    x = operands(size)
+    leaves = list(x.values())
+    found = contenders(x, size)
+    differences = check(found, x)
+    console.print(f"[bold]{size}[/bold]: results agree, {max(differences.values()):.1e} at most")
+    timings = {name: Timing(size, name) for name in found}
+    if memory:
+        for name, function in found.items():
+            timings[name].memory = peak(function, leaves)
+    for function in found.values():
+        once(function, leaves)
+    for i in range(rounds):
+        for name, function in found.items():
+            timing = timings[name]
+            # slow contenders get fewer rounds, but at least two
+            if i >= 2 and sum(timing.both) > patience:
+                continue
+            forward, both = once(function, leaves)
+            timing.forward.append(forward)
+            timing.both.append(both)
+    return list(timings.values()), differences
+
+
+def synapse_memory(tokens: tuple[int, ...], console: Console) -> list[dict[str, float]]:
+    """Peak memory of the synapse class's training against keeping the states of every token."""
+    table = Table(title="synapse, forward + backward: peak memory (H 4, K = V = 64)")
+    for column in (
+        "T",
+        "peak MiB",
+        "of which grows per token and head, KiB",
+        "per-token states, KiB",
+    ):
+        table.add_column(column, justify="right")
+    rows: list[dict[str, float]] = []
+    for count in tokens:
+        size = Size(count, 4, 64)
+        x = operands(size)
+        leaves = list(x.values())
+        function = contenders(x, size)["synapse"]
+        once(function, leaves)
+        found = peak(function, leaves)
+        if found is None:
+            return []
+        states = 2 * 64 * 64 * 4
+        row: dict[str, float] = {"tokens": count, "peak": found, "states": states}
+        grown = ""
+        if rows:
+            grown_bytes = (found - rows[-1]["peak"]) / (4 * (count - rows[-1]["tokens"]))
+            row["per_token_head"] = grown_bytes
+            grown = f"{grown_bytes / 1024:.2f}"
+        rows.append(row)
+        table.add_row(str(count), f"{found / 2**20:.0f}", grown, f"{states / 1024:.0f}")
+    console.print(table)
+    return rows
+
+
+def ratios(timings: list[Timing]) -> list[dict[str, Any]]:
+    """Each goal at each size: medians of forward, forward + backward, and memory."""
+    by_name = {timing.contender: timing for timing in timings}
+    found = []
+    for contender, rival, kind, goal in GOALS:
+        if contender not in by_name or rival not in by_name:
+            continue
+        ours, theirs = by_name[contender], by_name[rival]
+
+        def ratio(a: float, b: float, kind: str = kind) -> float:
+            return b / a if kind == "speed-up" else a / b
+
+        both = ratio(median(ours.both), median(theirs.both))
+        memory = None
+        if ours.memory and theirs.memory:
+            memory = ours.memory / theirs.memory
+        found.append(
+            {
+                **asdict(ours.size),
+                "contender": contender,
+                "rival": rival,
+                "kind": kind,
+                "goal": goal,
+                "forward": ratio(median(ours.forward), median(theirs.forward)),
+                "both": both,
+                "memory": memory,
+                "met": both >= goal if kind == "speed-up" else both <= goal,
+            }
+        )
+    return found
+
+
+def show(size: Size, timings: list[Timing], compared: list[dict[str, Any]], to: Console) -> None:
+    table = Table(title=str(size))
+    for column in ("contender", "forward ms", "forward + backward ms", "p20 .. p80", "peak MiB"):
+        table.add_column(column, justify="left" if column == "contender" else "right")
+    for timing in timings:
+        made = timing.summary()
+        both = made["both"]
+        table.add_row(
+            timing.contender,
+            f"{made['forward']['p50'] * 1e3:.1f}",
+            f"{both['p50'] * 1e3:.1f}",
+            f"{both['p20'] * 1e3:.1f} .. {both['p80'] * 1e3:.1f}",
+            "-" if timing.memory is None else f"{timing.memory / 2**20:.0f}",
+        )
+    to.print(table)
+    for row in compared:
+        sign = ">=" if row["kind"] == "speed-up" else "<="
+        memory = "" if row["memory"] is None else f", memory x {row['memory']:.2f}"
+        to.print(
+            f"  {row['contender']} against {row['rival']}: {row['kind']} {row['both']:.2f} "
+            f"(goal {sign} {row['goal']:g}: {'met' if row['met'] else 'missed'}), "
+            f"forward alone {row['forward']:.2f}{memory}"
+        )
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What the numbers depend on."""
+    model = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent,
+    ).stdout.strip()
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "load": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="two sizes, few rounds")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=None, help="default 9, quick 3")
+    parser.add_argument("--patience", type=float, default=None, help="seconds per contender")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
+    parser.add_argument("--output", type=Path, default=None, help="where to write the JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    console = Console()
+    lengths = (512, 2048) if options.quick else (512, 2048, 8192)
+    widths = ((8, 64),) if options.quick else ((4, 32), (16, 32), (2, 64), (8, 64), (4, 128))
+    rounds = options.rounds or (3 if options.quick else 9)
+    patience = options.patience or (5.0 if options.quick else 20.0)
+    about = machine(options.threads)
+    console.print(about)
+    summaries, compared, agreement = [], [], {}
+    for tokens in lengths:
+        for heads, width in widths:
+            size = Size(tokens, heads, width)
+            timings, differences = measure(size, rounds, patience, not options.no_memory, console)
+            found = ratios(timings)
+            show(size, timings, found, console)
+            summaries += [timing.summary() for timing in timings]
+            compared += found
+            agreement[str(size)] = differences
+    memory = [] if options.no_memory else synapse_memory((512, 2048, 8192), console)
+    today = datetime.datetime.now(tz=datetime.UTC)
+    result = {
+        "date": today.isoformat(timespec="seconds"),
+        "quick": options.quick,
+        "machine": about,
+        "agreement": agreement,
+        "timings": summaries,
+        "ratios": compared,
+        "synapse_memory": memory,
+    }
+    name = f"cpu_{'quick_' if options.quick else ''}{today:%Y-%m-%d_%H%M}.json"
+    path = options.output or RESULTS / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    missed = [row for row in compared if not row["met"]]
+    console.print(f"{len(compared) - len(missed)} of {len(compared)} goals met; written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,287 @@
+"""Operands, calls and comparisons for the tests of the core operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from budget import assert_within_budget, witnesses
+from hypothesis import strategies as st
+from torch import Tensor
+
+OPERATIONS = ("linear", "delta", "importance", "synapse", "synapse_delta", "full")
+POSITIONAL = {
+    "linear": ("q", "k", "w", "g"),
+    "delta": ("q", "e", "k", "w", "g"),
+    "importance": ("k", "b", "g"),
+    "synapse": ("q", "k", "w", "b", "g"),
+    "synapse_delta": ("q", "k", "v", "beta", "b", "g"),
+    "full": ("q", "k", "w", "beta", "g"),
+}
+KEYWORD = {
+    "synapse": ("prior",),
+    "synapse_delta": ("e", "prior"),
+    "full": ("prior",),
+}
+STATES = {
+    "linear": ("s",),
+    "delta": ("s",),
+    "importance": ("s",),
+    "synapse": ("h", "j"),
+    "synapse_delta": ("h", "j"),
+    "full": ("s", "m"),
+}
+OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "linear": {"read": ("post", "pre")},
+    "delta": {"base": ("decayed", "prev")},
+    "importance": {},
+    "synapse": {"read": ("post", "pre"), "uncertainty": (False, True)},
+    "synapse_delta": {
+        "rule": (("first_order", "full"), ("exact", "full"), ("exact", "diagonal")),
+        "base": ("decayed", "prev"),
+        "uncertainty": (False, True),
+    },
+    "full": {"uncertainty": (False, True)},
+}
+# What stays in float32 when queries, keys and values are in a 16-bit dtype.
+GATES = ("g", "b", "beta", "prior", "s", "h", "j", "m")
+
+
+@dataclass
+class Case:
+    """One call of a core operation: float64 operands by name (None where absent) and options."""
+
+    operation: str
+    operands: dict[str, Tensor | None]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, x in self.operands.items() if x is not None]
+
+    def cast(self, dtype: torch.dtype) -> Case:
+        """The operands in dtype, gates and states in float32 at least."""
+        wide = torch.promote_types(dtype, torch.float32)
+        cast = {
+            name: None if x is None else x.to(wide if name in GATES else dtype)
+            for name, x in self.operands.items()
+        }
+        return replace(self, operands=cast)
+
+    def double(self) -> Case:
+        cast = {name: None if x is None else x.double() for name, x in self.operands.items()}
+        return replace(self, operands=cast)
+
+
+def call(module: ModuleType, case: Case, **extra: Any) -> dict[str, Tensor]:
+    """Outputs by name: out, the final states, doubt."""
+    x = case.operands
+    name = case.operation
+    options = dict(case.options)
+    rule = options.pop("rule", None)
+    if rule is not None:
+        options["gain"], options["correction"] = rule
+    keyword = {key: x.get(key) for key in KEYWORD.get(name, ())}
+    states = [x.get(key) for key in STATES[name]]
+    state: Any = None
+    if states[0] is not None:
+        state = states[0] if len(states) == 1 else tuple(states)
+    found = getattr(module, name)(
+        *(x.get(key) for key in POSITIONAL[name]),
+        **keyword,
+        **options,
+        initial_state=state,
+        **extra,
+    )
+    out, final, *doubt = found
+    finals = (final,) if isinstance(final, Tensor) else final
+    named = {"out": out}
+    named.update({f"final {key}": y for key, y in zip(STATES[name], finals, strict=True)})
+    if doubt and doubt[0] is not None:
+        named["doubt"] = doubt[0]
+    return named
+
+
+def with_gradients(module: ModuleType, case: Case, **extra: Any) -> dict[str, Tensor]:
+    """Outputs, and gradients of all operands for fixed cotangents of all outputs."""
+    leaves = {
+        name: None if x is None else x.detach().requires_grad_()
+        for name, x in case.operands.items()
+    }
+    found = call(module, replace(case, operands=leaves), **extra)
+    given = [leaves[name] for name in case.names]
+    results = [y for y in found.values() if y.requires_grad]
+    # The same numbers in every dtype and run, representable in bfloat16.
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [
+        torch.randn(y.shape, generator=generator, dtype=torch.float64)
+        .bfloat16()
+        .to(device=y.device, dtype=y.dtype)
+        for y in found.values()
+    ]
+    pairs = [c for c, y in zip(cotangents, found.values(), strict=True) if y.requires_grad]
+    gradients: Any = [None] * len(given)
+    if results:
+        gradients = torch.autograd.grad(results, given, pairs, allow_unused=True)
+    named = dict(found)
+    for name, x, gradient in zip(case.names, given, gradients, strict=True):
+        assert x is not None
+        named[f"d{name}"] = torch.zeros_like(x) if gradient is None else gradient
+    return {name: y.detach() for name, y in named.items()}
+
+
+def compare(
+    actual: dict[str, Tensor], loops: ModuleType, case: Case, dtype: torch.dtype, **extra: Any
+) -> None:
+    """Every output and gradient of `actual` is within its budget of the float64 loop."""
+    exact = case.double()
+    truth = with_gradients(loops, exact, **extra)
+
+    def plain(module: Any) -> Callable[..., list[Tensor]]:
+        def run(*operands: Tensor) -> list[Tensor]:
+            made = dict(zip(exact.names, operands, strict=True))
+            noisy = replace(exact, operands={**exact.operands, **made})
+            return list(with_gradients(module, noisy, **extra).values())
+
+        return run
+
+    given = [exact.operands[name] for name in exact.names]
+    runs = witnesses(plain(loops), given)
+    if case.operation == "delta" and hasattr(loops, "delta_at_once"):
+        runs += witnesses(plain(SimpleNamespace(delta=loops.delta_at_once)), given, runs=1)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert list(actual) == list(truth)
+    for i, (name, value) in enumerate(truth.items()):
+        witness = [run[i] for run in runs]
+        assert_within_budget(actual[name], value, wide, witness=witness, name=name)
+
+
+def uniform(*shape: int, generator: torch.Generator, low: float, high: float) -> Tensor:
+    return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+
+
+def make(
+    operation: str,
+    *,
+    batch: int = 1,
+    tokens: int = 8,
+    heads: int = 1,
+    share: int = 1,
+    wide: tuple[str, ...] = (),
+    keys: int = 4,
+    values: int = 3,
+    gate: str | None = "head",
+    strength: float = 1.0,
+    states: int | None = None,
+    prior: str = "key",
+    write: str = "head",
+    eraser: bool = False,
+    seed: int = 0,
+    **options: Any,
+) -> Case:
+    """A case with random operands of sensible size.
+
+    Args:
+        operation: name of the core operation.
+        batch, tokens, heads, keys, values: B, T, H, K, V.
+        share: value heads per key head.
+        wide: operands among q, k, e that have a head per value head.
+        gate: None, "head" or "key", the shape of the log decay.
+        strength: largest decay rate -g.
+        states: number of sequences of the initial states; None is no initial state.
+        prior: "head" or "key"; write: "head" or "value", the shape of synapse_delta's beta.
+        eraser: synapse_delta gets erase keys of its own.
+        options: options of the operation.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def count(name: str) -> int:
+        return heads * share if name in wide else heads
+
+    full_heads = heads * share
+    lead = (batch, tokens, full_heads)
+    unit_keys = torch.nn.functional.normalize(
+        normal(batch, tokens, full_heads, keys), dim=-1, eps=1e-6
+    )
+    x: dict[str, Tensor | None] = {
+        "q": normal(batch, tokens, count("q"), keys),
+        "k": unit_keys[:, :, : count("k")].clone(),
+        "w": normal(*lead, values),
+    }
+    if gate is None:
+        x["g"] = None
+    else:
+        shape = lead if gate == "head" else (*lead, keys)
+        x["g"] = -strength * torch.rand(shape, generator=generator, dtype=torch.float64) ** 3
+    rate = uniform(batch, tokens, 1, 1, generator=generator, low=0.1, high=1)
+    if operation == "delta":
+        x["e"] = rate * unit_keys[:, :, : count("e")] + 0.05 * normal(
+            batch, tokens, count("e"), keys
+        )
+    if operation == "importance":
+        x["b"] = uniform(*lead, generator=generator, low=0, high=1)
+    if operation in ("synapse", "synapse_delta"):
+        x["b"] = uniform(*lead, values, generator=generator, low=0, high=1)
+    if operation in ("synapse", "synapse_delta", "full"):
+        size = (full_heads,) if prior == "head" and operation != "full" else (full_heads, keys)
+        x["prior"] = uniform(*size, generator=generator, low=0.5, high=2)
+    if operation == "synapse_delta":
+        x["v"] = x.pop("w")
+        size = lead if write == "head" else (*lead, values)
+        x["beta"] = uniform(*size, generator=generator, low=0.1, high=1)
+        x["e"] = None
+        if eraser:
+            noise = 0.05 * normal(batch, tokens, count("e"), keys)
+            x["e"] = unit_keys[:, :, : count("e")] + noise
+    if operation == "full":
+        x["beta"] = uniform(*lead, generator=generator, low=0, high=1)
+    if operation == "importance":
+        del x["q"], x["w"]
+    if states is not None:
+        cell = (states, full_heads, keys)
+        if operation == "importance":
+            x["s"] = uniform(*cell, generator=generator, low=0, high=1)
+        else:
+            first = normal(*cell, values)
+            x[STATES[operation][0]] = first
+            if operation in ("synapse", "synapse_delta"):
+                x["j"] = uniform(*cell, values, generator=generator, low=0, high=1)
+            if operation == "full":
+                root = normal(*cell, keys)
+                x["m"] = root @ root.transpose(-1, -2)
+    return Case(operation, x, options)
+
+
+@st.composite
+def cases(draw: st.DrawFn, operation: str, longest: int = 140, packed: bool = False) -> Case:
+    """Cases over shapes, gates and options; T around multiples of the chunk sizes included."""
+    borders = [t for t in (0, 1, 2, 15, 16, 17, 63, 64, 65, 128, 130) if t <= longest]
+    tokens = draw(st.one_of(st.sampled_from(borders), st.integers(0, longest)))
+    readers = {"importance": ("k",), "delta": ("q", "e", "k")}.get(operation, ("q", "k"))
+    gates = (None, "head") if operation == "full" else (None, "head", "key")
+    batch = 1 if packed else draw(st.integers(1, 2))
+    options = {name: draw(st.sampled_from(choices)) for name, choices in OPTIONS[operation].items()}
+    return make(
+        operation,
+        batch=batch,
+        tokens=tokens,
+        heads=draw(st.integers(1, 2)),
+        share=draw(st.integers(1, 3)),
+        wide=tuple(name for name in readers if draw(st.booleans())),
+        keys=draw(st.sampled_from((1, 3, 8))),
+        values=draw(st.sampled_from((1, 2, 5))),
+        gate=draw(st.sampled_from(gates)),
+        strength=draw(st.sampled_from((0.01, 1.0, 20.0))),
+        states=batch if not packed and draw(st.booleans()) else None,
+        prior=draw(st.sampled_from(("head", "key"))),
+        write=draw(st.sampled_from(("head", "value"))),
+        eraser=draw(st.booleans()),
+        seed=draw(st.integers(0, 999)),
+        **options,
+    )

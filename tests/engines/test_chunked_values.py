@@ -1,0 +1,165 @@
+"""The chunked core operations against per-token loops in float64: values and gradients."""
+
+from types import SimpleNamespace
+
+import chunked_cases
+import loops
+import pytest
+import torch
+from chunked_cases import OPERATIONS, Case, call, cases, compare, make, with_gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from glazoo.engines import chunked
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@given(data=st.data())
+@settings(max_examples=16)
+def test_matches_the_loop(operation: str, data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from(DTYPES))
+    case = data.draw(cases(operation)).cast(dtype)
+    compare(with_gradients(chunked, case), loops, case, dtype)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("tokens", [0, 1, 300])
+def test_lengths(operation: str, tokens: int) -> None:
+    case = make(operation, batch=2, tokens=tokens, share=2, gate="head", states=2)
+    compare(with_gradients(chunked, case), loops, case, torch.float64)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_many_rows_are_split_into_tiles(operation: str) -> None:
+    """More rows than one tile holds, over batch and over heads."""
+    for batch, heads, share in ((40, 1, 1), (2, 3, 16)):
+        case = make(operation, batch=batch, heads=heads, share=share, tokens=9, states=batch)
+        compare(with_gradients(chunked, case), loops, case, torch.float64)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("gate", ["head", "key"])
+def test_gradcheck(operation: str, gate: str) -> None:
+    if operation == "full":
+        gate = "head"
+    case = make(operation, tokens=5, keys=2, values=2, share=2, gate=gate, states=1, eraser=True)
+    names = case.names
+
+    def function(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        made = dict(zip(names, operands, strict=True))
+        if "m" in made:  # a precision matrix is symmetric
+            made["m"] = (made["m"] + made["m"].mT) / 2
+        return tuple(call(chunked, Case(operation, made, case.options)).values())
+
+    given_operands = [case.operands[name].requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(function, given_operands)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_layout_of_operands_does_not_matter(operation: str) -> None:
+    """Head-first and interleaved memory gives the same bits as contiguous operands."""
+    case = make(operation, batch=2, tokens=70, heads=2, share=2, states=2).cast(torch.float32)
+    contiguous = with_gradients(chunked, case)
+
+    def scatter(x: torch.Tensor) -> torch.Tensor:
+        wide = torch.empty(*x.shape, 2, dtype=x.dtype)
+        wide[..., 0] = x
+        return wide[..., 0].transpose(0, -1).contiguous().transpose(0, -1)
+
+    moved = {name: None if x is None else scatter(x) for name, x in case.operands.items()}
+    strided = with_gradients(chunked, Case(operation, moved, case.options))
+    for name, value in contiguous.items():
+        assert torch.equal(value, strided[name]), name
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_dtypes_of_results(operation: str) -> None:
+    """Outputs have the dtype of the values, states float32 at least, gradients the operands'."""
+    for dtype in DTYPES:
+        wide = torch.promote_types(dtype, torch.float32)
+        for tokens in (1, 3):
+            case = make(operation, tokens=tokens, states=1, share=2).cast(dtype)
+            found = with_gradients(chunked, case)
+            for name, value in found.items():
+                if name.startswith("final") or (operation == "importance" and name == "out"):
+                    assert value.dtype == wide, name
+                elif name in ("out", "doubt"):
+                    assert value.dtype == dtype, name
+                else:
+                    assert value.dtype == case.operands[name[1:]].dtype, name
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_autocast_does_not_lower_precision(operation: str) -> None:
+    for tokens in (1, 70):
+        case = make(operation, tokens=tokens, states=1, share=2).cast(torch.float32)
+        plain = call(chunked, case)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            cast = call(chunked, case)
+        for name, value in plain.items():
+            assert torch.equal(value, cast[name]), name
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_inference_gives_the_bits_of_training(operation: str) -> None:
+    case = make(operation, tokens=70, states=1, share=2).cast(torch.float32)
+    trained = with_gradients(chunked, case)
+    with torch.no_grad():
+        for name, value in call(chunked, case).items():
+            assert torch.equal(value, trained[name]), name
+
+
+def test_conjugate_gradients_match_the_factorisation() -> None:
+    """Both solvers are within the budget of the loop, whatever the gate."""
+    for gate in (None, "head"):
+        for dtype in (torch.float64, torch.float32):
+            case = make("full", tokens=70, keys=8, share=2, gate=gate, states=1, uncertainty=True)
+            case = case.cast(dtype)
+            compare(with_gradients(chunked, case, solver="cg"), SolverFree, case, dtype)
+
+
+class SolverFree:
+    """The loop, for calls that name a solver of the engine."""
+
+    full = staticmethod(loops.full)
+
+
+def test_frozen_importance_is_the_plain_delta_rule() -> None:
+    case = make("synapse_delta", tokens=40, states=1, prior="head", share=2)
+    case.operands["b"], case.operands["j"] = None, torch.zeros_like(case.operands["j"])
+    compare(with_gradients(chunked, case), loops, case, torch.float64)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_wrong_shapes_are_named(operation: str) -> None:
+    for name in chunked_cases.POSITIONAL[operation]:
+        case = make(operation, tokens=3, heads=2, keys=4, values=3, share=2)
+        x = case.operands[name]
+        case.operands[name] = torch.cat((x, x), dim=2)[:, :, :3]
+        with pytest.raises(ValueError, match=rf"{name}|heads"):
+            call(chunked, case)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        call(chunked, make(operation, batch=2), cu_seqlens=torch.tensor([0, 8]))
+
+
+def test_unknown_options_are_named() -> None:
+    for operation, option in (
+        ("linear", {"read": "after"}),
+        ("delta", {"base": "old"}),
+        ("synapse", {"read": "after"}),
+        ("synapse_delta", {"gain": "none"}),
+        ("synapse_delta", {"gain": "first_order", "correction": "diagonal"}),
+        ("full", {"solver": "lu"}),
+    ):
+        with pytest.raises(ValueError, match="accepted"):
+            call(chunked, make(operation), **option)
+
+
+@pytest.mark.parametrize("base", ["decayed", "prev"])
+@pytest.mark.parametrize("gate", [None, "head", "key"])
+def test_the_two_oracles_of_the_delta_rule_agree(gate: str | None, base: str) -> None:
+    case = make("delta", tokens=20, share=2, gate=gate, states=1, base=base)
+    found = with_gradients(SimpleNamespace(delta=loops.delta_at_once), case)
+    compare(found, loops, case, torch.float64)
