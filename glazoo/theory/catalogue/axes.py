@@ -1,0 +1,173 @@
+"""Questions to a spec's axes, and specs that differ from another in an axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glazoo.program import lower
+from glazoo.spec import Decay, Erase, Gate, Spec, SpecError, freeze
+from glazoo.theory.entry import Pair
+from glazoo.theory.instances import Operands
+
+__all__ = [
+    "bayesian",
+    "changed",
+    "corrected",
+    "default_erase",
+    "every",
+    "expanded",
+    "freezable",
+    "frozen",
+    "has",
+    "heads_of",
+    "hebbian",
+    "log_evidence",
+    "named",
+    "own_decay",
+    "plain",
+    "preconditioned",
+    "same",
+    "token_decay",
+    "where",
+    "without",
+]
+
+Test = Callable[[Spec], bool]
+
+
+def every(spec: Spec) -> bool:
+    """Any spec."""
+    return True
+
+
+def where(*tests: Test) -> Test:
+    """All of the tests."""
+    return lambda spec: all(test(spec) for test in tests)
+
+
+def without(*tests: Test) -> Test:
+    """None of the tests."""
+    return lambda spec: not any(test(spec) for test in tests)
+
+
+def named(*names: str) -> Test:
+    """A shipped variant, for statements about two particular variants."""
+    return lambda spec: spec.name in names
+
+
+def has(operand: str) -> Test:
+    """Takes the operand."""
+    return lambda spec: lower(spec).operand(operand) is not None
+
+
+def hebbian(spec: Spec) -> bool:
+    """Subtracts no prediction: the mean is a decayed sum over importance."""
+    p = spec.posterior
+    return p.correction == "none" or (p.correction, p.gain) == ("diagonal", "first_order")
+
+
+def frozen(spec: Spec) -> bool:
+    """Importance is the constant one."""
+    return spec.importance is None
+
+
+def bayesian(spec: Spec) -> bool:
+    """Importance is I = J + I_p with evidence b k^2, and its reciprocal a posterior variance."""
+    imp = spec.importance
+    return imp is not None and imp.evidence == "key_squared" and imp.preconditioner is None
+
+
+def preconditioned(spec: Spec) -> bool:
+    """Importance only rescales the write key."""
+    return spec.importance is not None and spec.importance.preconditioner is not None
+
+
+def own_decay(spec: Spec) -> bool:
+    """Importance forgets by a decay of its own."""
+    return spec.importance is not None and spec.importance.own_decay is not None
+
+
+def log_evidence(spec: Spec) -> bool:
+    """Evidence is e^k."""
+    return spec.importance is not None and spec.importance.evidence == "exp_key"
+
+
+def token_decay(spec: Spec) -> bool:
+    """Its decay is an operand per token."""
+    g = lower(spec).operand("g")
+    return g is not None and g.required
+
+
+def plain(spec: Spec) -> bool:
+    """One write per token, read after it and not normalised."""
+    return (spec.read.when, spec.read.normalizer, spec.steps.count) == ("post", "none", 1)
+
+
+def default_erase(spec: Spec) -> bool:
+    """Predicts from the decayed state with the key that it writes."""
+    return spec.erase == Erase()
+
+
+def corrected(gain: str, correction: str = "full") -> Test:
+    """Subtracts a prediction with the given gain."""
+    return lambda spec: (
+        spec.posterior.correction == correction
+        and spec.posterior.gain == gain
+        and spec.posterior.precision != "full"
+    )
+
+
+def freezable(spec: Spec) -> bool:
+    """Has a source whose importance is constant."""
+    try:
+        freeze(spec)
+    except SpecError:
+        return False
+    return not preconditioned(spec)
+
+
+def changed(spec: Spec, **update: Any) -> Spec:
+    """Gives a spec with other values of some fields, validated."""
+    return Spec.model_validate(spec.model_copy(update=update).model_dump())
+
+
+def data_decay(spec: Spec, shape: str) -> Spec:
+    """Gives a spec with a decay per token of another shape."""
+    kept = {"softplus_exp", "softplus_product"}
+    parameterization = spec.decay.parameterization
+    formula = parameterization if parameterization in kept else "identity"
+    return changed(spec, decay=Decay.model_validate({"shape": shape, "parameterization": formula}))
+
+
+def write_gate(spec: Spec, shape: str) -> Spec:
+    """Gives a spec with a write gate of another shape."""
+    return changed(spec, write=Gate.model_validate({"shape": shape}))
+
+
+def expanded(gate: Tensor, size: int) -> Tensor:
+    """Gives a gate per head [..., HV] as one per channel [..., HV, size]."""
+    return gate[..., None].expand(*gate.shape, size)
+
+
+def heads_of(operands: Operands, name: str, heads: int) -> Tensor:
+    """Gives an operand [B, T, H, D] per value head."""
+    x = operands[name]
+    return x.repeat_interleave(heads // x.shape[2], 2)
+
+
+def same(left: Any, right: Any, *, parts: Iterable[str] = ("memory",)) -> Iterator[Pair]:
+    """Compares outputs and parts of the final states."""
+    yield Pair("output", left.output, right.output)
+    for part in parts:
+        a, b = getattr(left.final_state, part), getattr(right.final_state, part)
+        if a is not None and b is not None:
+            yield Pair(f"final {part}", a, b)
+        elif (a is None) != (b is None):
+            yield Pair(f"final {part}: one is missing", torch.zeros(1), torch.ones(1))
+
+
+STATE = ("memory", "importance", "normalizer", "lag_key", "lag_value")
