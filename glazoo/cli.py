@@ -13,10 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 import glazoo
+from glazoo.compare.commands import bench, capacity, compare, decay
 from glazoo.converters.commands import convert
 from glazoo.program import Program
 from glazoo.spec import Spec
 from glazoo.terminal import AsJson, console, print_json
+from glazoo.theory.commands import posterior, verify
+from glazoo.train import train
 
 __all__ = ["app", "main"]
 
@@ -235,14 +238,15 @@ def doctor(*, as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-app.command()(convert)
+for command in (convert, train, verify, posterior, compare, capacity, decay, bench):
+    app.command()(command)
 
 
 def main() -> None:
     """Runs the command line; a refusal is one line on standard error and exit code 2."""
     try:
         app()
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, ImportError) as e:
         Console(stderr=True).print(Text(f"glazoo: {e}"), style="red", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:

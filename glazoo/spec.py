@@ -106,20 +106,22 @@ class Gate(_Data):
     softplus_temperature = -softplus(x) sigmoid(x_tau). Other gates give the value: sigmoid = factor
     sigmoid(x); softplus; softplus_power = softplus(x) ** sigmoid(x_tau); softcap_exp = exp(cap
     tanh(x / cap))."""
-    tie: Literal["none", "step", "write", "one_minus_decay"] = "none"
+    tie: Literal["none", "step", "write", "decay", "one_minus_decay"] = "none"
     """step: the discretisation step softplus(x + dt_bias) of the decay; write: the formula's value
-    times the write gate; one_minus_decay: 1 - exp(decay)."""
+    times the write gate; decay: the formula reads the decay's own projections; one_minus_decay: 1 -
+    exp(decay)."""
     schedule: Literal["one_minus_power_of_two", "alibi_depth"] | None = None
     """Fixed decays only. one_minus_power_of_two = log(1 - 2^(-5 - h)); alibi_depth = -2^(-8 (h + 1)
     / H) (1 - layer / (layers - 1 + 1e-5) + 1e-5)."""
-    rank: int | None = None
-    """Rank of a low-rank projection; unset for a full one."""
+    rank: int | Literal["head"] | None = None
+    """Rank of a low-rank projection (head: the head's value size); unset for a full one."""
     low_rank_activation: Literal["none", "tanh"] = "none"
     """Non-linearity between the two factors of a low-rank projection."""
     bias: bool = False
     """Whether the (last) projection has a bias."""
-    input: Literal["hidden", "conv"] = "hidden"
-    """What is projected: the layer's input, or the output of its local convolution."""
+    input: Literal["hidden", "shift", "branch", "conv"] = "hidden"
+    """What is projected: the layer's input; its interpolation with the previous token; the layer's
+    inner branch; or that branch after its convolution."""
     factor: float = 1.0
     """Multiplier of a sigmoid; 2 admits negative eigenvalues of the delta rule's transition."""
     divisor: float | None = None
@@ -128,6 +130,8 @@ class Gate(_Data):
     """Soft cap of the softcap formulas."""
     bound: float | None = None
     """Lower bound of bounded_sigmoid (negative)."""
+    floor: float = 0.0
+    """Smallest softplus(x_A) of softplus_product."""
     a_init: Init | None = None
     """Start of A_log."""
     bias_init: Init | None = None
@@ -155,6 +159,7 @@ class Decay(Gate):
     """The forgetting gate; its value is a natural logarithm, <= 0."""
 
     shape: Literal["none", "head", "key"] = "none"
+    """One decay per head, per key channel, or none."""
 
 
 class Posterior(_Data):
@@ -333,13 +338,17 @@ class Stream(_Data):
     """Pointwise map. A convolution's own activation is named in `local`."""
     feature_map: Literal["none", "hadamard", "taylor", "quadratic"] = "none"
     """hadamard: product of two learned projections; taylor: 1, x, x (x) x / sqrt(2) of x / d^1/4 so
-    that q . k gives 1 + s + s^2 / 2; quadratic: x (x) x of the affinely normalised x."""
+    that q . k gives 1 + s + s^2 / 2; quadratic: x (x) x of the layer-normalised x,
+    divided by d^1/4."""
     norm: Literal["none", "l2", "sum", "rms", "softmax"] = "none"
     """Normalisation over the head's channels; l2 is x / sqrt(sum x^2 + 1e-6)."""
     bias: bool = False
     """Learned bias per head and channel after the norm, starting at one."""
     rotation: Literal["none", "static", "cumulative"] = "none"
-    """Rotary embedding with fixed frequencies, or with angles that the tokens accumulate."""
+    """Rotary embedding with fixed frequencies, or with angles that the tokens accumulate (pi
+    tanh(x) times the discretisation step)."""
+    rotated: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of the head's channels that the rotation turns."""
     gate: Gate = Gate()
     """Multiplies the stream (key-shaped on k)."""
 
@@ -349,6 +358,9 @@ class Local(_Data):
 
     kind: Literal["none", "convolution", "token_shift"] = "none"
     """Causal depthwise convolution, or interpolation with the previous token."""
+    at: Literal["streams", "branch"] = "streams"
+    """streams: on each stream after its projection; branch: on one inner projection as wide as all
+    values, from whose result q and k are projected and which is itself v."""
     size: int = 4
     """Taps of the convolution."""
     activation: Literal["none", "silu"] = "silu"
@@ -365,8 +377,12 @@ class OutputPath(_Data):
     norm: Literal["none", "rms_head", "rms_group", "rms_full", "group", "layer"] = "rms_head"
     """RMS over a head, a group of heads or all channels; group norm over heads; layer norm over a
     head."""
-    gate: Literal["none", "silu", "sigmoid"] = "none"
+    gate: Literal["none", "identity", "silu", "sigmoid"] = "none"
     """Activation of the output gate."""
+    gate_input: Literal["hidden", "shift"] = "hidden"
+    """What the gate projects: the layer's input, or its interpolation with the previous token."""
+    gate_activation: Literal["none", "tanh", "sigmoid"] = "none"
+    """Non-linearity between the two factors of a low-rank gate projection."""
     gate_rank: int | Literal["head"] | None = None
     """Rank of a low-rank gate projection (head: the head's value size); unset for a full one."""
     gate_bias: bool = False
@@ -388,6 +404,9 @@ class Heads(_Data):
     """Default key channels per head."""
     value_size: int = Field(default=64, ge=1)
     """Default value channels per head."""
+    expand: float = Field(default=1.0, gt=0.0)
+    """Default value channels of all heads together, as a multiple of the hidden size: it gives the
+    default number of heads, or the value size of a single head."""
 
 
 class Layer(_Data):
@@ -413,7 +432,8 @@ class Layer(_Data):
     value_residual: bool = False
     """Values interpolate with those of the first layer."""
     skip: Literal["none", "head", "branch", "same_token"] = "none"
-    """head: + D_h v; branch: + weight * convolution branch; same_token: + (sum_k q k r) v."""
+    """head: + D_h v; branch: + weight * convolution branch; same_token: + (sum_k q k r) v, after
+    the output norm. The first two come before the norm."""
     output: OutputPath = OutputPath()
     """Norm and gate at the end."""
 
@@ -472,7 +492,7 @@ class Spec(_Data):
     read: Read = Read()
     """How the state is read."""
     layer: Layer = Layer()
-    """The layer around the recurrence."""
+    """Projections, maps, norms and gates before and after it."""
 
     @property
     def metaplastic(self) -> bool:

@@ -15,19 +15,31 @@ if TYPE_CHECKING:
         revert_checkpoint,
     )
     from glazoo.converters.errors import ConversionError
+    from glazoo.converters.examine import inspect_model
     from glazoo.converters.module import metaplasticize_model
-    from glazoo.converters.report import ConversionReport, RevertReport, VerifyReport
+    from glazoo.converters.report import (
+        ConversionReport,
+        InspectReport,
+        RevertReport,
+        TuneReport,
+        VerifyReport,
+    )
+    from glazoo.converters.tune import tune_checkpoint
     from glazoo.converters.verify import verify_checkpoint, verify_models
 
 __all__ = [
     "ConversionError",
     "ConversionReport",
+    "InspectReport",
     "RevertReport",
+    "TuneReport",
     "VerifyReport",
     "convert_checkpoint",
     "inspect_checkpoint",
+    "inspect_model",
     "metaplasticize_model",
     "revert_checkpoint",
+    "tune_checkpoint",
     "verify_checkpoint",
     "verify_models",
 ]
@@ -35,12 +47,16 @@ __all__ = [
 _HOMES = {
     "ConversionError": "errors",
     "ConversionReport": "report",
+    "InspectReport": "report",
     "RevertReport": "report",
+    "TuneReport": "report",
     "VerifyReport": "report",
     "convert_checkpoint": "checkpoint",
     "inspect_checkpoint": "checkpoint",
+    "inspect_model": "examine",
     "metaplasticize_model": "module",
     "revert_checkpoint": "checkpoint",
+    "tune_checkpoint": "tune",
     "verify_checkpoint": "verify",
     "verify_models": "verify",
 }

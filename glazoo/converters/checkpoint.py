@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 
+from glazoo.converters.card import CARD, REMOTE_CODE, model_card, remote_map
+from glazoo.converters.card import remote_code as remote_code_module
 from glazoo.converters.errors import ConversionError
 from glazoo.converters.families import FAMILIES, Family, find_family
 from glazoo.converters.files import Progress, Staging, one_line
@@ -238,6 +240,7 @@ def _check_mixers(family: Family, config: Any, shards: Sequence[Shard]) -> dict[
     layer."""
     prefixes: dict[int, str] = {}
     found: dict[int, dict[str, tuple[int, ...]]] = {}
+    layers = set(family.layers(config))
     for shard in shards:
         for key, info in shard.tensors.items():
             parts = family.split_key(key)
@@ -249,56 +252,102 @@ def _check_mixers(family: Family, config: Any, shards: Sequence[Shard]) -> dict[
                     f"layer {layer} has two mixers: {prefixes[layer]} and {prefix}"
                 )
             found.setdefault(layer, {})[name] = info.shape
-            if info.dtype not in _FLOATS:
+            if info.dtype not in _FLOATS and layer in layers:
                 raise ConversionError(
                     f"{key} is stored as {info.dtype}; accepted are {', '.join(_FLOATS)}"
                 )
     expected = family.mixer_shapes(config)
     for layer in family.layers(config):
         here = found.pop(layer, {})
-        for name, shape in expected.items():
+        for name in expected:
             where = prefixes.get(layer, f"layer {layer}: the mixer")
             if name not in here:
                 raise ConversionError(f"{where}.{name} is missing from the checkpoint")
-            if here[name] != shape:
+        _check_joined(family, expected, here, prefixes.get(layer, ""))
+        for name, shape in expected.items():
+            if here[name] != shape and name not in family.block.joined:
                 raise ConversionError(
-                    f"{where}.{name} has shape {list(here[name])}, config.json says {list(shape)}"
+                    f"{prefixes[layer]}.{name} has shape {list(here[name])}, config.json says "
+                    f"{list(shape)}"
                 )
         if unknown := sorted(set(here) - set(expected)):
             raise ConversionError(
                 f"{prefixes[layer]}.{unknown[0]} is unknown to {family.model_type}"
             )
-    if found:
+    # What is left may belong to softmax attention or an MLP of the same name.
+    if more := sorted(layer for layer, here in found.items() if set(expected) <= set(here)):
+        raise ConversionError(f"the checkpoint has a mixer in layer {more[0]}, config.json has not")
+    return {layer: prefixes[layer] for layer in family.layers(config)}
+
+
+def _check_joined(
+    family: Family,
+    expected: Mapping[str, tuple[int, ...]],
+    here: Mapping[str, tuple[int, ...]],
+    prefix: str,
+) -> None:
+    names = family.block.joined
+    if not names:
+        return
+    lengths = [
+        sum(shapes[name][0] for name in names if shapes[name]) for shapes in (here, expected)
+    ]
+    if lengths[0] != lengths[1] or any(here[n][1:] != expected[n][1:] for n in names):
         raise ConversionError(
-            f"the checkpoint has a mixer in layer {min(found)}, config.json has not"
+            f"{prefix}.{names[0]} and its like have shapes "
+            f"{', '.join(str(list(here[n])) for n in names)}, config.json says "
+            f"{', '.join(str(list(expected[n])) for n in names)}"
         )
-    return prefixes
 
 
 def _check_model(
     family: Family, architecture: str, config: Any, shapes: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
     """Compares all tensors with those of the model, built without data; gives warnings."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    if get_checkpoint_conversion_mapping(family.model_type) is not None:
-        # The files spell names differently than the model; the mixers were compared by the family's
-        # description.
-        return []
     with torch.device("meta"):
         model = family.source_model(architecture)(config)
-    expected = {key: tuple(t.shape) for key, t in model.state_dict().items()}
     tied = set(model.all_tied_weights_keys)
+    expected, renamed = _stored_shapes(model)
+    shapes = {_without_text_prefix(family, key): shape for key, shape in shapes.items()}
+    expected = {_without_text_prefix(family, key): shape for key, shape in expected.items()}
+    warnings = []
+    if not renamed:
+        warnings.append(
+            "the files' names for tensors could not be worked out from the installed transformers: "
+            "only the mixers' tensors were checked"
+        )
+        return warnings
     for key, shape in expected.items():
         if key not in shapes:
             if key not in tied:
                 raise ConversionError(f"{key} is missing from the checkpoint")
-        elif shapes[key] != shape:
+        elif shapes[key] != shape and not key.endswith(family.block.joined):
             raise ConversionError(
                 f"{key} has shape {list(shapes[key])}, config.json says {list(shape)}"
             )
     unused = sorted(set(shapes) - set(expected))
-    return [f"{len(unused)} tensors belong to no module, {unused[0]} for example"] if unused else []
+    if unused:
+        warnings.append(f"{len(unused)} tensors belong to no module, {unused[0]} for example")
+    return warnings
+
+
+def _without_text_prefix(family: Family, key: str) -> str:
+    """Gives a name as it is in a text model, if multimodal checkpoints may hold it under
+    another."""
+    return key if family.text else re.sub(r"^model\.language_model\.", "model.", key)
+
+
+def _stored_shapes(model: Any) -> tuple[dict[str, tuple[int, ...]], bool]:
+    """Gives the shapes of a model's tensors by the names that files have for them, and whether that
+    could be worked out."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        state = revert_weight_conversion(model, model.state_dict())
+    except Exception:
+        # Not a public function: another transformers may take other arguments.
+        return {}, False
+    return {key: tuple(t.shape) for key, t in state.items()}, True
 
 
 def _other_files(folder: Path, taken: set[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
@@ -327,7 +376,14 @@ def _stored_name(path: Path) -> str:
     """Gives the place of a further file of the source in the converted folder."""
     # Weights in other formats would be mistaken for the converted model's; our own folder must not
     # be overwritten.
-    if path.suffix in _OTHER_WEIGHTS or path.name.endswith(".index.json") or path.parts[0] == OWN:
+    # The card gets a successor.
+    replaced = path.as_posix() in (CARD, REMOTE_CODE)
+    if (
+        path.suffix in _OTHER_WEIGHTS
+        or path.name.endswith(".index.json")
+        or path.parts[0] == OWN
+        or replaced
+    ):
         return f"{KEPT}/{path.as_posix()}"
     return path.as_posix()
 
@@ -371,7 +427,7 @@ def _added(
     shapes = gate_shapes(
         hidden=sizes["D"],
         heads=sizes["H"],
-        value=sizes["P"],
+        value=sizes["V"],
         rank=settings.rank,
         gate=settings.gate,
     )
@@ -404,11 +460,12 @@ def convert_checkpoint(
     dst: str | Path,
     *,
     plasticity: float = 0.0,
-    gate: str = "value",
+    gate: str | None = None,
     rank: int | None = None,
     layers: Sequence[int] | None = None,
     seed: int = 0,
     link: bool = True,
+    remote_code: bool = False,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -427,7 +484,7 @@ def convert_checkpoint(
         dst: the folder to make. It appears complete or not at all.
         plasticity: kappa in [0, 1]; 0 computes what the source computes.
         gate: "value" for one importance per synapse, "head" for one importance vector over keys per
-            head.
+            head; default: "head" for delta rules, "value" for all others.
         rank: rank of the importance gate's projection; default a sixteenth of the hidden size, at
             most 128.
         layers: indices of the layers to convert; default all that can be.
@@ -435,6 +492,8 @@ def convert_checkpoint(
         link: hard-link the source's weights where the file system allows it. A link shares its
             content with the source: a program that rewrites one file in place changes both. False
             copies.
+        remote_code: write a small module too, so that loaders with `trust_remote_code` need no
+            `import glazoo.models`; glazoo must be installed all the same.
         dry_run: check and report only; reads config.json, the index and headers.
         force: replace a model's folder that is already at `dst`.
         progress: called as `progress(file, done_bytes, total_bytes)`.
@@ -474,6 +533,7 @@ def convert_checkpoint(
             new,
             destination,
             link=link,
+            remote_code=remote_code,
             dry_run=dry_run,
             force=force,
             progress=progress,
@@ -516,7 +576,7 @@ def convert_checkpoint(
 
 
 def _skipped_layers(checkpoint: Checkpoint, settings: Settings) -> dict[int, str]:
-    kinds: list[str] = list(checkpoint.config.layer_types)
+    kinds = checkpoint.family.layer_kinds(checkpoint.config)
     return {
         i: "not asked for" if i in checkpoint.prefixes else f"{kind}: no convertible mixer"
         for i, kind in enumerate(kinds)
@@ -530,7 +590,7 @@ def _state_bytes(checkpoint: Checkpoint, settings: Settings) -> tuple[int, int]:
     sizes = checkpoint.family.symbols(checkpoint.config)
     spec = load(checkpoint.family.spec)
     per_layer = [
-        4 * sizes["H"] * lower(s).state_floats(sizes["N"], sizes["P"])
+        4 * sizes["H"] * lower(s).state_floats(sizes["K"], sizes["V"])
         for s in (spec, metaplasticize(spec, gate=settings.gate, rank=settings.rank))
     ]
     n, converted = len(checkpoint.layers), len(settings.layers)
@@ -544,6 +604,7 @@ def _convert_files(
     destination: Path,
     *,
     link: bool,
+    remote_code: bool,
     dry_run: bool,
     force: bool,
     progress: Progress | None,
@@ -602,6 +663,12 @@ def _convert_files(
         "model_type": checkpoint.family.converted_model_type,
         "metaplastic": settings.to_block(),
     }
+    family, architecture = checkpoint.family, checkpoint.architecture
+    if remote_code:
+        config["auto_map"] = remote_map(family, architecture)
+    old_card = folder / CARD
+    text = old_card.read_text("utf-8", errors="replace") if old_card.is_file() else None
+    card = model_card(folder, settings, family, text)
 
     before = _snapshot(paths)
     records: list[FileRecord] = []
@@ -618,6 +685,9 @@ def _convert_files(
             "files": [{k: v for k, v in asdict(r).items() if k != "how"} for r in records],
         }
         stage.write(MANIFEST, _dump(manifest))
+        stage.write(CARD, card.encode())
+        if remote_code:
+            stage.write(REMOTE_CODE, remote_code_module(family, architecture).encode())
         stage.write(CONFIG, _dump(config))
         # Read once more as loaders will, and compared with what was checked before the first byte
         # was written.

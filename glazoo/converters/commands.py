@@ -1,19 +1,23 @@
-"""`glazoo convert`: checkpoint folders into metaplastic form and back."""
+"""`glazoo convert`, `glazoo tune` and `glazoo inspect`: checkpoint folders into metaplastic form
+and back, their training, and where they stand."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.text import Text
 
 from glazoo.converters.errors import ConversionError
 from glazoo.converters.report import Report
 from glazoo.terminal import AsJson, bytes_progress, console, print_json
 
-__all__ = ["convert"]
+__all__ = ["convert", "inspect", "tune"]
 
 
 def convert(
@@ -28,9 +32,12 @@ def convert(
         ),
     ] = 0.0,
     gate: Annotated[
-        Literal["value", "head"],
-        typer.Option(help="One importance per synapse, or one vector over keys per head."),
-    ] = "value",
+        Literal["value", "head"] | None,
+        typer.Option(
+            help="One importance per synapse, or one vector over keys per head. Default: head for "
+            "delta rules, value for all others."
+        ),
+    ] = None,
     rank: Annotated[
         int | None, typer.Option(help="Rank of the importance gate. Default: width / 16, max 128.")
     ] = None,
@@ -42,6 +49,13 @@ def convert(
         bool,
         typer.Option("--link/--copy", help="Hard-link the source's weights if possible, or copy."),
     ] = True,
+    remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--remote-code",
+            help="Write a module for loaders with trust_remote_code, which then need no import.",
+        ),
+    ] = False,
     verify: Annotated[
         bool,
         typer.Option("--verify", help="Compare source and converted model; needs both in memory."),
@@ -89,6 +103,7 @@ def convert(
                     layers=_layers(layers),
                     seed=seed,
                     link=link,
+                    remote_code=remote_code,
                     dry_run=dry_run,
                     force=force,
                     progress=progress,
@@ -131,3 +146,133 @@ def _layers(text: str) -> list[int] | None:
             raise ConversionError(f"layers: got {text!r}, accepted are 'all' or numbers like 0,2-5")
         out += range(int(first), int(last or first) + 1)
     return out
+
+
+def tune(
+    src: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a converted model.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
+    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="UTF-8 text files.")],
+    *,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Train every parameter, not only gates and priors.")
+    ] = False,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 200,
+    batch: Annotated[int, typer.Option(help="Examples per step and device.")] = 8,
+    length: Annotated[int, typer.Option(help="Tokens per example.")] = 512,
+    learning_rate: Annotated[
+        float | None, typer.Option("--lr", help="Default: 1e-2, or 1e-5 with --all.")
+    ] = None,
+    validation: Annotated[
+        float, typer.Option(help="Share of the examples that is kept for evaluation.")
+    ] = 0.05,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder with a tokenizer, or bytes. Default: the model's.")
+    ] = None,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Steps between checkpoints, for --resume; 0 for none.")
+    ] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the last checkpoint.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the order of the examples.")] = 0,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Dtype of weights that stay.")
+    ] = "float32",
+    cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a model's folder that is already at DST.")
+    ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write the report to this file: JSON, or Markdown if it ends in .md."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train the importance gates of a converted model on text files, and write a new folder."""
+    from glazoo.converters.tune import tune_checkpoint
+
+    result = tune_checkpoint(
+        src,
+        dst,
+        texts,
+        everything=everything,
+        steps=steps,
+        batch=batch,
+        length=length,
+        learning_rate=learning_rate,
+        validation=validation,
+        tokenizer=tokenizer,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        seed=seed,
+        dtype=dtype,
+        cpu=cpu,
+        force=force,
+        quiet=as_json or not sys.stderr.isatty(),
+    )
+    if report is not None:
+        result.write(report)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        console().print(Markdown(result.to_markdown()))
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a converted model.")],
+    texts: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[TEXT]...", help="UTF-8 text files to measure on."),
+    ] = None,
+    *,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder with a tokenizer, or bytes. Default: the model's.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the texts that are read at most.")] = 2048,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write the report to this file: JSON, or Markdown if it ends in .md."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show, for every layer and head, where a converted model sits between source and metaplastic.
+
+    With texts: effective window, importance gate and the share of synapses whose importance exceeds
+    the prior.
+    """
+    from glazoo.converters.examine import inspect_model
+
+    result = inspect_model(folder, texts or (), tokenizer=tokenizer, tokens=tokens)
+    if report is not None:
+        result.write(report)
+    if as_json:
+        print_json(result.to_json())
+        return
+    out = console()
+    out.print(Markdown(result.to_markdown()))
+    maps = [("plasticity kappa", {g.layer: g.kappa for g in result.gates}, 1.0)]
+    if result.use:
+        shares = {u.layer: u.consolidated for u in result.use}
+        maps.append(("share of synapses above the prior", shares, 1.0))
+    for title, rows, top in maps:
+        out.print(_heat_map(title, rows, top))
+
+
+_SHADES = " .:-=+*#%@"
+
+
+def _heat_map(title: str, rows: Mapping[int, Sequence[float]], top: float) -> Text:
+    """Draws layers by heads; shades as well as colours, for terminals and files without them."""
+    text = Text(
+        f"{title}: layers down, heads across, {_SHADES[1]} little to {_SHADES[-1]} {top:g}\n"
+    )
+    for layer, values in rows.items():
+        text.append(f"{layer:5d} ")
+        for value in values:
+            share = min(1.0, max(0.0, value / top))
+            shade = _SHADES[0 if share == 0 else 1 + round(share * (len(_SHADES) - 2))]
+            text.append(
+                shade * 2, style=f"rgb({int(40 + 215 * share)},60,{int(220 - 180 * share)})"
+            )
+        text.append("\n")
+    return text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,44 +11,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from glazoo.converters.settings import GateShape
+from glazoo.layers.clamp import live_clamp
 
-__all__ = ["GATE_TENSORS", "ImportanceGate", "gate_shapes", "initial_gate", "live_clamp"]
+__all__ = ["GATE_TENSORS", "ImportanceGate", "gate_shapes", "initial_gate"]
 
 GATE_TENSORS = ("b_down", "b_up", "b_scale", "ip_log")
 """Names of the tensors that conversion adds to a mixer, in the order in which they are stored."""
-
-
-class _LiveClamp(torch.autograd.Function):
-    """max(x, 0) whose gradient also passes where x <= 0, if descending along it would raise x."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x.clamp(min=0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        (x,) = ctx.saved_tensors
-        (grad,) = grads
-        return torch.where((x > 0) | (grad < 0), grad, torch.zeros_like(grad))
-
-
-def live_clamp(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Clamps at zero from below without the dead gradient of a plain clamp.
-
-        y = max(x, 0) ;  dL/dx = dL/dy  where x > 0 or dL/dy < 0,  else 0
-
-    A parameter that starts at exactly zero computes exactly zero, yet the first step that asks for
-    more gets it; a step that asks for less than zero is not taken.
-
-    Args:
-        x: any shape, floating point.
-
-    Returns:
-        max(x, 0), same shape and dtype.
-    """
-    y: Tensor = _LiveClamp.apply(x)  # type: ignore[no-untyped-call]
-    return y
 
 
 def gate_shapes(

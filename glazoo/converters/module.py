@@ -20,7 +20,7 @@ def metaplasticize_model(
     model: nn.Module,
     plasticity: float = 0.0,
     *,
-    gate: str = "value",
+    gate: str | None = None,
     rank: int | None = None,
     layers: Sequence[int] | None = None,
     seed: int = 0,
@@ -40,7 +40,7 @@ def metaplasticize_model(
         model: a supported model, `transformers.Mamba2ForCausalLM` for example.
         plasticity: kappa in [0, 1].
         gate: "value" for one importance per synapse, "head" for one importance vector over keys per
-            head.
+            head; default: "head" for delta rules, "value" for all others.
         rank: rank of the importance gate's projection; default a sixteenth of the hidden size, at
             most 128.
         layers: indices of the layers to convert; default all that can be.

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -19,8 +20,12 @@ __all__ = [
     "Check",
     "ConversionReport",
     "FileRecord",
+    "GateSummary",
+    "InspectReport",
+    "LayerUse",
     "Report",
     "RevertReport",
+    "TuneReport",
     "VerifyReport",
     "versions",
 ]
@@ -57,7 +62,7 @@ def _size(n: int) -> str:
     return f"{n} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
@@ -287,7 +292,8 @@ class VerifyReport(Report):
             "tokens, "
             f"seed {self.seed}, {self.seconds:.1f} s. All at kappa = 0 and prior 1. The noise is "
             "the distance between two "
-            "paths of the source itself (whole prompt at once, and token by token from a cache); "
+            "paths of the source itself (a prompt at once, token by token from a cache, and cut "
+            "short); "
             "the budget is eight "
             "times the larger of that noise and one rounding of the largest logit.",
             "",
@@ -325,6 +331,131 @@ class VerifyReport(Report):
                 f"as stored, logits differ by up to {number(self.shift)}, as they should."
             )
         lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in self.versions.items()) + "."]
+        return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True, slots=True)
+class GateSummary:
+    """Where one layer stands, head by head."""
+
+    layer: int
+    kappa: tuple[float, ...]
+    """Plasticity: 0 is the source, 1 the full metaplastic form."""
+    prior: tuple[float, ...]
+    """Prior importance I_p."""
+    opening: float
+    """Norm of the gate's learned projection; 0 means that b = kappa beta for every token."""
+
+
+@dataclass(frozen=True, slots=True)
+class TuneReport(Report):
+    """What fine-tuning did."""
+
+    source: str
+    destination: str
+    trained: str
+    """`gates` or `all`."""
+    trained_parameters: int
+    parameters: int
+    training_tokens: int
+    evaluation_tokens: int
+    steps: int
+    loss_before: float
+    """Evaluation loss, nats per token."""
+    loss_after: float
+    gates: tuple[GateSummary, ...]
+    """After tuning."""
+    seconds: float
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def to_markdown(self) -> str:
+        percent = 100 * self.trained_parameters / max(1, self.parameters)
+        rows = [
+            ("destination", self.destination),
+            ("trained", f"{self.trained}: {self.trained_parameters:,} ({percent:.2f} %)"),
+            ("steps", f"{self.steps}"),
+            ("tokens", f"{self.training_tokens:,} trained, {self.evaluation_tokens:,} held out"),
+            (
+                "evaluation loss",
+                f"{self.loss_before:.4f} -> {self.loss_after:.4f} "
+                f"({self.loss_after - self.loss_before:+.4f})",
+            ),
+            ("seconds", f"{self.seconds:.1f}"),
+        ]
+        lines = [f"# {self.source} tuned", "", *_table(("what", "value"), rows), ""]
+        lines += ["## Importance gates", "", *_gate_table(self.gates)]
+        lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in self.versions.items()) + "."]
+        return "\n".join(lines) + "\n"
+
+
+def _gate_table(gates: tuple[GateSummary, ...]) -> list[str]:
+    def spread(xs: tuple[float, ...]) -> str:
+        return f"{min(xs):.3g} / {sum(xs) / len(xs):.3g} / {max(xs):.3g}"
+
+    head = ("layer", "kappa (least / mean / most)", "prior (least / mean / most)", "opening")
+    return _table(
+        head,
+        [(f"{g.layer}", spread(g.kappa), spread(g.prior), f"{g.opening:.3g}") for g in gates],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerUse:
+    """What the importance of one layer did on a text, head by head."""
+
+    layer: int
+    window: tuple[float, ...]
+    """Effective window in tokens: 1 / (1 - a) of the geometric mean decay a."""
+    strength: tuple[float, ...]
+    """Mean importance gate b."""
+    consolidated: tuple[float, ...]
+    """Share of synapses whose importance J, above the prior, exceeds the prior at the end."""
+    importance: tuple[float, ...]
+    """Mean total importance over the prior at the end; 1 is the source."""
+
+
+@dataclass(frozen=True, slots=True)
+class InspectReport(Report):
+    """Where a converted model sits between its source and the full metaplastic form."""
+
+    folder: str
+    family: str
+    spec: str
+    gate: str
+    gates: tuple[GateSummary, ...]
+    tokens: int
+    """Tokens of the text; 0 if none was given."""
+    use: tuple[LayerUse, ...]
+    seconds: float
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def to_markdown(self) -> str:
+        lines = [
+            f"# {self.folder}",
+            "",
+            f"{self.family}, {self.spec}, {self.gate}-shaped importance gate.",
+            "",
+            *_gate_table(self.gates),
+        ]
+        if self.use:
+            head = ("layer", "head", "kappa", "prior", "window", "gate b", "importance / prior")
+            known = {g.layer: g for g in self.gates}
+            rows = [
+                (
+                    f"{u.layer}",
+                    f"{h}",
+                    f"{known[u.layer].kappa[h]:.3g}",
+                    f"{known[u.layer].prior[h]:.3g}",
+                    f"{u.window[h]:.3g}",
+                    f"{u.strength[h]:.3g}",
+                    f"{u.importance[h]:.3g}",
+                    f"{100 * u.consolidated[h]:.1f} %",
+                )
+                for u in self.use
+                for h in range(len(u.window))
+            ]
+            lines += ["", f"## On {self.tokens:,} tokens", ""]
+            lines += _table((*head, "synapses above the prior"), rows)
         return "\n".join(lines) + "\n"
 
 

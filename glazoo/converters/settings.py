@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 from glazoo.converters.errors import ConversionError
+from glazoo.zoo import load
 
 __all__ = ["FORMAT_VERSION", "GateShape", "Settings", "default_rank"]
 
@@ -54,7 +55,7 @@ class Settings:
         hidden_size: int,
         convertible: Sequence[int],
         plasticity: float,
-        gate: str,
+        gate: str | None,
         rank: int | None,
         layers: Sequence[int] | None,
         seed: int,
@@ -64,6 +65,9 @@ class Settings:
             raise ConversionError(f"plasticity: got {plasticity!r}, expected a number in [0, 1]")
         if not 0.0 <= plasticity <= 1.0:
             raise ConversionError(f"plasticity: got {plasticity!r}, accepted are numbers in [0, 1]")
+        if gate is None:
+            # Per synapse, a rule that subtracts a prediction has no form in matrix products.
+            gate = "value" if load(spec).posterior.correction == "none" else "head"
         if gate not in ("head", "value"):
             raise ConversionError(f"gate: got {gate!r}, accepted are 'head' and 'value'")
         if rank is None:

@@ -1,5 +1,5 @@
-"""Models for transformers' Auto classes: importing this package registers every converted
-architecture.
+"""Models for transformers' Auto classes: importing this package registers the language model of
+any specs, `GlazooForCausalLM`, and every converted architecture.
 
 import glazoo.models
 model = AutoModelForCausalLM.from_pretrained("converted-folder")
@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 from glazoo.models import metaplastic
+from glazoo.models.causal_lm import GlazooConfig, GlazooForCausalLM, GlazooModel
 from glazoo.models.metaplastic import register
 
-__all__ = ["register"]
+__all__ = ["GlazooConfig", "GlazooForCausalLM", "GlazooModel", "register"]
 
 register()
 

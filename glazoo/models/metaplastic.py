@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from glazoo.converters.errors import ConversionError
-from glazoo.converters.families import FAMILIES, Family
+from glazoo.converters.families import FAMILIES, Block, Family
 from glazoo.converters.gate import ImportanceGate
 from glazoo.converters.settings import Settings
 from glazoo.spec import metaplasticize
@@ -60,6 +60,15 @@ class _ConvertedModel:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         assert isinstance(self, nn.Module)
         attach(self, self.glazoo_family, Settings.from_block(config.metaplastic))
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Says that transformers may treat the class as one of its own.
+
+        It is loaded as its source is: renamings included, and buffers that no file holds filled by
+        the source's own initialisation, which classes of other packages are denied.
+        """
+        return False
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, ImportanceGate):
@@ -107,7 +116,7 @@ class _ConvertedModel:
         return (model, info) if output_loading_info else model
 
 
-_CLASSES: dict[tuple[type[Any], Family], type[Any]] = {}
+_CLASSES: dict[tuple[type[Any], Family | Block], type[Any]] = {}
 """Converted classes by source class: there must be one only, or pickles and `isinstance` go
 wrong."""
 
@@ -140,9 +149,10 @@ def _make_model_class(base: type[Any], family: Family) -> type[Any]:
 
 
 def _mixer_class(base: type[nn.Module], family: Family) -> type[nn.Module]:
-    if (base, family) not in _CLASSES:
-        _CLASSES[base, family] = _make_mixer_class(base, family)
-    return _CLASSES[base, family]
+    # By block: several families may share a mixer.
+    if (base, family.block) not in _CLASSES:
+        _CLASSES[base, family.block] = _make_mixer_class(base, family)
+    return _CLASSES[base, family.block]
 
 
 def _make_mixer_class(base: type[nn.Module], family: Family) -> type[nn.Module]:
@@ -203,7 +213,7 @@ def attach(model: nn.Module, family: Family, settings: Settings) -> None:
         gate = ImportanceGate(
             hidden=sizes["D"],
             heads=sizes["H"],
-            value=sizes["P"],
+            value=sizes["V"],
             rank=settings.rank,
             gate=settings.gate,
             plasticity=settings.plasticity,
@@ -242,7 +252,7 @@ def convert_in_place(model: nn.Module, family: Family, settings: Settings) -> No
 
 @functools.cache
 def _register_models(family: Family) -> None:
-    from transformers import AutoModelForCausalLM
+    import transformers
     from transformers.conversion_mapping import (
         get_checkpoint_conversion_mapping,
         register_checkpoint_conversion_mapping,
@@ -259,9 +269,10 @@ def _register_models(family: Family) -> None:
         if own is not None:
             name = family.converted_architecture(architecture)
             register_checkpoint_conversion_mapping(name, own, overwrite=True)
-        AutoModelForCausalLM.register(
-            config_class(family), model_class(base, family), exist_ok=True
-        )
+        for auto in family.auto_classes:
+            getattr(transformers, auto).register(
+                config_class(family), model_class(base, family), exist_ok=True
+            )
 
 
 def register() -> None:

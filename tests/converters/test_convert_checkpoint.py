@@ -359,6 +359,145 @@ def test_a_killed_conversion_leaves_no_destination(source: Path, tmp_path: Path)
     assert load(tmp_path / "c") is not None
 
 
+def test_a_conversion_killed_at_any_moment_is_absent_or_complete(
+    source: Path, tmp_path: Path
+) -> None:
+    """Killed from outside at random times, from before the first file to after the rename."""
+    before = contents(source)
+    done = run(
+        """
+        import os, random, signal, sys, time
+        from pathlib import Path
+        from glazoo.converters import convert_checkpoint, revert_checkpoint
+        import glazoo.converters.checkpoint, glazoo.models
+        random.seed(0)
+        src, where = sys.argv[1], Path(sys.argv[2])
+
+        def converting(target):
+            child = os.fork()
+            if child == 0:
+                try:
+                    convert_checkpoint(src, target)
+                finally:
+                    os._exit(0)
+            return child
+
+        begun = time.monotonic()
+        os.waitpid(converting(where / "whole"), 0)
+        duration = time.monotonic() - begun
+        for i in range(16):
+            target = where / f"c{i}"
+            child = converting(target)
+            time.sleep(random.random() * 1.1 * duration)
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            if target.exists():
+                revert_checkpoint(target, where / f"back{i}")
+                print("complete", i)
+            else:
+                print("absent", i)
+        """,
+        source,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    outcomes = [line.split() for line in done.stdout.splitlines()]
+    assert len(outcomes) == 16
+    whole = contents(tmp_path / "whole")
+    for outcome, i in outcomes:
+        if outcome == "complete":
+            assert contents(tmp_path / f"c{i}") == whole
+            assert contents(tmp_path / f"back{i}") == before
+    assert contents(source) == before
+    assert any(outcome == "absent" for outcome, _ in outcomes)
+
+
+def test_the_card_names_the_source_and_keeps_its_licence(source: Path, tmp_path: Path) -> None:
+    convert_checkpoint(source, tmp_path / "plain")
+    assert "base_model: source" in (tmp_path / "plain" / "README.md").read_text()
+    own = (
+        "---\nlicense: apache-2.0\nbase_model:\n- someone/else\nlanguage:\n- en\n---\n# Mine\n"
+        "license: none of the metadata\n"
+    )
+    (source / "README.md").write_text(own)
+    hub = tmp_path / "models--org--some-model" / "snapshots" / "main"
+    shutil.copytree(source, hub)
+    convert_checkpoint(hub, tmp_path / "c")
+    card = (tmp_path / "c" / "README.md").read_text()
+    head = card.split("---")[1].splitlines()
+    assert head == [
+        "",
+        "license: apache-2.0",
+        "language:",
+        "- en",
+        "library_name: transformers",
+        "base_model: org/some-model",
+    ]
+    assert (tmp_path / "c" / "glazoo" / "source" / "README.md").read_text() == own
+    revert_checkpoint(tmp_path / "c", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(hub)
+
+
+def test_remote_code_needs_no_import(source: Path, tmp_path: Path) -> None:
+    convert_checkpoint(source, tmp_path / "c", remote_code=True)
+    done = run(
+        """
+        import sys
+        from transformers import AutoModelForCausalLM
+        model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+        print(type(model).__name__, sum(".metaplastic." in n for n, _ in model.named_parameters()))
+        """,
+        tmp_path / "c",
+        HF_HOME=str(tmp_path / "home"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["MetaplasticMamba2ForCausalLM", "8"]
+    revert_checkpoint(tmp_path / "c", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(source)
+
+
+@pytest.mark.slow
+def test_twenty_gigabytes_are_converted_in_less_than_one(tmp_path: Path) -> None:
+    done = run(
+        """
+        import json, resource, struct, sys
+        from pathlib import Path
+        import torch
+        from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+        from transformers.core_model_loading import revert_weight_conversion
+        from glazoo.converters import convert_checkpoint
+
+        folder = Path(sys.argv[1]) / "s"
+        config = Qwen3NextConfig(
+            hidden_size=2048, num_hidden_layers=4, num_experts=512, moe_intermediate_size=780,
+            architectures=["Qwen3NextForCausalLM"],
+        )
+        config.save_pretrained(folder)
+        with torch.device("meta"):
+            model = Qwen3NextForCausalLM(config)
+            state = revert_weight_conversion(model, model.state_dict())
+        header, end = {"__metadata__": {"format": "pt"}}, 0
+        for key, t in state.items():
+            offsets = [end, end + 2 * t.numel()]
+            header[key] = {"dtype": "BF16", "shape": list(t.shape), "data_offsets": offsets}
+            end = offsets[1]
+        raw = json.dumps(header).encode()
+        with open(folder / "model.safetensors", "wb") as f:
+            f.write(struct.pack("<Q", len(raw)) + raw)
+            f.truncate(8 + len(raw) + end)
+        del model, state
+        report = convert_checkpoint(folder, sys.argv[1] + "/c")
+        print(end, report.added_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    size, added, memory = map(int, done.stdout.split())
+    assert size > 20e9
+    assert added > 0
+    assert memory < 1e9
+
+
 def test_without_glazoo_transformers_refuses_the_folder(source: Path, tmp_path: Path) -> None:
     convert_checkpoint(source, tmp_path / "c")
     done = run(

@@ -431,7 +431,9 @@ def test_models_that_cannot_be_converted_are_refused() -> None:
         metaplasticize_model(Mamba2Model(make_config()))
     other = make_model()
     other.config.model_type = "gpt_neo"  # type: ignore[misc]
-    with pytest.raises(ConversionError, match="'gpt_neo' is not supported; supported are: mamba2"):
+    with pytest.raises(
+        ConversionError, match="'gpt_neo' is not supported; supported are: bailing_hybrid"
+    ):
         metaplasticize_model(other)
 
 

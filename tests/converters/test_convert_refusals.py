@@ -168,10 +168,13 @@ DAMAGE = {
     "no config": (lambda f: (f / "config.json").unlink(), "has no config.json"),
     "config is no JSON": (write("config.json", "{"), "config.json is not valid JSON"),
     "config is a list": (write("config.json", "[]"), "holds list, expected a JSON object"),
-    "no model_type": (config(model_type=None), "has no model_type; supported are: mamba2"),
+    "no model_type": (
+        config(model_type=None),
+        "has no model_type; supported are: b",
+    ),
     "unsupported family": (
         config(model_type="llama"),
-        "model_type 'llama' is not supported; supported are: mamba2",
+        "model_type 'llama' is not supported; supported are: b",
     ),
     "converted model_type": (config(model_type="metaplastic_mamba2"), "is converted already"),
     "unsupported architecture": (

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from glazoo.converters.gate import GATE_TENSORS, ImportanceGate, gate_shapes, live_clamp
+from glazoo.converters.gate import GATE_TENSORS, ImportanceGate, gate_shapes
 from glazoo.converters.settings import GateShape
+from glazoo.layers.clamp import live_clamp
 
 SIZES = {"hidden": 12, "heads": 3, "value": 4, "rank": 2}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,8 @@ from glazoo.converters.errors import ConversionError
 __all__ = ["Block", "Family", "Sizes", "TensorRule"]
 
 Sizes = Mapping[str, int]
-"""Values of the symbols in which a block states shapes: D hidden, H heads, P value size, N key
-size, and so on."""
+"""Values of the symbols in which a block states shapes: D hidden, H value heads, G key heads, K key
+size, V value size, W taps of the convolution, and what a block derives from them."""
 
 _LINEAR_LAYERS = ("linear_attention", "hybrid")
 
@@ -46,6 +46,15 @@ class Block:
     """Gives the mixer's `forward`."""
     hooked: tuple[str, ...]
     """Submodules whose weights `forward` uses without calling them."""
+    joined: tuple[str, ...] = ()
+    """Tensors that loaders lay end to end: only their lengths together count, as some savers cut
+    what they loaded into equal parts."""
+    exact: Callable[[Any], None] | None = None
+    """Recomputes, in the dtype that a mixer has now, fixed numbers that its files hold rounded."""
+    unequal: Mapping[str, object] = field(default_factory=dict)
+    """Attributes of the source's mixer that act in some of its own paths only (a limit in prefill
+    but not in decoding), each with the value at which they do nothing. Paths of the source can be
+    compared with each other only there."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,11 +77,24 @@ class Family:
     mixer: str
     """Class name of the mixer."""
     mixer_keys: str
-    """Regular expression of the mixers' tensor names with groups `prefix` and `layer`."""
-    sizes: Mapping[str, str]
-    """Symbols of the block, as names of configuration fields."""
-    flags: Mapping[str, str] = field(default_factory=dict)
-    """Flags of the block's tensors, as names of boolean configuration fields."""
+    """Regular expression of the mixers' tensor names in files, with groups `prefix` and `layer`.
+    Other modules may have names of the same form, in layers of another kind."""
+    sizes: Mapping[str, str | Callable[[Any], int]]
+    """Symbols of the block, as names of configuration fields or functions of the configuration."""
+    flags: Mapping[str, str | bool] = field(default_factory=dict)
+    """Flags of the block's tensors, as names of boolean configuration fields or as constants."""
+    text: str | None = None
+    """Configuration field that holds the language model's configuration, where there are others
+    beside it."""
+    cache: str = "past_key_values"
+    """Name of the cache in the models' arguments and outputs."""
+    positions: bool = False
+    """Whether a continued cache needs explicit `position_ids`."""
+    auto_classes: tuple[str, ...] = ("AutoModelForCausalLM",)
+    """Auto classes that load the family."""
+    defects: Mapping[str, str] = field(default_factory=dict)
+    """Known defects of the source's own code, by the check of a comparison whose numbers they are
+    in. The converted model shares them."""
 
     @property
     def converted_model_type(self) -> str:
@@ -107,9 +129,17 @@ class Family:
             ) from e
         return found
 
+    def text_config(self, config: Any) -> Any:
+        """Gives the language model's part of a configuration object."""
+        return config if self.text is None else getattr(config, self.text)
+
     def symbols(self, config: Any) -> Sizes:
         """Gives the values of the block's symbols for a configuration object."""
-        values = {symbol: int(getattr(config, name)) for symbol, name in self.sizes.items()}
+        text = self.text_config(config)
+        values = {
+            symbol: int(source(text) if callable(source) else getattr(text, source))
+            for symbol, source in self.sizes.items()
+        }
         for symbol, products in self.block.derived.items():
             total = 0
             for product in products:
@@ -126,13 +156,21 @@ class Family:
         return {
             rule.name: tuple(int(d) if d.isdigit() else values[d] for d in rule.shape)
             for rule in self.block.tensors
-            if rule.when is None or bool(getattr(config, self.flags[rule.when]))
+            if rule.when is None or self._flag(config, rule.when)
         }
+
+    def _flag(self, config: Any, name: str) -> bool:
+        value = self.flags[name]
+        return value if isinstance(value, bool) else bool(getattr(self.text_config(config), value))
 
     def layers(self, config: Any) -> tuple[int, ...]:
         """Gives the indices of the layers with a mixer."""
-        kinds = enumerate(config.layer_types)
+        kinds = enumerate(self.layer_kinds(config))
         return tuple(i for i, kind in kinds if kind in _LINEAR_LAYERS)
+
+    def layer_kinds(self, config: Any) -> tuple[str, ...]:
+        """Gives the kind of every layer."""
+        return tuple(self.text_config(config).layer_types)
 
     def split_key(self, key: str) -> tuple[int, str, str] | None:
         """Splits a tensor name into layer, mixer prefix and name inside the mixer, if it belongs to

@@ -1,0 +1,1 @@
+"""Variants side by side: capacity, forgetting, training tasks, cost."""

@@ -1,0 +1,254 @@
+"""Speed and memory of any spec's recurrence on this machine, per engine."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from glazoo.api import attention
+from glazoo.engines import available
+from glazoo.program import lower
+from glazoo.spec import Spec
+from glazoo.state import State
+from glazoo.theory.instances import Operands, operands
+
+__all__ = ["MODES", "BenchPlan", "Measurement", "measure"]
+
+Mode = Literal["train", "prefill", "decode"]
+
+MODES: tuple[Mode, ...] = ("train", "prefill", "decode")
+"""train: forward and backward; prefill: forward over the whole sequence; decode: one token of every
+sequence from a state."""
+
+_REFERENCE_TOKENS = 64
+"""The reference runs token by token: it judges, and is timed, on this many tokens at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class BenchPlan:
+    """Sizes of one measurement."""
+
+    spec: Spec
+    label: str
+    engine: str
+    mode: Mode
+    batch: int = 1
+    tokens: int = 512
+    heads: int = 4
+    key_size: int = 64
+    value_size: int = 64
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    seconds: float = 1.0
+    """Time to spend on repetitions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What was measured."""
+
+    label: str
+    engine: str
+    mode: Mode
+    tokens: int
+    """Tokens per sequence and call."""
+    milliseconds: tuple[float, float, float]
+    """20th, 50th and 80th percentile of a call."""
+    tokens_per_second: float
+    repetitions: int
+    state_bytes: int
+    """Recurrent state of one sequence."""
+    saved_bytes: int
+    """Kept between forward and backward, operands included; 0 where nothing is trained."""
+    peak_bytes: int | None
+    """Peak of the device's memory; unset on a CPU, where it belongs to the process."""
+    error: float | None
+    """Largest difference to the reference engine over the largest output, on the first tokens."""
+    failure: str = ""
+    """Why there is no measurement."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Gives the measurement as plain data."""
+        return {
+            "label": self.label,
+            "engine": self.engine,
+            "mode": self.mode,
+            "tokens": self.tokens,
+            "ms_p20": self.milliseconds[0],
+            "ms_p50": self.milliseconds[1],
+            "ms_p80": self.milliseconds[2],
+            "tokens_per_second": self.tokens_per_second,
+            "repetitions": self.repetitions,
+            "state_bytes": self.state_bytes,
+            "saved_bytes": self.saved_bytes,
+            "peak_bytes": self.peak_bytes,
+            "error": self.error,
+            "failure": self.failure,
+        }
+
+
+def _call(plan: BenchPlan, ops: Operands, engine: str, state: State | None = None) -> Any:
+    rest: dict[str, Any] = {n: x for n, x in ops.items() if n not in ("q", "k", "v")}
+    return attention(
+        plan.spec,
+        ops["q"],
+        ops.get("k"),
+        ops["v"],
+        initial_state=state,
+        output_final_state=True,
+        impl=engine,
+        **rest,
+    )
+
+
+def _draw(plan: BenchPlan, tokens: int) -> Operands:
+    """Draws operands; the sequence of a shorter one is not the start of a longer."""
+    drawn = operands(
+        plan.spec,
+        torch.Generator().manual_seed(0),
+        plan.batch,
+        tokens,
+        plan.heads,
+        plan.heads,
+        plan.key_size,
+        plan.value_size,
+        plan.dtype,
+    )
+    # Gates and importance stay in float32 whatever the streams are.
+    wide = ("g", "beta", "b", "prior", "g_importance", "center", "trap", "u")
+    return {n: x.to(plan.device, torch.float32 if n in wide else None) for n, x in drawn.items()}
+
+
+def _error(plan: BenchPlan) -> float:
+    """Compares an engine with the reference in float64 on a short sequence."""
+    ops = _draw(plan, min(plan.tokens, _REFERENCE_TOKENS))
+    with torch.no_grad():
+        wanted = _call(plan, {n: x.double() for n, x in ops.items()}, "reference").output
+        got = _call(plan, ops, plan.engine).output.double()
+    return float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-300))
+
+
+def _saved(run: Callable[[], Any]) -> int:
+    """Counts the bytes that autograd keeps between forward and backward, each storage once."""
+    seen: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        kept = run()
+    total = sum(seen.values())
+    del kept
+    return total
+
+
+def measure(plan: BenchPlan) -> Measurement:
+    """Measures one spec, engine and mode.
+
+    The engine is first compared with the reference; time is that of whole calls of
+    `glazoo.attention`, with float32 gates, after a warm-up.
+
+    Args:
+        plan: what to measure.
+
+    Returns:
+        The measurement; with a `failure` and no times where the engine refuses.
+    """
+    program = lower(plan.spec)
+    floats = plan.heads * program.state_floats(plan.key_size, plan.value_size)
+    tokens = plan.tokens
+    if plan.engine == "reference":
+        tokens = min(tokens, _REFERENCE_TOKENS)
+    if plan.mode == "decode":
+        tokens = 1
+    nothing = Measurement(
+        plan.label, plan.engine, plan.mode, tokens, (0.0, 0.0, 0.0), 0.0, 0, 4 * floats, 0, None,
+        None,
+    )  # fmt: skip
+    if plan.engine not in available():
+        return _failed(nothing, f"not available here; engines are {', '.join(available())}")
+    try:
+        error = _error(plan)
+        ops = _draw(plan, tokens)
+        state: State | None = None
+        if plan.mode == "decode":
+            with torch.no_grad():
+                state = _call(plan, _draw(plan, 8), plan.engine).final_state
+        if plan.mode == "train":
+            ops = {n: x.requires_grad_() for n, x in ops.items()}
+        run = _runner(plan, ops, state)
+        cuda = torch.device(plan.device).type == "cuda"
+        saved = _saved(lambda: _call(plan, ops, plan.engine)) if plan.mode == "train" else 0
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(plan.device)
+        times = _times(run, plan.seconds, cuda)
+        peak = torch.cuda.max_memory_allocated(plan.device) if cuda else None
+    except (ValueError, RuntimeError, NotImplementedError, AttributeError) as e:
+        lines = str(e).strip().splitlines()
+        return _failed(nothing, f"{type(e).__name__}: {lines[0] if lines else ''}")
+    cut = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
+    middle = statistics.median(times)
+    return Measurement(
+        plan.label,
+        plan.engine,
+        plan.mode,
+        tokens,
+        (1000 * cut[1], 1000 * middle, 1000 * cut[7]),
+        plan.batch * tokens / middle,
+        len(times),
+        4 * floats,
+        saved,
+        peak,
+        error,
+    )
+
+
+def _failed(nothing: Measurement, reason: str) -> Measurement:
+    from dataclasses import replace
+
+    return replace(nothing, failure=reason)
+
+
+def _runner(plan: BenchPlan, ops: Operands, state: State | None) -> Callable[[], None]:
+    if plan.mode == "train":
+        leaves = list(ops.values())
+
+        def train() -> None:
+            output = _call(plan, ops, plan.engine).output
+            torch.autograd.grad(output.float().square().sum(), leaves, allow_unused=True)
+
+        return train
+
+    @torch.no_grad()
+    def forward() -> None:
+        _call(plan, ops, plan.engine, state)
+
+    return forward
+
+
+def _times(run: Callable[[], None], seconds: float, cuda: bool) -> list[float]:
+    """Times calls until the time is spent, at least three and at most a thousand."""
+
+    def once() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    once()
+    out: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(out) < 3 or (time.perf_counter() < end and len(out) < 1000):
+        out.append(once())
+    return out

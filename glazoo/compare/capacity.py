@@ -1,0 +1,263 @@
+"""How many associations a memory holds, measured on the recurrence alone."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from glazoo.compare.errors import CompareError
+from glazoo.compare.probe import (
+    KeyKind,
+    crossing,
+    draw_keys,
+    gate_grid,
+    key_size_for,
+    mapped_size,
+    read,
+    retrieval_error,
+    write,
+)
+from glazoo.compare.stats import Interval, interval
+from glazoo.program import lower
+from glazoo.spec import Spec
+
+__all__ = [
+    "CapacityCurve",
+    "CapacityPlan",
+    "capacity",
+    "check",
+    "curve",
+    "default_pairs",
+    "single_thread",
+]
+
+_SELECTION, _EVALUATION = 0, 1
+"""Streams of random numbers: gates are chosen on the one and errors measured on the other."""
+
+
+@dataclass(frozen=True, slots=True)
+class CapacityPlan:
+    """One measurement: a spec, a kind of keys, and the sizes."""
+
+    spec: Spec
+    label: str
+    keys: KeyKind
+    state_bytes: int
+    value_size: int
+    pairs: tuple[int, ...]
+    seeds: int
+    seed: int
+    threshold: float
+    impl: str
+
+
+@dataclass(frozen=True, slots=True)
+class CapacityCurve:
+    """Retrieval error against stored pairs, of one spec and kind of keys."""
+
+    label: str
+    keys: KeyKind
+    state_bytes: int
+    """Bytes of the state that was used, float32: at most what was allowed."""
+    key_size: int
+    """Key channels that the recurrence sees."""
+    value_size: int
+    pairs: tuple[int, ...]
+    errors: tuple[tuple[float, ...], ...]
+    """Per number of pairs, the error of every seed."""
+    gates: tuple[dict[str, float], ...]
+    """Per number of pairs, the gates that were chosen."""
+    threshold: float
+
+    @property
+    def intervals(self) -> list[Interval]:
+        """Error per number of pairs, over seeds."""
+        return [interval(e) for e in self.errors]
+
+    @property
+    def capacities(self) -> list[float]:
+        """Per seed, the pairs at which the error crosses the threshold."""
+        seeds = range(len(self.errors[0]))
+        return [
+            crossing(list(self.pairs), [e[s] for e in self.errors], self.threshold) for s in seeds
+        ]
+
+    @property
+    def capacity(self) -> Interval:
+        """Pairs at which the error crosses the threshold, over seeds."""
+        return interval(self.capacities)
+
+    @property
+    def capacity_per_kilobyte(self) -> Interval:
+        """Pairs at the threshold per 1024 bytes of state, over seeds."""
+        return interval([1024 * c / self.state_bytes for c in self.capacities])
+
+    @property
+    def bounded(self) -> bool:
+        """Whether every seed's curve crossed the threshold inside of the measured range."""
+        return self.pairs[0] <= min(self.capacities) and max(self.capacities) < self.pairs[-1]
+
+    def to_json(self) -> dict[str, Any]:
+        """Gives the curve as plain data."""
+        return {
+            "label": self.label,
+            "keys": self.keys,
+            "state_bytes": self.state_bytes,
+            "key_size": self.key_size,
+            "value_size": self.value_size,
+            "threshold": self.threshold,
+            "capacity": self.capacity._asdict(),
+            "capacity_per_kilobyte": self.capacity_per_kilobyte._asdict(),
+            "bounded": self.bounded,
+            "points": [
+                {
+                    "pairs": n,
+                    "error": i._asdict(),
+                    "errors": list(e),
+                    "gates": g,
+                }
+                for n, i, e, g in zip(
+                    self.pairs, self.intervals, self.errors, self.gates, strict=True
+                )
+            ],
+        }
+
+
+def default_pairs(state_bytes: int, value_size: int) -> tuple[int, ...]:
+    """Gives numbers of pairs in steps of about the square root of two, around the number of values
+    that fit into the state as they are: from a twentieth to four times as many."""
+    center = max(state_bytes / 4 / value_size, 2.0)
+    return tuple(sorted({max(1, round(center * 2 ** (i / 2))) for i in range(-9, 5)}))
+
+
+def curve(plan: CapacityPlan) -> CapacityCurve:
+    """Measures one curve.
+
+    For every number of pairs N: keys are drawn, N pairs with Gaussian values are stored in an empty
+    memory, all are read back, and the error is the share of the values' energy that the best output
+    scale does not recover. Gates are constant; the best of a grid is chosen on one set of draws,
+    and the errors come from fresh draws, `seeds` of them.
+
+    Args:
+        plan: what to measure.
+
+    Returns:
+        The curve.
+
+    Raises:
+        CompareError: the state budget is too small for the spec.
+    """
+    program = lower(plan.spec)
+    raw = key_size_for(program, plan.state_bytes // 4, plan.value_size)
+    size = mapped_size(program, raw)
+    used = 4 * program.state_floats(size, plan.value_size)
+    errors, chosen = [], []
+
+    def measure(n: int, stream: int, seeds: int, grid: list[Any]) -> torch.Tensor:
+        seed = (plan.seed * 1_000_003 + 2 * n + stream) % 2**63
+        generator = torch.Generator().manual_seed(seed)
+        # Few pairs in one memory say little: a seed is as many memories as hold some 64 pairs.
+        memories = max(1, round(64 / n))
+        keys = draw_keys(plan.keys, seeds * memories, n, raw, generator)
+        values = torch.randn(seeds * memories, n, plan.value_size, generator=generator)
+        state = write(program, keys, values, grid, impl=plan.impl)
+        y = read(program, state, keys, plan.value_size, grid, impl=plan.impl)
+        found: torch.Tensor = retrieval_error(y, values)
+        return found.view(seeds, memories, -1).mean(1)
+
+    for n in plan.pairs:
+        grid = gate_grid(program, n)
+        best = 0
+        if len(grid) > 1:
+            parts = [
+                measure(n, _SELECTION, 3, grid[i : i + 32]).mean(0) for i in range(0, len(grid), 32)
+            ]
+            best = int(torch.cat(parts).argmin())
+        errors.append(tuple(measure(n, _EVALUATION, plan.seeds, [grid[best]])[:, 0].tolist()))
+        chosen.append(grid[best].describe(program))
+    return CapacityCurve(
+        plan.label,
+        plan.keys,
+        used,
+        size,
+        plan.value_size,
+        plan.pairs,
+        tuple(errors),
+        tuple(chosen),
+        plan.threshold,
+    )
+
+
+def check(plans: Iterable[CapacityPlan]) -> None:
+    """Checks every state budget before anything is measured or written.
+
+    Raises:
+        CompareError: a budget is too small for a spec.
+    """
+    for plan in plans:
+        key_size_for(lower(plan.spec), plan.state_bytes // 4, plan.value_size)
+
+
+def _single_threaded() -> None:
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """Runs the block on one thread: the tensors here are too small to share, and threads that wait
+    for one another on a busy machine make it many times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def capacity(
+    plans: Iterable[CapacityPlan],
+    *,
+    jobs: int = 1,
+    measure: Callable[[CapacityPlan], CapacityCurve] = curve,
+) -> Iterator[CapacityCurve]:
+    """Measures curves, over processes, and gives each as it is done.
+
+    Args:
+        plans: what to measure; every budget is checked before the first measurement.
+        jobs: number of processes; 1 stays in this one.
+        measure: what to run per plan.
+
+    Yields:
+        The curves, in the order in which they finish.
+
+    Raises:
+        CompareError: a state budget is too small, or a process was killed.
+    """
+    plans = list(plans)
+    check(plans)
+    if jobs == 1 or len(plans) == 1:
+        with single_thread():
+            yield from map(measure, plans)
+        return
+    context = get_context("spawn")
+    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_single_threaded) as pool:
+        futures = [pool.submit(functools.partial(measure, plan)) for plan in plans]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BrokenProcessPool as e:
+            raise CompareError(
+                "a process of the measurement was killed, perhaps for want of memory; what was "
+                "measured before is kept; try --jobs 1"
+            ) from e
+        finally:
+            for future in futures:
+                future.cancel()

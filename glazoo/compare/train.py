@@ -1,0 +1,263 @@
+"""One training run: everything that it needs is in its description, and its result is plain
+data."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from glazoo.compare.model import Model, ModelConfig, count_parameters, shape_for
+from glazoo.compare.tasks import IGNORED, Batch, Task, data_hash, draw, generator
+from glazoo.spec import Spec
+
+__all__ = ["Progress", "Run", "Training", "evaluation_points", "train"]
+
+Progress = Callable[[float, float], None]
+"""Takes the share that is done and the current loss."""
+
+
+class Training(BaseModel):
+    """How every run trains."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    steps: int = Field(default=600, ge=1)
+    """Optimizer steps."""
+    batch: int = Field(default=32, ge=1)
+    """Examples per step."""
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    """Share of the steps in which the learning rate rises."""
+    curriculum: float = Field(default=0.5, ge=0, le=1)
+    """Share of the steps in which the load rises to the task's own; examples are shorter then."""
+    start: float = Field(default=0.25, gt=0, le=1)
+    """Share of the load at the beginning of the curriculum."""
+    decay: float = Field(default=0.0, ge=0)
+    """Weight decay."""
+    clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient."""
+    examples: int = Field(default=0, ge=0)
+    """Size of the training set; 0 draws fresh examples at every step."""
+    eval_examples: int = Field(default=256, ge=1)
+    """Examples per evaluation point."""
+    data_seed: int = 0
+    """Together with the run's seed it determines the training data."""
+
+
+class Run(BaseModel):
+    """One training run."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    label: str
+    """Name in tables."""
+    spec: Spec
+    """The variant."""
+    task: Task
+    """What is learned."""
+    model: ModelConfig
+    """What all variants share."""
+    training: Training
+    """How all variants train."""
+    mlp: int
+    """Inner channels of the position-wise part, which make the parameters equal."""
+    rate: float
+    """Learning rate."""
+    seed: int
+    """Seed of parameters, and with the data seed of the training data."""
+    sweep: bool = False
+    """Whether the run only serves to choose the learning rate."""
+    impl: str = "auto"
+    """Engine."""
+    device: str = "cpu"
+    """Device."""
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Identifies the run by everything that determines its result."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"label"}), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def evaluation_points(task: Task) -> list[tuple[int, int]]:
+    """Lists the loads and lengths at which a task is evaluated: its own load and fractions of it at
+    its own length, and its own load at double the length."""
+    if task.name in ("text", "memorisation"):
+        return [(task.load, task.length)]
+    loads = sorted({max(1, round(task.load * share)) for share in (0.25, 0.5, 0.75, 1.0)})
+    points = [(load, task.length) for load in loads]
+    shortest = task.smallest_length(task.load)
+    middle = (task.length + shortest) // 2
+    points += [(task.load, n) for n in (shortest, middle, 2 * task.length) if n != task.length]
+    return sorted(set(points))
+
+
+def evaluation_data(task: Task, examples: int) -> dict[tuple[int, int], Batch]:
+    """Draws the examples of every evaluation point; they are the same for all runs."""
+    return {
+        (load, length): draw(
+            task,
+            examples,
+            generator("evaluation", load, length),
+            load=load,
+            length=length,
+            held_out=True,
+        )
+        for load, length in evaluation_points(task)
+    }
+
+
+def _step_batch(run: Run, step: int) -> Batch:
+    """Draws the examples of one step: every variant of a seed sees the same."""
+    task, t = run.task, run.training
+    rising = t.curriculum * t.steps
+    share = 1.0 if step >= rising else t.start * (1 / t.start) ** (step / rising)
+    fixed = t.examples > 0
+    index = step % max(1, t.examples // t.batch) if fixed else step
+    rng = generator("training", t.data_seed, run.seed, index)
+    if task.name in ("text", "memorisation") or share == 1.0 or fixed:
+        return draw(task, t.batch, rng)
+    load = max(1, round(task.load * share))
+    length = max(task.smallest_length(load), round(task.length * load / task.load))
+    return draw(task, t.batch, rng, load=load, length=length)
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    chosen = labels != IGNORED
+    return F.cross_entropy(logits[chosen].float(), labels[chosen])
+
+
+@torch.no_grad()
+def _evaluate(model: nn.Module, batch: Batch, device: str, size: int = 64) -> dict[str, Any]:
+    """Gives loss, accuracy and, where the task has groups, the accuracy of each."""
+    model.eval()
+    right: list[Tensor] = []
+    losses: list[Tensor] = []
+    for i in range(0, len(batch.inputs), size):
+        inputs = batch.inputs[i : i + size].to(device)
+        labels = batch.labels[i : i + size].to(device)
+        logits = model(inputs).float()
+        chosen = labels != IGNORED
+        losses.append(F.cross_entropy(logits[chosen], labels[chosen], reduction="none"))
+        right.append(((logits.argmax(-1) == labels) & chosen).cpu())
+    model.train()
+    chosen, correct = batch.labels != IGNORED, torch.cat(right)
+    out: dict[str, Any] = {
+        "loss": float(torch.cat(losses).mean()),
+        "accuracy": float(correct[chosen].float().mean()),
+    }
+    if batch.group is not None:
+        out["groups"] = {
+            str(g): float(correct[chosen & (batch.group == g)].float().mean()) for g in (0, 1)
+        }
+    return out
+
+
+def train(run: Run, progress: Progress | None = None) -> dict[str, Any]:
+    """Trains one model and evaluates it.
+
+    Args:
+        run: what to train.
+        progress: called now and then.
+
+    Returns:
+        The result as plain data: accuracy and loss at every evaluation point, the learning curve,
+        sizes, time, and the hash of the evaluation data.
+
+    Raises:
+        CompareError: the task or the state budget does not fit.
+    """
+    run.task.check()
+    t = run.training
+    shape = shape_for(run.spec, run.model)
+    torch.manual_seed(run.seed)
+    model = Model(run.spec, run.model, run.task.tokens, mlp=run.mlp, impl=run.impl)
+    model.to(run.device)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": t.decay}, {"params": others, "weight_decay": 0.0}],
+        lr=run.rate,
+        betas=(0.9, 0.98),
+    )
+    warm = max(1, round(t.warmup * t.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: min(
+            (i + 1) / warm,
+            0.5 * (1 + math.cos(math.pi * max(0, i - warm) / max(1, t.steps - warm))),
+        ),
+    )
+    held_out = evaluation_data(run.task, t.eval_examples)
+    main = held_out[run.task.load, run.task.length]
+    peek = Batch(*(None if x is None else x[:64] for x in main))  # type: ignore[arg-type]
+    if run.device != "cpu":
+        torch.cuda.reset_peak_memory_stats(run.device)
+    curve: list[dict[str, float]] = []
+    every = max(1, t.steps // 12)
+    started, cpu = time.perf_counter(), time.process_time()
+    tokens, computing, diverged = 0, 0.0, False
+    for step in range(t.steps):
+        batch = _step_batch(run, step)
+        before = time.perf_counter()
+        loss = _loss(model(batch.inputs.to(run.device)), batch.labels.to(run.device))
+        if not torch.isfinite(loss):
+            diverged = True
+            break
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), t.clip)
+        if torch.isfinite(norm):
+            optimizer.step()
+        schedule.step()
+        tokens += batch.inputs.numel()
+        computing += time.perf_counter() - before
+        if (step + 1) % every == 0 or step + 1 == t.steps:
+            at = _evaluate(model, peek, run.device)
+            curve.append({"step": step + 1, "loss": at["loss"], "accuracy": at["accuracy"]})
+        if progress is not None and step % 10 == 9:
+            progress((step + 1) / t.steps, float(loss.detach()))
+    points = []
+    for (load, length), batch in held_out.items():
+        points.append({"load": load, "length": length} | _evaluate(model, batch, run.device))
+    own = next(p for p in points if (p["load"], p["length"]) == (run.task.load, run.task.length))
+    return {
+        "key": run.key,
+        "label": run.label,
+        "task": run.task.name,
+        "state_budget": run.model.state_bytes,
+        "rate": run.rate,
+        "seed": run.seed,
+        "sweep": run.sweep,
+        "accuracy": own["accuracy"],
+        "loss": own["loss"],
+        "diverged": diverged,
+        "points": points,
+        "curve": curve,
+        "shape": shape.model_dump(),
+        "parameters": count_parameters(run.spec, run.model, run.task.tokens, run.mlp),
+        "seconds": time.perf_counter() - started,
+        "cpu_seconds": time.process_time() - cpu,
+        "tokens": tokens,
+        "tokens_per_second": tokens / computing if computing else 0.0,
+        "peak_memory": _peak_memory(run.device),
+        "data_hash": data_hash(*held_out.values()),
+        "first_batch_hash": data_hash(_step_batch(run, 0)),
+    }
+
+
+def _peak_memory(device: str) -> int:
+    """Gives the device's peak in bytes, on a CPU that of the whole process."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

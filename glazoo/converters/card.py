@@ -1,0 +1,113 @@
+"""What a converted folder says about itself: the model card, and code for loaders that do not know
+glazoo."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from glazoo.converters.families import Family
+from glazoo.converters.settings import Settings
+
+__all__ = ["CARD", "REMOTE_CODE", "base_model", "model_card", "remote_code", "remote_map"]
+
+CARD = "README.md"
+REMOTE_CODE = "modeling_glazoo.py"
+
+
+def base_model(folder: Path) -> str:
+    """Names the source: its hub name, if the folder is one of a download cache, or the folder's."""
+    for part in reversed(folder.resolve().parts):
+        if match := re.fullmatch(r"models--(.+?)--(.+)", part):
+            return f"{match[1]}/{match[2]}"
+    return folder.resolve().name
+
+
+def _front_matter(card: str) -> list[str]:
+    """Gives the metadata lines of a source's card, but for its own base model."""
+    match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card, re.DOTALL)
+    kept: list[str] = []
+    inside = False
+    for line in match[1].splitlines() if match else []:
+        if re.match(r"\S", line) and not line.startswith("- "):
+            inside = re.match(r"base_model(_relation)?\s*:", line) is not None
+        if not inside:
+            kept.append(line)
+    return kept
+
+
+def model_card(source: Path, settings: Settings, family: Family, card: str | None) -> str:
+    """Gives the text of the card.
+
+    Args:
+        source: the source folder.
+        settings: what the conversion was asked for.
+        family: the source's family.
+        card: text of the source's own card, whose metadata (licence, languages, tags) are kept.
+    """
+    name = base_model(source)
+    kept = _front_matter(card or "")
+    if not any(line.startswith("library_name") for line in kept):
+        kept.append("library_name: transformers")
+    layers = f"{len(settings.layers)} layers"
+    auto = family.auto_classes[0]
+    shape = {
+        "head": "one importance vector over keys per head",
+        "value": "one importance per synapse",
+    }[settings.gate]
+    lines = [
+        "---",
+        *kept,
+        f"base_model: {name}",
+        "---",
+        "",
+        f"# {name}, metaplastic",
+        "",
+        f"`{name}` converted with glazoo: the recurrence of {layers} (`{settings.spec}`) carries an "
+        f"importance state, {shape}. Its gates start at a plasticity of "
+        f"{settings.plasticity:g}"
+        + (
+            ", where the model computes what its source computes."
+            if settings.plasticity == 0
+            else "; at 0 it computes what its source computes."
+        ),
+        "",
+        "```python",
+        "import glazoo.models",
+        f"from transformers import {auto}",
+        "",
+        f'model = {auto}.from_pretrained("...")',
+        "```",
+        "",
+        "`glazoo tune` trains the gates, `glazoo inspect` shows where they stand, and `glazoo convert "
+        "--revert` gives the source back byte for byte. Licence and terms are those of the source; "
+        "its own card is `glazoo/source/README.md`, if it had one.",
+        "",
+        "The method: Bonnet et al., Learning to Remember, Learn, and Forget in Attention-Based "
+        "Models, arXiv:2602.09075.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def remote_code(family: Family, architecture: str) -> str:
+    """Gives a module that loaders with `trust_remote_code` import; it needs glazoo installed."""
+    config, model = _classes(family, architecture)
+    return (
+        '"""Loads the converted model without `import glazoo.models`; needs glazoo installed."""\n\n'
+        f"from glazoo.models.metaplastic import {config}, {model}\n\n"
+        f'__all__ = ["{config}", "{model}"]\n'
+    )
+
+
+def remote_map(family: Family, architecture: str) -> dict[str, str]:
+    """Gives the entry `auto_map` of config.json that names the classes of `remote_code`."""
+    config, model = _classes(family, architecture)
+    module = REMOTE_CODE.removesuffix(".py")
+    return {"AutoConfig": f"{module}.{config}"} | {
+        auto: f"{module}.{model}" for auto in family.auto_classes
+    }
+
+
+def _classes(family: Family, architecture: str) -> tuple[str, str]:
+    config = family.configuration.rpartition(":")[2]
+    return f"Metaplastic{config}", family.converted_architecture(architecture)

@@ -1,0 +1,171 @@
+"""Moving weights through key maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glazoo.converters.errors import ConversionError
+from glazoo.converters.exchange.maps import KINDS, Entry, KeyMap
+from glazoo.layers import GatedLinearAttention
+from glazoo.spec import Spec
+from glazoo.zoo import load as load_spec
+
+__all__ = ["dump", "from_mixer", "kind_of", "load"]
+
+
+def kind_of(mixer: nn.Module) -> str:
+    """Gives the kind of a mixer by its class.
+
+    Raises:
+        ConversionError: there is no map for it.
+    """
+    cls = type(mixer)
+    for base in cls.__mro__:
+        for m in KINDS.values():
+            if base.__name__ == m.cls and f"{base.__module__}.".startswith(m.package):
+                return m.kind
+    raise ConversionError(
+        f"mixer: got {cls.__module__}.{cls.__name__}, accepted are the mixers of {', '.join(KINDS)}"
+    )
+
+
+def from_mixer(
+    mixer: nn.Module, *, kind: str | None = None, **options: Any
+) -> GatedLinearAttention:
+    """Builds our layer with the weights and options of a mixer of another package.
+
+    Args:
+        mixer: a live mixer, such as transformers' `Mamba2Mixer`.
+        kind: which map to use. Default: by the mixer's class.
+        **options: further arguments of `GatedLinearAttention`, such as `layer_idx` or `impl`.
+
+    Returns:
+        A `GatedLinearAttention` that computes what the mixer computes, in the mixer's dtype.
+
+    Raises:
+        ConversionError: there is no map, the mixer has an option that our layer does not, or a
+            tensor has no place on the other side.
+    """
+    m = _map(kind_of(mixer) if kind is None else kind)
+    read = m.options(mixer)
+    index = getattr(mixer, "layer_idx", None)
+    given: dict[str, Any] = {"layer_idx": index or 0} | read.sizes | options
+    layer = GatedLinearAttention(_changed(load_spec(m.spec), read.changes), **given)
+    first = next(mixer.parameters())
+    matrix = next((p for p in mixer.parameters() if p.ndim == 2), first)
+    layer.to(device=matrix.device, dtype=matrix.dtype)
+    load(layer, mixer.state_dict(), m.kind)
+    return layer.train(mixer.training)
+
+
+def load(layer: GatedLinearAttention, state: Mapping[str, Tensor], kind: str) -> None:
+    """Copies the tensors of a mixer of another package into our layer.
+
+    Args:
+        layer: a layer of the sizes of the mixer.
+        state: the mixer's state dict.
+        kind: which map to use; `KINDS` lists them.
+
+    Raises:
+        ConversionError: a tensor of either side has no place on the other, or a wrong shape.
+    """
+    m = _map(kind)
+    ours = layer.state_dict()
+    unmapped = sorted(set(state) - {e.theirs for e in m.entries})
+    if unmapped:
+        raise ConversionError(f"{kind}: no place for {', '.join(unmapped)}")
+    found: dict[str, Tensor] = {}
+    for entry in m.entries:
+        if entry.theirs in state:
+            found |= _split(entry, state[entry.theirs], ours, layer, kind)
+        elif entry.theirs not in m.optional:
+            raise ConversionError(f"{kind}: {entry.theirs} is missing")
+    if absent := sorted(set(ours) - set(found)):
+        raise ConversionError(f"{kind}: nothing for our {', '.join(absent)}")
+    with torch.no_grad():
+        for key, value in found.items():
+            ours[key].copy_(value)
+
+
+def dump(layer: GatedLinearAttention, kind: str) -> dict[str, Tensor]:
+    """Gives our layer's tensors as the state dict of a mixer of another package.
+
+    Args:
+        layer: a layer.
+        kind: which map to use.
+
+    Returns:
+        Tensors by their names, in the dtypes that our layer keeps.
+
+    Raises:
+        ConversionError: a tensor of ours has no place on the other side.
+    """
+    m = _map(kind)
+    ours = layer.state_dict()
+    unmapped = sorted(set(ours) - {key for e in m.entries for key in e.ours})
+    if unmapped:
+        raise ConversionError(f"{kind}: no place for our {', '.join(unmapped)}")
+    state: dict[str, Tensor] = {}
+    for entry in m.entries:
+        missing = [key for key in entry.ours if key not in ours]
+        if missing and entry.theirs not in m.optional:
+            raise ConversionError(f"{kind}: our layer has no {', '.join(missing)}")
+        if not missing:
+            state[entry.theirs] = _stack(entry, [ours[key] for key in entry.ours], layer)
+    return state
+
+
+def _map(kind: str) -> KeyMap:
+    if kind not in KINDS:
+        raise ConversionError(f"kind: got {kind!r}, accepted are {', '.join(KINDS)}")
+    return KINDS[kind]
+
+
+def _groups(entry: Entry, layer: GatedLinearAttention) -> int:
+    return layer.sizes.key_heads if entry.groups == "key_heads" else 1
+
+
+def _stack(entry: Entry, parts: list[Tensor], layer: GatedLinearAttention) -> Tensor:
+    n = _groups(entry, layer)
+    joined = torch.cat([p.unflatten(0, (n, -1)) for p in parts], 1).flatten(0, 1)
+    return joined if entry.shape is None else joined.reshape(entry.shape)
+
+
+def _split(
+    entry: Entry,
+    theirs: Tensor,
+    ours: Mapping[str, Tensor],
+    layer: GatedLinearAttention,
+    kind: str,
+) -> dict[str, Tensor]:
+    if missing := [key for key in entry.ours if key not in ours]:
+        raise ConversionError(f"{kind}: {entry.theirs} goes to our {', '.join(missing)}, absent")
+    shapes = [ours[key].shape for key in entry.ours]
+    rows = sum(s[0] for s in shapes)
+    expected = torch.Size((rows, *shapes[0][1:]))
+    flat = theirs
+    if entry.shape is not None and theirs.ndim == len(entry.shape) and theirs.numel() == rows:
+        flat = theirs.reshape(expected)
+    if flat.shape != expected:
+        raise ConversionError(
+            f"{kind}: {entry.theirs} has shape {list(theirs.shape)}, expected {list(expected)}"
+        )
+    n = _groups(entry, layer)
+    parts = flat.unflatten(0, (n, -1)).split([s[0] // n for s in shapes], 1)
+    return {key: part.flatten(0, 1) for key, part in zip(entry.ours, parts, strict=True)}
+
+
+def _changed(spec: Spec, changes: Mapping[str, Any]) -> Spec:
+    """Gives the spec with other values at dotted paths."""
+    data = spec.model_dump()
+    for path, value in changes.items():
+        *parents, leaf = path.split(".")
+        at = data
+        for part in parents:
+            at = at[part]
+        at[leaf] = value
+    return Spec.model_validate(data)

@@ -1,0 +1,298 @@
+"""Fine-tuning converted checkpoints on text files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from glazoo.converters.checkpoint import (
+    CONFIG,
+    INDEX,
+    _other_files,
+    _read_json,
+    _read_shards,
+)
+from glazoo.converters.errors import ConversionError
+from glazoo.converters.examine import _vocabulary, gate_summaries, load_converted
+from glazoo.converters.families import find_family
+from glazoo.converters.files import Staging, one_line
+from glazoo.converters.module import gates
+from glazoo.converters.report import TuneReport
+from glazoo.converters.settings import Settings
+from glazoo.converters.tensors import NewTensor, write_shard
+
+__all__ = ["read_tokens", "save_gates", "tune_checkpoint"]
+
+
+def read_tokens(
+    texts: Sequence[str | Path], tokenizer: str, *, vocabulary: int | None = None
+) -> NDArray[Any]:
+    """Gives all token ids of text files, one axis; texts are separated by the end of text.
+
+    Args:
+        texts: UTF-8 text files.
+        tokenizer: a folder with a tokenizer, or "bytes".
+        vocabulary: size of the model's vocabulary, which must hold every id.
+
+    Raises:
+        ConversionError: a file cannot be read, or the tokenizer does not fit.
+    """
+    from transformers import AutoTokenizer
+
+    from glazoo.models.training import Data, byte_tokenizer, tokens_of
+
+    if not texts:
+        raise ConversionError("texts: got no file, expected at least one")
+    try:
+        if tokenizer == "bytes":
+            made: Any = byte_tokenizer()
+        else:
+            made = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    except Exception as e:
+        raise ConversionError(
+            f"cannot load a tokenizer from {tokenizer}: {' '.join(str(e).split())}"
+        ) from e
+    try:
+        ids = tokens_of(Data(files=tuple(Path(t) for t in texts), tokenizer=tokenizer), made)
+    except OSError as e:
+        raise ConversionError(f"cannot read {one_line(e)}") from e
+    except UnicodeDecodeError as e:
+        raise ConversionError(f"texts: a file is no UTF-8 text: {e}") from e
+    if vocabulary is not None and len(ids) and int(ids.max()) >= vocabulary:
+        raise ConversionError(
+            f"tokenizer: it gives id {int(ids.max())}, the model has {vocabulary} tokens"
+        )
+    return ids
+
+
+def save_gates(
+    folder: str | Path, dst: str | Path, model: nn.Module, *, force: bool = False
+) -> None:
+    """Writes a converted folder anew with other values of its gates.
+
+    Every file but the shard of the gates is a hard link to `folder`'s, or a copy where links are
+    refused; `glazoo convert --revert` gives the source back as it does from `folder`.
+
+    Args:
+        folder: a folder that `convert_checkpoint` wrote.
+        dst: the folder to make. It appears complete or not at all.
+        model: the model with the values.
+        force: replace a model's folder that is already at `dst`.
+
+    Raises:
+        ConversionError: `folder` keeps its gates together with other tensors, or lacks some.
+    """
+    source, destination = Path(folder), Path(os.path.abspath(dst))
+    settings = Settings.from_block(_read_json(source / CONFIG, CONFIG).get("metaplastic"))
+    family = find_family(settings.base_model_type)
+    here = {gate.layer: gate for _, gate in gates(model)}
+    _, shards = _read_shards(source)
+    values: dict[str, list[NewTensor]] = {}
+    for shard in shards:
+        for key in shard.tensors:
+            parts = family.split_key(key)
+            if parts is None or not parts[2].startswith("metaplastic."):
+                continue
+            name = parts[2].removeprefix("metaplastic.")
+            value = here[parts[0]].get_parameter(name).detach().float().cpu().contiguous()
+            new = NewTensor(key, tuple(value.shape), lambda value=value: value)  # type: ignore[misc]
+            values.setdefault(shard.path.name, []).append(new)
+        if shard.path.name in values and len(values[shard.path.name]) != len(shard.tensors):
+            raise ConversionError(f"{shard.path.name} holds other tensors beside gates")
+    names = [s.path.name for s in shards]
+    others, _ = _other_files(source, set(names))
+    rest = [p.as_posix() for p in others if p.parts[0] != "checkpoints"]
+    try:
+        with Staging(destination, force=force, total=1, progress=None) as stage:
+            for name in names:
+                if name in values:
+                    stage.write(name, lambda f, name=name: write_shard(f, values[name]))  # type: ignore[misc]
+                else:
+                    stage.take(source / name, name, link=True)
+            for name in rest:
+                stage.take(source / name, name, link=False)
+    except OSError as e:
+        raise ConversionError(f"cannot write {destination}: {one_line(e)}") from e
+
+
+def _save_all(source: Path, dst: Path, model: Any, *, force: bool) -> None:
+    """Writes a whole model, with the source's further files."""
+    destination = Path(os.path.abspath(dst))
+    Staging.check(destination, force=force)
+    _, shards = _read_shards(source)
+    taken = {CONFIG, INDEX, *(s.path.name for s in shards)}
+    others, _ = _other_files(source, taken)
+    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".tuned-") as scratch:
+        model.save_pretrained(scratch)
+        with Staging(destination, force=force, total=1, progress=None) as stage:
+            made = {p.name for p in Path(scratch).iterdir()}
+            for path in sorted(Path(scratch).iterdir()):
+                stage.take(path, path.name, link=True)
+            for other in others:
+                # Bytes of the source are no longer in the weights: there is nothing to revert to.
+                if other.parts[0] != "glazoo" and other.as_posix() not in made:
+                    stage.take(source / other, other.as_posix(), link=False)
+
+
+def _only_gates(model: nn.Module) -> None:
+    model.requires_grad_(False)
+    for _, gate in gates(model):
+        gate.requires_grad_(True)
+
+
+def tune_checkpoint(
+    folder: str | Path,
+    dst: str | Path,
+    texts: Sequence[str | Path],
+    *,
+    everything: bool = False,
+    steps: int = 200,
+    batch: int = 8,
+    length: int = 512,
+    learning_rate: float | None = None,
+    validation: float = 0.05,
+    tokenizer: str | None = None,
+    checkpoint_every: int = 0,
+    resume: bool = False,
+    seed: int = 0,
+    dtype: str = "float32",
+    cpu: bool = False,
+    force: bool = False,
+    quiet: bool = False,
+) -> TuneReport:
+    """Trains the importance gates of a converted folder, or all of it, on text files.
+
+    Args:
+        folder: a folder that `convert_checkpoint` wrote; it is not changed.
+        dst: the folder to make. It appears complete or not at all; checkpoints of the training are
+            in `dst` + ".checkpoints" meanwhile.
+        texts: UTF-8 text files.
+        everything: train every parameter instead of the gates and priors only.
+        steps: optimiser steps.
+        batch: examples per step and device.
+        length: tokens per example.
+        learning_rate: of AdamW, with linear decay; default 1e-2 for gates and 1e-5 for everything.
+        validation: share of the examples, at the end of the text, that is kept for evaluation.
+        tokenizer: a folder with a tokenizer, or "bytes"; default the model's own.
+        checkpoint_every: steps between checkpoints; 0 for none.
+        resume: continue from the last checkpoint.
+        seed: seed of the order of the examples.
+        dtype: dtype of the weights that are not trained, "float32" or "bfloat16".
+        cpu: stay on the CPU.
+        force: replace a model's folder that is already at `dst`.
+        quiet: show no progress.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ConversionError: one line with the reason.
+    """
+    from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from glazoo.models.training import Blocks
+
+    begun = time.monotonic()
+    source, destination = Path(folder), Path(os.path.abspath(dst))
+    for name, value, least in (
+        ("steps", steps, 1),
+        ("batch", batch, 1),
+        ("length", length, 2),
+        ("checkpoint_every", checkpoint_every, 0),
+    ):
+        if value < least:
+            raise ConversionError(f"{name}: got {value}, expected at least {least}")
+    if not 0.0 < validation < 1.0:
+        raise ConversionError(f"validation: got {validation}, accepted are numbers in (0, 1)")
+    if dtype not in ("float32", "bfloat16") or (everything and dtype != "float32"):
+        raise ConversionError(
+            f"dtype: got {dtype!r}, accepted are 'float32' and, for gates, 'bfloat16'"
+        )
+    if source.resolve() == destination.resolve():
+        raise ConversionError(f"{dst} is the source itself")
+    Staging.check(destination, force=force)
+    work = destination.with_name(destination.name + ".checkpoints")
+    last = get_last_checkpoint(str(work)) if work.is_dir() else None
+    if resume and last is None:
+        raise ConversionError(f"{work} has no checkpoint to resume from")
+    if not resume and last is not None:
+        raise ConversionError(f"{work} has checkpoints: --resume continues, or remove the folder")
+    model, _ = load_converted(source, dtype=getattr(torch, dtype))
+    ids = read_tokens(texts, tokenizer or str(source), vocabulary=_vocabulary(model))
+    count = len(ids) // length
+    held = max(1, round(count * validation))
+    if count - held < 1:
+        raise ConversionError(
+            f"texts: {len(ids)} tokens make {count} examples of length {length}; training and "
+            "evaluation need one each"
+        )
+    if everything:
+        model.requires_grad_(True)
+    else:
+        _only_gates(model)
+    learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    set_seed(seed)
+    try:
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=str(work),
+                max_steps=steps,
+                per_device_train_batch_size=batch,
+                per_device_eval_batch_size=batch,
+                learning_rate=learning_rate or (1e-5 if everything else 1e-2),
+                weight_decay=0.0,
+                seed=seed,
+                use_cpu=cpu,
+                save_strategy="steps" if checkpoint_every else "no",
+                save_steps=checkpoint_every or steps,
+                save_total_limit=1,
+                logging_steps=max(1, steps // 20),
+                report_to="none",
+                disable_tqdm=quiet,
+                remove_unused_columns=False,
+                dataloader_pin_memory=False,
+            ),
+            train_dataset=Blocks(ids, length, 0, count - held),
+            eval_dataset=Blocks(ids, length, count - held, count),
+        )
+        # It prints to standard output, which belongs to the report.
+        trainer.remove_callback(PrinterCallback)
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train(resume_from_checkpoint=last)
+        after = trainer.evaluate()["eval_loss"]
+    except ImportError as e:
+        raise ConversionError(f"training needs accelerate: {' '.join(str(e).split())}") from e
+    finally:
+        if work.is_dir() and not any(work.iterdir()):
+            work.rmdir()
+    model.eval()
+    if everything:
+        _save_all(source, destination, model, force=force)
+    else:
+        save_gates(source, destination, model, force=force)
+    shutil.rmtree(work, ignore_errors=True)
+    return TuneReport(
+        source=str(source),
+        destination=str(dst),
+        trained="all" if everything else "gates",
+        trained_parameters=learned,
+        parameters=sum(p.numel() for p in model.parameters()),
+        training_tokens=steps * batch * length,
+        evaluation_tokens=held * length,
+        steps=steps,
+        loss_before=float(before),
+        loss_after=float(after),
+        gates=gate_summaries(model),
+        seconds=time.monotonic() - begun,
+    )

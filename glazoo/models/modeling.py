@@ -1,0 +1,521 @@
+"""A causal language model whose layers are built from specs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from glazoo.layers import GatedLinearAttention
+from glazoo.layers.attention import check_mask
+from glazoo.layers.parts import (
+    KeepsWide,
+    Projection,
+    RMSNorm,
+    fill,
+    frequencies,
+    rotate,
+    wide_parameter,
+)
+from glazoo.models.cache import recurrent_layer
+from glazoo.models.configuration import GlazooConfig
+
+__all__ = ["GlazooForCausalLM", "GlazooModel", "GlazooPreTrainedModel"]
+
+
+class SoftmaxAttention(nn.Module):
+    """Causal softmax attention with rotary positions and grouped queries.
+
+    y = softmax(rope(q) rope(k)^T / sqrt(d) + mask) v
+    """
+
+    def __init__(self, config: GlazooConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.num_attention_heads is not None
+        assert config.num_key_value_heads is not None
+        self.layer_idx, self.theta = layer_idx, config.rope_theta
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.size = config.hidden_size // self.heads
+        self.q_proj = Projection(config.hidden_size, self.heads * self.size)
+        self.k_proj = Projection(config.hidden_size, self.kv_heads * self.size)
+        self.v_proj = Projection(config.hidden_size, self.kv_heads * self.size)
+        self.o_proj = Projection(self.heads * self.size, config.hidden_size)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        *,
+        positions: Int[Tensor, "#B T"],
+        mask: Tensor | None,
+        cache: Cache | None,
+    ) -> Float[Tensor, "B T D"]:
+        """Attends; `mask` is [B, 1, T, S] bool, or None for a causal one without past."""
+        q = self.q_proj(x).unflatten(-1, (self.heads, self.size))
+        k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.size))
+        v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.size))
+        angles = positions[..., None, None] * frequencies(self.size, self.theta, x.device)
+        q, k = rotate(q, angles).transpose(1, 2), rotate(k, angles).transpose(1, 2)
+        v = v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
+        )
+        output: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
+        return output
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate(x)) up(x))"""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = Projection(hidden_size, intermediate_size)
+        self.up_proj = Projection(hidden_size, intermediate_size)
+        self.down_proj = Projection(intermediate_size, hidden_size)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """Maps every token."""
+        y: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return y
+
+
+class LowerBounds(KeepsWide):
+    """Learned lower bounds of decays that grow from layer to layer.
+
+    l_i = sum_{j <= i} softmax_j(logits) - softmax_0(logits)
+    """
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.logits = wide_parameter(layers, width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Starts all layers alike."""
+        fill(self.logits, 0.0)
+
+    def forward(self) -> Float[Tensor, "layers width"]:
+        """Gives the bounds of all layers."""
+        share = self.logits.softmax(0)
+        return share.cumsum(0) - share[0]
+
+
+class GlazooBlock(GradientCheckpointingLayer):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GlazooConfig, layer_idx: int, first: bool) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        spec = config.spec(layer_idx)
+        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer: GatedLinearAttention | SoftmaxAttention
+        if spec is None:
+            self.mixer = SoftmaxAttention(config, layer_idx)
+        else:
+            self.mixer = GatedLinearAttention(
+                spec,
+                config.hidden_size,
+                **config.sizes(layer_idx),
+                layer_idx=layer_idx,
+                num_layers=config.num_hidden_layers,
+                first=first,
+                rope_base=config.rope_theta,
+                impl=config.impl,
+                check_finite=config.check_finite,
+            )
+        self.mlp: FeedForward | None = None
+        if config.intermediate_size:
+            self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+            self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "B T D"],
+        *,
+        padding: Tensor | None = None,
+        causal: Tensor | None = None,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        lower_bound: Tensor | None = None,
+        first_values: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+    ) -> tuple[Float[Tensor, "B T D"], Tensor | None]:
+        """Runs the block; gives its output and the first values for the blocks after it."""
+        x = self.mixer_norm(hidden_states)
+        cache = past_key_values if use_cache else None
+        if isinstance(self.mixer, SoftmaxAttention):
+            assert positions is not None
+            y = self.mixer(x, positions=positions, mask=causal, cache=cache)
+        else:
+            kept = None if cache is None else recurrent_layer(cache, self.layer_idx)
+            result = self.mixer(
+                x,
+                padding,
+                state=None if kept is None else kept.state,
+                output_state=kept is not None,
+                cu_seqlens=cu_seqlens,
+                lower_bound=lower_bound if self.mixer.needs_lower_bound else None,
+                first_values=first_values if self.mixer.shares_values else None,
+            )
+            if self.mixer.shares_values:
+                first_values = result.first_values
+            y = result.output
+            if kept is not None:
+                assert result.state is not None
+                kept.store(result.state, x.shape[1])
+        hidden_states = hidden_states + y
+        if self.mlp is not None:
+            hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        return hidden_states, first_values
+
+
+class GlazooPreTrainedModel(PreTrainedModel):
+    """What the models share: configuration, weight initialisation, abilities."""
+
+    config: GlazooConfig
+    config_class = GlazooConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GlazooBlock"]  # noqa: RUF012 - of the base class
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - of the base class
+    _supports_sdpa = True
+    _can_compile_fullgraph = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Projection) and module.published:
+            module.reset_parameters()
+        elif isinstance(module, Projection):
+            init.normal_(module.weight, std=self.config.initializer_range)
+            module.reset_bias()
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            init.normal_(module.weight, std=self.config.initializer_range)
+        elif type(module).__module__.startswith("glazoo."):
+            reset = getattr(module, "reset_parameters", None)
+            if reset is not None:
+                reset()
+
+
+class GlazooModel(GlazooPreTrainedModel):
+    """The model without its language head."""
+
+    def __init__(self, config: GlazooConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        blocks: list[GlazooBlock] = []
+        bounded: list[GatedLinearAttention] = []
+        first = True
+        for i in range(config.num_hidden_layers):
+            block = GlazooBlock(config, i, first)
+            blocks.append(block)
+            if isinstance(block.mixer, GatedLinearAttention):
+                first = first and not block.mixer.shares_values
+                if block.mixer.needs_lower_bound:
+                    bounded.append(block.mixer)
+        self.layers = nn.ModuleList(blocks)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.lower_bounds: LowerBounds | None = None
+        if bounded:
+            widths = {m.width for m in bounded}
+            if len(widths) > 1:
+                raise ValueError(
+                    "layer_specs: decays with a learned lower bound have different widths "
+                    f"{sorted(widths)}; the bound grows over layers and needs one width"
+                )
+            self.lower_bounds = LowerBounds(len(bounded), widths.pop())
+        # transformers casts what it loads to the model's dtype, except for what is named here.
+        self._keep_in_fp32_modules_strict = set(wide_names(self))
+        self.gradient_checkpointing = False
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def update_specs(self) -> None:
+        """Takes the specs of the layers into the configuration, after they changed in place."""
+        config = self.config
+        assert config.layer_specs is not None
+        sizes = dict(config.spec_sizes or {})
+        specs: dict[str, dict[str, Any]] = {}
+        for i, block in enumerate(self.layers):
+            assert isinstance(block, GlazooBlock)
+            if not isinstance(block.mixer, GatedLinearAttention):
+                continue
+            spec, old = block.mixer.spec, config.layer_specs[i]
+            data = spec.model_dump(mode="json")
+            # Layers may differ in the shape or rank of their gates under one spec name.
+            key, n = spec.name, 2
+            while specs.setdefault(key, data) != data:
+                key, n = f"{spec.name}.{n}", n + 1
+            config.layer_specs[i] = key
+            if old in sizes:
+                sizes[key] = sizes[old]
+        config.specs = specs
+        if sizes:
+            config.spec_sizes = {name: x for name, x in sizes.items() if name in specs}
+        self._keep_in_fp32_modules_strict = set(wide_names(self))
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "B T"] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        cu_seq_lens_q: Int[Tensor, "N1"] | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
+        """Runs the layers.
+
+        Args:
+            input_ids: [B, T], tokens.
+            attention_mask: [B, past + T], 1 for real tokens; padding on the left or the right.
+            position_ids: [B, T]; only softmax attention uses them, and packed sequences are
+                recognised by positions that start over (B = 1).
+            past_key_values: cache of an earlier call.
+            inputs_embeds: [B, T, hidden_size] instead of `input_ids`.
+            use_cache: whether to give a cache back. Default: the configuration's, not in training.
+            output_hidden_states: whether to give the input of every layer and the output.
+            return_dict: whether to give a named output rather than a tuple.
+            cu_seq_lens_q: [N + 1], bounds of packed sequences, B = 1.
+            **kwargs: other arguments of transformers' callers, which have no meaning here.
+
+        Returns:
+            `BaseModelOutputWithPast`.
+
+        Raises:
+            ValueError: the inputs contradict each other, or the cache is another model's.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("input_ids, inputs_embeds: exactly one of them is needed")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        batch, tokens = x.shape[:2]
+        if use_cache is None:
+            use_cache = past_key_values is not None or (
+                bool(self.config.use_cache) and not self.training
+            )
+        if self.gradient_checkpointing and self.training:
+            use_cache, past_key_values = False, None
+        packed = _packed(cu_seq_lens_q, position_ids, attention_mask, past_key_values, batch)
+        use_cache = use_cache and packed is None
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        past = 0 if past_key_values is None else _seen(past_key_values, self.config)
+        padding = _padding(attention_mask, batch, past, tokens)
+        if position_ids is None:
+            position_ids = torch.arange(past, past + tokens, device=x.device)[None]
+        causal = None
+        if "full_attention" in self.config.layer_types:
+            causal = _causal(padding, packed, past, tokens, x.device)
+        own = None if padding is None else padding[:, past:]
+        bounds = None if self.lower_bounds is None else iter(self.lower_bounds().unbind(0))
+        first_values: Tensor | None = None
+        seen: list[Tensor] = []
+        for block in self.layers:
+            assert isinstance(block, GlazooBlock)
+            if output_hidden_states:
+                seen.append(x)
+            bounded = isinstance(block.mixer, GatedLinearAttention) and (
+                block.mixer.needs_lower_bound
+            )
+            x, first_values = block(
+                x,
+                padding=own,
+                causal=causal,
+                positions=position_ids,
+                cu_seqlens=packed,
+                lower_bound=next(bounds) if bounds is not None and bounded else None,
+                first_values=first_values,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+            )
+        x = self.norm(x)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*seen, x) if output_hidden_states else None,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+
+class GlazooForCausalLM(GlazooPreTrainedModel, GenerationMixin):
+    """A causal language model: embedding, layers of any specs, language head.
+
+    logits_t = W norm(layers(embed(tokens)))_t ;  loss = mean over t of -log p(token_{t+1})
+    """
+
+    _tied_weights_keys = {  # noqa: RUF012 - of the base class
+        "lm_head.weight": "model.embed_tokens.weight"
+    }
+
+    def __init__(self, config: GlazooConfig) -> None:
+        super().__init__(config)
+        self.model = GlazooModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Int[Tensor, "B T"] | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+        labels: Int[Tensor, "B T"] | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Runs the model; arguments are those of `GlazooModel.forward`, and these.
+
+        Args:
+            input_ids: [B, T], tokens.
+            attention_mask: [B, past + T], 1 for real tokens.
+            position_ids: [B, T].
+            past_key_values: cache of an earlier call.
+            inputs_embeds: [B, T, hidden_size] instead of `input_ids`.
+            labels: [B, T], tokens to predict (shifted inside); -100 is left out of the loss.
+            use_cache: whether to give a cache back.
+            output_hidden_states: whether to give hidden states.
+            return_dict: whether to give a named output rather than a tuple.
+            logits_to_keep: compute the logits of this many last tokens (0: all), or of the tokens
+                with these indices.
+            **kwargs: `cu_seq_lens_q`, `num_items_in_batch` and what else callers pass.
+
+        Returns:
+            `CausalLMOutputWithPast`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            cu_seq_lens_q=kwargs.pop("cu_seq_lens_q", None),
+        )
+        x = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(x[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+
+def wide_names(module: nn.Module) -> list[str]:
+    """Gives the names of the parameters that stay float32 whatever the model is cast to."""
+    return [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, m in module.named_modules()
+        if isinstance(m, KeepsWide)
+        for name, _ in m.named_parameters(recurse=False)
+    ]
+
+
+def _packed(
+    bounds: Tensor | None,
+    position_ids: Tensor | None,
+    mask: Tensor | None,
+    cache: Cache | None,
+    batch: int,
+) -> Tensor | None:
+    """Gives the bounds of packed sequences, from the caller or from positions that start over."""
+    if bounds is None:
+        unpackable = mask is not None or cache is not None or batch != 1
+        if position_ids is None or unpackable or torch.compiler.is_compiling():
+            return None
+        starts = (position_ids[0].diff() != 1).nonzero().flatten() + 1
+        if len(starts) == 0:
+            return None
+        edge = starts.new_tensor
+        bounds = torch.cat([edge([0]), starts, edge([position_ids.shape[1]])])
+    if cache is not None or (mask is not None and not bool(mask.all())):
+        raise ValueError(
+            "cu_seq_lens_q: packed sequences start fresh and have no padding; they go with neither "
+            "past_key_values nor an attention_mask"
+        )
+    return bounds.to(torch.int64)
+
+
+def _seen(cache: Cache, config: GlazooConfig) -> int:
+    """Gives the number of tokens that a cache has seen, after checking that it is this model's."""
+    types = config.layer_types
+    if len(cache.layers) != len(types):
+        raise ValueError(
+            f"past_key_values: it has {len(cache.layers)} layers, but the model has {len(types)}; "
+            "make it with DynamicCache(config=model.config)"
+        )
+    lengths: set[int] = set()
+    for i, kind in enumerate(types):
+        if kind != "full_attention":
+            lengths.add(recurrent_layer(cache, i).get_seq_length())
+        elif isinstance(layer := cache.layers[i], DynamicLayer):
+            lengths.add(layer.get_seq_length())
+        else:
+            raise ValueError(
+                f"past_key_values: layer {i} is {type(layer).__name__}, but softmax attention "
+                "needs keys and values; make it with DynamicCache(config=model.config)"
+            )
+    if len(lengths) > 1:
+        raise ValueError(
+            f"past_key_values: its layers have seen different numbers of tokens {sorted(lengths)}"
+        )
+    return lengths.pop()
+
+
+def _padding(mask: Tensor | None, batch: int, past: int, tokens: int) -> Tensor | None:
+    """Checks a padding mask and gives it as bool [B, past + T]; None if all tokens are real."""
+    if mask is None:
+        return None
+    if tuple(mask.shape) != (batch, past + tokens):
+        raise ValueError(
+            f"attention_mask: got shape {list(mask.shape)}, accepted is [B, past + T] = "
+            f"[{batch}, {past + tokens}]"
+        )
+    mask = mask != 0
+    if not torch.compiler.is_compiling():
+        if bool(mask.all()):
+            return None
+        check_mask(mask)
+    return mask
+
+
+def _causal(
+    padding: Tensor | None, packed: Tensor | None, past: int, tokens: int, device: torch.device
+) -> Tensor | None:
+    """Gives the mask of softmax attention, [B, 1, T, past + T]; None for a plain causal one."""
+    if padding is None and packed is None and past == 0:
+        return None
+    row = torch.arange(past, past + tokens, device=device)[:, None]
+    column = torch.arange(past + tokens, device=device)
+    mask = (column <= row)[None, None]
+    if packed is not None:
+        own = torch.searchsorted(packed.to(device), column, right=True)
+        mask = mask & (own[:, None] == own)
+    if padding is not None:
+        # A padded query attends to itself: softmax over nothing would not be a number.
+        mask = mask & (padding[:, None, None] | (column == row))
+    return mask

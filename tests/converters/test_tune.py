@@ -1,0 +1,244 @@
+"""Fine-tuning converted folders, and measuring where they stand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import typer
+from converters.converting import contents, open_gates
+from converters.tiny import tiny_model
+from typer.testing import CliRunner
+
+from glazoo.converters import (
+    ConversionError,
+    convert_checkpoint,
+    inspect_model,
+    revert_checkpoint,
+    tune_checkpoint,
+    verify_checkpoint,
+)
+from glazoo.converters.commands import inspect, tune
+from glazoo.converters.examine import gate_summaries, load_converted, measure_use
+from glazoo.converters.module import gates
+
+SMALL: dict[str, Any] = {
+    "steps": 6,
+    "batch": 4,
+    "length": 16,
+    "tokenizer": "bytes",
+    "cpu": True,
+    "quiet": True,
+}
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("the cat sat on the mat. " * 80)
+    return path
+
+
+@pytest.fixture
+def converted(tmp_path: Path) -> Path:
+    # Bytes, the end of text and padding.
+    tiny_model("mamba2", vocab_size=258).save_pretrained(tmp_path / "s", max_shard_size="40KB")
+    (tmp_path / "s" / "LICENSE").write_text("terms")
+    convert_checkpoint(tmp_path / "s", tmp_path / "c")
+    return tmp_path / "c"
+
+
+def test_gates_are_trained_and_nothing_else(converted: Path, tmp_path: Path, text: Path) -> None:
+    before = contents(converted)
+    report = tune_checkpoint(converted, tmp_path / "t", [text], **SMALL)
+    assert contents(converted) == before
+    assert report.loss_after < report.loss_before
+    assert report.trained == "gates"
+    assert 0 < report.trained_parameters < 0.2 * report.parameters
+    assert any(any(g.kappa) for g in report.gates)
+
+    after = contents(tmp_path / "t")
+    assert set(after) == set(before)
+    changed = {name for name in after if after[name] != before[name]}
+    assert len(changed) == 1
+    for name in after:
+        linked = (converted / name).samefile(tmp_path / "t" / name)
+        assert linked == (name.endswith(".safetensors") and name not in changed)
+    model, _ = load_converted(tmp_path / "t")
+    assert gate_summaries(model) == report.gates
+    # The source is still inside, and still agrees at the source's end of the continuum.
+    verified = verify_checkpoint(tmp_path / "s", tmp_path / "t", tokens=9, new_tokens=2)
+    assert verified.passed
+    assert not verified.at_source
+    revert_checkpoint(tmp_path / "t", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tmp_path / "s")
+
+
+def test_everything_is_trained_if_asked_for(converted: Path, tmp_path: Path, text: Path) -> None:
+    report = tune_checkpoint(
+        converted, tmp_path / "t", [text], everything=True, learning_rate=1e-3, **SMALL
+    )
+    assert report.loss_after < report.loss_before
+    assert report.trained_parameters == report.parameters
+    model, _ = load_converted(tmp_path / "t")
+    old, _ = load_converted(converted)
+    key = "backbone.layers.0.mixer.in_proj.weight"
+    assert not torch.equal(model.get_parameter(key), old.get_parameter(key))
+    assert (tmp_path / "t" / "LICENSE").read_text() == "terms"
+    with pytest.raises(ConversionError, match="only folders that `glazoo convert` wrote"):
+        revert_checkpoint(tmp_path / "t", tmp_path / "back")
+
+
+def test_an_interrupted_run_is_resumed(
+    converted: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**SMALL, "checkpoint_every": 2}
+    whole = tune_checkpoint(converted, tmp_path / "whole", [text], **options)
+    step = transformers.Trainer.training_step
+    done = 0
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == 6:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tune_checkpoint(converted, tmp_path / "t", [text], **options)
+    monkeypatch.setattr(transformers.Trainer, "training_step", step)
+    assert not (tmp_path / "t").exists()
+    with pytest.raises(ConversionError, match="has checkpoints: --resume continues"):
+        tune_checkpoint(converted, tmp_path / "t", [text], **options)
+    report = tune_checkpoint(converted, tmp_path / "t", [text], resume=True, **options)
+    assert report.gates == whole.gates
+    assert (report.loss_before, report.loss_after) == (whole.loss_before, whole.loss_after)
+    assert not (tmp_path / "t.checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps: got 0, expected at least 1"),
+        ({"validation": 1.0}, r"validation: got 1.0, accepted are numbers in \(0, 1\)"),
+        ({"length": 4000}, "training and evaluation need one each"),
+        ({"tokenizer": "nowhere"}, "cannot load a tokenizer from nowhere"),
+        ({"resume": True}, "has no checkpoint to resume from"),
+        ({"dtype": "float16"}, "dtype: got 'float16'"),
+    ],
+)
+def test_bad_arguments_are_refused(
+    converted: Path, tmp_path: Path, text: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConversionError, match=message):
+        tune_checkpoint(converted, tmp_path / "t", [text], **{**SMALL, **changes})
+    assert not (tmp_path / "t").exists()
+
+
+def test_bad_folders_and_texts_are_refused(converted: Path, tmp_path: Path, text: Path) -> None:
+    for src, dst, texts, message in (
+        (tmp_path / "s", tmp_path / "t", [text], "has no block 'metaplastic'"),
+        (tmp_path / "nowhere", tmp_path / "t", [text], "there is no such folder"),
+        (converted, converted, [text], "is the source itself"),
+        (converted, tmp_path / "s", [text], "exists already"),
+        (converted, tmp_path / "t", [], "texts: got no file"),
+        (converted, tmp_path / "t", [tmp_path / "x.txt"], "cannot read"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            tune_checkpoint(src, dst, texts, **SMALL)
+    tiny_model("mamba2").save_pretrained(tmp_path / "few")
+    convert_checkpoint(tmp_path / "few", tmp_path / "few-c")
+    with pytest.raises(ConversionError, match=r"it gives id \d+, the model has 61 tokens"):
+        tune_checkpoint(tmp_path / "few-c", tmp_path / "t", [text], **SMALL)
+
+
+def test_use_is_measured_on_tokens() -> None:
+    from glazoo.converters import metaplasticize_model
+
+    for name in ("mamba2", "qwen3_next", "kimi_linear", "minimax"):
+        for gate in ("head", "value"):
+            model: Any = metaplasticize_model(tiny_model(name), gate=gate)
+            ids = torch.arange(40)[None] % 61
+            before = model(ids).logits
+            use = measure_use(model, ids)
+            heads = len(gate_summaries(model)[0].kappa)
+            assert [u.layer for u in use] == [g.layer for g in gate_summaries(model)]
+            for u in use:
+                assert {len(x) for x in (u.window, u.strength, u.importance)} == {heads}
+                # At the source importance is the prior.
+                assert set(u.strength) == {0.0}
+                assert set(u.consolidated) == {0.0}
+                assert set(u.importance) == {1.0}
+                assert all(w >= 1 and math.isfinite(w) for w in u.window)
+            assert torch.equal(model(ids).logits, before)
+            open_gates(model, kappa=4.0)
+            used = measure_use(model, ids)
+            for u in used:
+                assert all(b > 0 for b in u.strength)
+                assert all(i > 1 for i in u.importance)
+                assert all(0 <= c <= 1 for c in u.consolidated)
+            assert any(any(u.consolidated) for u in used)
+
+
+def test_windows_are_those_of_the_decay() -> None:
+    from glazoo.converters import metaplasticize_model
+
+    model: Any = metaplasticize_model(tiny_model("minimax"))
+    for u in measure_use(model, torch.arange(10)[None]):
+        slope = model.model.layers[u.layer].self_attn.slope_rate.double().flatten()
+        expected = 1 / (1 - torch.exp(-slope))
+        torch.testing.assert_close(torch.tensor(u.window, dtype=torch.float64), expected)
+
+
+def test_inspection_of_a_folder(converted: Path, text: Path) -> None:
+    report = inspect_model(converted)
+    assert (report.family, report.spec, report.gate) == ("mamba2", "mamba2", "value")
+    assert report.use == ()
+    assert all(g.opening == 0 and not any(g.kappa) for g in report.gates)
+    measured = inspect_model(converted, [text], tokenizer="bytes", tokens=50)
+    assert measured.tokens == 50
+    assert len(measured.use) == 2
+    with pytest.raises(ConversionError, match="tokens: got 0"):
+        inspect_model(converted, tokens=0)
+    with pytest.raises(ConversionError, match="has no block 'metaplastic'"):
+        inspect_model(converted.parent / "s")
+
+
+def test_commands(converted: Path, tmp_path: Path, text: Path) -> None:
+    app = typer.Typer()
+    app.command()(tune)
+    app.command()(inspect)
+    runner = CliRunner()
+    options = ["--steps", "2", "--batch", "2", "--length", "16", "--tokenizer", "bytes", "--cpu"]
+    where = [str(converted), str(tmp_path / "t"), str(text)]
+    result = runner.invoke(
+        app, ["tune", *where, *options, "--json", "--report", str(tmp_path / "r.md")]
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["steps"] == 2
+    assert "evaluation loss" in (tmp_path / "r.md").read_text()
+    result = runner.invoke(
+        app, ["inspect", str(tmp_path / "t"), str(text), "--tokenizer", "bytes", "--tokens", "64"]
+    )
+    assert result.exit_code == 0, result.output
+    assert "plasticity kappa: layers down, heads across" in result.output
+    assert "synapses above the prior" in result.output
+    result = runner.invoke(app, ["inspect", str(converted), "--json"])
+    assert len(json.loads(result.stdout)["gates"]) == 2
+
+
+def test_open_gates_of_a_tuned_model_are_in_the_shard(converted: Path, tmp_path: Path) -> None:
+    from glazoo.converters.tune import save_gates
+
+    model, _ = load_converted(converted)
+    open_gates(model)
+    save_gates(converted, tmp_path / "t", model)
+    again, _ = load_converted(tmp_path / "t")
+    for (_, a), (_, b) in zip(gates(model), gates(again), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
