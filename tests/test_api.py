@@ -95,7 +95,8 @@ def test_bad_operands(change, error, message) -> None:
         (
             {"initial_state": glazoo.State(torch.zeros(2, 4, 3, 4))},
             ValueError,
-            r"initial_state.memory: got shape \[2, 4, 3, 4\], accepted is \[N, HV, K, V\] = \[2, 4, 4, 3\]",
+            r"initial_state.memory: got shape \[2, 4, 3, 4\], "
+            r"accepted is \[N, HV, K, V\] = \[2, 4, 4, 3\]",
         ),
         (
             {"initial_state": glazoo.State(torch.zeros(2, 4, 4, 3), torch.zeros(2, 4, 4))},
@@ -138,7 +139,7 @@ def test_bad_packing(bounds, message) -> None:
             **{k: x[:1] for k, x in kwargs.items()},
             cu_seqlens=torch.tensor(bounds),
         )
-    with pytest.raises(ValueError, match="got dtype torch.float32, accepted are int32 and int64"):
+    with pytest.raises(ValueError, match=r"got dtype torch\.float32, accepted are int32 and int64"):
         glazoo.attention("linear_attention", *one, cu_seqlens=torch.tensor([0.0, 5.0]))
 
 

@@ -37,7 +37,8 @@ def test_the_readme_runs(tmp_path: Path) -> None:
                     ran += 1
                     command = [sys.executable, "-P", "-m", "glazoo.cli", *line.split()[2:]]
                     script.append(f"run({json.dumps(command)})")
-    head = "import subprocess\n\ndef run(command):\n    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)\n"
+    quiet = "subprocess.run(command, check=True, stdout=subprocess.DEVNULL)"
+    head = f"import subprocess\n\ndef run(command):\n    {quiet}\n"
     path = tmp_path / "readme.py"
     path.write_text(head + "\n".join(script))
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from contextlib import closing
@@ -337,7 +336,9 @@ def _integers(name: str, text: str) -> tuple[int, ...]:
 
 
 def _jobs(jobs: int | None) -> int:
-    return jobs or len(os.sched_getaffinity(0))
+    from glazoo.compare.machine import cores
+
+    return jobs or cores()
 
 
 def _command() -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["machine", "versions"]
+__all__ = ["cores", "machine", "versions"]
 
 
 def versions() -> dict[str, str]:
@@ -23,6 +23,13 @@ def versions() -> dict[str, str]:
     return out
 
 
+def cores() -> int:
+    """Counts the processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def machine() -> str:
     """Names the processor, its cores and memory, and a GPU if there is one."""
     name = platform.processor() or platform.machine()
@@ -32,8 +39,7 @@ def machine() -> str:
             if line.startswith("model name"):
                 name = line.partition(":")[2].strip()
                 break
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    text = f"{name}, {cores} cores"
+    text = f"{name}, {cores()} cores"
     if torch.cuda.is_available():
         text += f", {torch.cuda.get_device_name()}"
     return text

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import math
-import resource
 import time
 from collections.abc import Callable
 from typing import Any
@@ -260,4 +259,9 @@ def _peak_memory(device: str) -> int:
     """Gives the device's peak in bytes, on a CPU that of the whole process."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        # Not on Windows.
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

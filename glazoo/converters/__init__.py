@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from glazoo.converters.errors import ConversionError
     from glazoo.converters.examine import inspect_model
     from glazoo.converters.module import metaplasticize_model
+    from glazoo.converters.original import import_original
     from glazoo.converters.report import (
         ConversionReport,
         InspectReport,
@@ -35,6 +36,7 @@ __all__ = [
     "TuneReport",
     "VerifyReport",
     "convert_checkpoint",
+    "import_original",
     "inspect_checkpoint",
     "inspect_model",
     "metaplasticize_model",
@@ -52,6 +54,7 @@ _HOMES = {
     "TuneReport": "report",
     "VerifyReport": "report",
     "convert_checkpoint": "checkpoint",
+    "import_original": "original",
     "inspect_checkpoint": "checkpoint",
     "inspect_model": "examine",
     "metaplasticize_model": "module",

@@ -63,8 +63,8 @@ def model_card(source: Path, settings: Settings, family: Family, card: str | Non
         "",
         f"# {name}, metaplastic",
         "",
-        f"`{name}` converted with glazoo: the recurrence of {layers} (`{settings.spec}`) carries an "
-        f"importance state, {shape}. Its gates start at a plasticity of "
+        f"`{name}` converted with glazoo: the recurrence of {layers} (`{settings.spec}`) carries "
+        f"an importance state, {shape}. Its gates start at a plasticity of "
         f"{settings.plasticity:g}"
         + (
             ", where the model computes what its source computes."
@@ -79,9 +79,9 @@ def model_card(source: Path, settings: Settings, family: Family, card: str | Non
         f'model = {auto}.from_pretrained("...")',
         "```",
         "",
-        "`glazoo tune` trains the gates, `glazoo inspect` shows where they stand, and `glazoo convert "
-        "--revert` gives the source back byte for byte. Licence and terms are those of the source; "
-        "its own card is `glazoo/source/README.md`, if it had one.",
+        "`glazoo tune` trains the gates, `glazoo inspect` shows where they stand, and "
+        "`glazoo convert --revert` gives the source back byte for byte. Licence and terms are those "
+        "of the source; its own card is `glazoo/source/README.md`, if it had one.",
         "",
         "The method: Bonnet et al., Learning to Remember, Learn, and Forget in Attention-Based "
         "Models, arXiv:2602.09075.",
@@ -93,7 +93,7 @@ def remote_code(family: Family, architecture: str) -> str:
     """Gives a module that loaders with `trust_remote_code` import; it needs glazoo installed."""
     config, model = _classes(family, architecture)
     return (
-        '"""Loads the converted model without `import glazoo.models`; needs glazoo installed."""\n\n'
+        '"""Loads the converted model without `import glazoo.models`; needs glazoo."""\n\n'
         f"from glazoo.models.metaplastic import {config}, {model}\n\n"
         f'__all__ = ["{config}", "{model}"]\n'
     )
@@ -103,9 +103,8 @@ def remote_map(family: Family, architecture: str) -> dict[str, str]:
     """Gives the entry `auto_map` of config.json that names the classes of `remote_code`."""
     config, model = _classes(family, architecture)
     module = REMOTE_CODE.removesuffix(".py")
-    return {"AutoConfig": f"{module}.{config}"} | {
-        auto: f"{module}.{model}" for auto in family.auto_classes
-    }
+    models = dict.fromkeys(family.auto_classes, f"{module}.{model}")
+    return {"AutoConfig": f"{module}.{config}"} | models
 
 
 def _classes(family: Family, architecture: str) -> tuple[str, str]:

@@ -130,6 +130,11 @@ def _inspect(folder: Path) -> Checkpoint:
     raw = _read_json(folder / CONFIG, CONFIG)
     if "metaplastic" in raw or (folder / MANIFEST).exists():
         raise ConversionError(f"{folder} is converted already")
+    if "model_type" not in raw and "d_model" in raw and "n_layer" in raw:
+        raise ConversionError(
+            f"{folder} is a checkpoint of the original state-spaces/mamba code: import it first "
+            "(glazoo convert --import)"
+        )
     if "model_type" not in raw:
         raise ConversionError(
             f"{folder / CONFIG} has no model_type; supported are: {', '.join(sorted(FAMILIES))}"

@@ -69,6 +69,14 @@ def convert(
     revert: Annotated[
         bool, typer.Option("--revert", help="SRC is a converted folder: give its source back.")
     ] = False,
+    import_: Annotated[
+        bool,
+        typer.Option(
+            "--import",
+            help="SRC is a checkpoint of the original state-spaces/mamba code: write it as a "
+            "transformers folder, which is not converted yet.",
+        ),
+    ] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replace a model's folder that is already at DST.")
     ] = False,
@@ -85,6 +93,17 @@ def convert(
     """
     from glazoo.converters.checkpoint import convert_checkpoint, revert_checkpoint
 
+    if import_:
+        from glazoo.converters.original import import_original
+
+        if dry_run or verify or revert or report is not None:
+            raise ConversionError("--import goes with --force only")
+        import_original(src, dst, force=force)
+        if as_json:
+            print_json({"source": str(src), "destination": str(dst)})
+        else:
+            console().print(Text(f"{src} imported into {dst}: convert that folder now"))
+        return
     results: list[Report] = []
     passed = True
     with bytes_progress(quiet=as_json) as progress:

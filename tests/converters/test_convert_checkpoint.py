@@ -333,7 +333,7 @@ def run(code: str, *args: object, **environment: str) -> subprocess.CompletedPro
         [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
         env={**os.environ, **environment},
     )

@@ -7,10 +7,10 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from oracles import make_operands, make_state
 
 import glazoo
 from glazoo.engines import available
-from oracles import make_operands, make_state
 
 FORMS = [(n, None) for n in glazoo.names()] + [
     (n, gate)
