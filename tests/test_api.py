@@ -85,7 +85,11 @@ def test_bad_operands(change, error, message) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"impl": "fast"}, ValueError, r"impl: got 'fast', accepted are auto, reference, chunked"),
+        (
+            {"impl": "fast"},
+            ValueError,
+            r"impl: got 'fast', accepted are auto, reference, chunked, triton",
+        ),
         ({"scale": float("nan")}, ValueError, r"scale: got nan, accepted is a finite number"),
         (
             {"initial_state": (torch.zeros(1),)},

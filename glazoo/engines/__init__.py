@@ -24,12 +24,25 @@ def _chunked(call: Call) -> Result:
     return lowered.run(call, chunked)
 
 
-_ENGINES: dict[str, Engine] = {"reference": reference.run, "chunked": _chunked}
+def _triton(call: Call) -> Result:
+    from glazoo.engines import triton
+
+    return triton.run(call)
+
+
+_ENGINES: dict[str, Engine] = {
+    "reference": reference.run,
+    "chunked": _chunked,
+    "triton": _triton,
+}
 
 
 def available() -> tuple[str, ...]:
-    """Gives the names of the engines of this installation."""
-    return tuple(_ENGINES)
+    """Gives the names of the engines that run everywhere and in every precision.
+
+    `triton` needs a GPU, or its interpreter, and computes in float32.
+    """
+    return ("reference", "chunked")
 
 
 @functools.cache

@@ -1,0 +1,393 @@
+"""Read registers, spill, shared memory and instructions of every kernel from machine code.
+
+    python benchmarks/census.py                          every kernel, sm_90, K/V = 128/128
+    python benchmarks/census.py --target gfx942 --shape 96/192
+    python benchmarks/census.py --opcodes delta_state    its main loop by opcode
+    python benchmarks/census.py --check [--quick]        compare with benchmarks/budgets.toml
+    python benchmarks/census.py --write-budgets          measure the matrix, write budgets
+
+No GPU is needed. The host code runs on meta tensors and records what it would launch, so
+signatures, tiles and pointer alignment are those of a real call. `work` is instructions of the main
+loop, times threads, per unit of work of one iteration: per token x key x value of a program's tile
+(per token x key where the kernel has no values, per state entry in a decode step). Without a loop
+it is the whole kernel's.
+"""
+
+import argparse
+import collections
+import dataclasses
+import functools
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections.abc import Callable, Iterator
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from glazoo.kernels.common import Launch, interpreting, record_launches
+from glazoo.kernels.delta import run_delta_backward, run_delta_forward
+from glazoo.kernels.importance import run_importance_backward, run_importance_forward
+from glazoo.kernels.linear import run_linear_backward, run_linear_forward
+from glazoo.kernels.step import run_delta_step, run_importance_step, run_linear_step
+
+BUDGETS = pathlib.Path(__file__).with_name("budgets.toml")
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHAPES = ((64, 64), (128, 128), (128, 256), (96, 192))
+# Bytes of shared memory that one program can have, from the vendors' documents.
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+# Room that a budget leaves for instructions: another Triton schedules a little differently.
+ROOM = 1.05
+GATES = ("none", "head", "key")
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What the machine code of one launch needs."""
+
+    name: str
+    target: str
+    shape: tuple[int, int]
+    registers: int
+    spill: int
+    shared: int
+    work: float
+    opcodes: collections.Counter[str]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.target, self.name
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _calls(K: int, V: int, gate: str, B: int, T: int) -> Iterator[Callable[[], object]]:
+    """The host functions behind every public operation, at one gate's shape."""
+    H, HV = 8, 16
+    q, k, e, w = (_meta(B, T, h, d) for h, d in ((H, K), (H, K), (H, K), (HV, V)))
+    shapes = {"none": None, "head": (B, T, HV), "key": (B, T, HV, K)}
+    g = None if (shape := shapes[gate]) is None else _meta(*shape, dtype=torch.float32)
+    state = _meta(B, HV, K, V, dtype=torch.float32)
+    importance = _meta(B, HV, K, dtype=torch.float32)
+    b = _meta(B, T, HV, dtype=torch.float32)
+    if T == 1:
+        yield lambda: run_linear_step(q, k, w, g, state, False)
+        yield lambda: run_delta_step(q, e, k, w, g, state, False)
+        yield lambda: run_importance_step(k, b, g, importance)
+        return
+
+    def linear() -> None:
+        o, final = run_linear_forward(q, k, w, g, state, None, False)
+        run_linear_backward(o, final, q, k, w, g, state, None, False)
+
+    def delta() -> None:
+        o, final, inverse = run_delta_forward(q, e, k, w, g, state, None, False)
+        run_delta_backward(o, final, inverse, q, e, k, w, g, state, None, False)
+
+    def scan() -> None:
+        j, final = run_importance_forward(k, b, g, importance, None)
+        run_importance_backward(j, final, j, k, b, g, importance, None)
+
+    yield from (linear, delta, scan)
+
+
+def _identity(launch: Launch) -> str:
+    """What decides the machine code of a launch."""
+    constants = {
+        name: str(x.dtype) if isinstance(x, Tensor) else x
+        for name, x in launch.arguments.items()
+        if name not in ("T", "dg_stride")
+    }
+    return f"{launch.kernel.__name__} {sorted(constants.items(), key=str)} {launch.tiles}"
+
+
+def launches(target: str, K: int, V: int) -> Iterator[tuple[str, Launch]]:
+    """Every distinct launch of the operations, with a name: kernel, gate, variant."""
+    seen = set()
+    for gate in GATES:
+        for batch, tokens in ((1, 4096), (16, 2048), (64, 1)):
+            for call in _calls(K, V, gate, batch, tokens):
+                with record_launches(target) as recorded:
+                    call()
+                for launch in recorded:
+                    # What no shape but K decides is measured at one shape.
+                    plain = launch.kernel.__name__.startswith(
+                        ("importance", "chunk_gate", "chunk_table")
+                    )
+                    if plain and (K, V) != (128, 128):
+                        continue
+                    if (identity := _identity(launch)) in seen:
+                        continue
+                    seen.add(identity)
+                    flags = [
+                        name.lower()
+                        for name in ("HAS_E", "REVERSE", "HAS_STATE", "DIAGONAL")
+                        if launch.arguments.get(name)
+                    ]
+                    kernel = launch.kernel.__name__.removesuffix("_kernel")
+                    if "dj" in launch.arguments and launch.arguments["dj"] is not None:
+                        flags.append("backward")
+                    if kernel in ("delta_state", "delta_dstate"):
+                        flags.append(f"{launch.tiles.BV}_values")
+                    if kernel == "chunk_intra" and launch.arguments["score"] is None:
+                        flags.append("no_score")
+                    yield "/".join([kernel, gate, *flags]), launch
+
+
+def compile_launch(launch: Launch, target: str) -> "triton.compiler.CompiledKernel":
+    """Compile a launch as it would be compiled when it runs."""
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        x = launch.arguments[parameter.name]
+        if parameter.is_constexpr or x is None:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = x
+        elif isinstance(x, Tensor):
+            signature[parameter.name] = POINTERS[x.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "i32" if x < 2**31 else "i64"
+            if not parameter.do_not_specialize and x % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(
+        fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes
+    )
+    options = {"num_warps": launch.tiles.num_warps, "num_stages": launch.tiles.num_stages}
+    return triton.compile(source, target=TARGETS[target], options=options)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+# A line of assembly is a label or an instruction; a branch names the label it may go to.
+SASS = re.compile(
+    r"^(?P<label>\.L\S+):|/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)(?P<rest>.*)"
+)
+GCN = re.compile(r"^(?P<label>\.LBB\w+):|^\t(?P<opcode>[a-z]\w+)(?P<rest>.*)")
+JUMP = re.compile(r"^(?:BRA|s_c?branch)")
+TARGET_LABEL = re.compile(r"\.L\w+")
+
+
+def main_loop(assembly: str, pattern: re.Pattern[str]) -> list[str]:
+    """Opcodes of the longest loop that holds no other, or of everything without a loop."""
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    for line in assembly.splitlines():
+        match = pattern.search(line)
+        if match is None:
+            continue
+        if match["label"]:
+            labels[match["label"]] = len(opcodes)
+            continue
+        opcodes.append(match["opcode"])
+        if JUMP.match(match["opcode"]):
+            goal = TARGET_LABEL.search(match["rest"])
+            start = labels.get(goal[0]) if goal else None
+            # The end of a program is an endless loop of one jump.
+            if start is not None and len(opcodes) - start > 8:
+                loops.append((start, len(opcodes)))
+    inner = [
+        (a, b)
+        for a, b in loops
+        if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)
+    ]
+    if inner:
+        start, end = max(inner, key=lambda x: x[1] - x[0])
+        opcodes = opcodes[start:end]
+    return [x for x in opcodes if x not in ("NOP", "s_nop")]
+
+
+def _unit(launch: Launch) -> int:
+    """Units of work of one iteration of a program."""
+    size = {name: launch.arguments.get(name, 1) for name in ("BT", "BK", "BV", "BC", "BH")}
+    if "BC" in launch.arguments:
+        return size["BC"] * size["BK"]
+    return size["BT"] * size["BK"] * size["BV"] * size["BH"]
+
+
+def measure(name: str, launch: Launch, target: str, shape: tuple[int, int]) -> Measurement:
+    """Compile one launch and read its machine code."""
+    compiled = compile_launch(launch, target)
+    if target.startswith("sm_"):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+            opcodes = main_loop(_tool("nvdisasm", "-c", file.name), SASS)
+        registers, spill = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    else:
+        text = compiled.asm["amdgcn"]
+        registers, spill = (
+            int(re.search(rf"\.{field}:\s+(\d+)", text)[1])
+            for field in ("vgpr_count", "vgpr_spill_count")
+        )
+        opcodes = main_loop(text, GCN)
+    threads = launch.tiles.num_warps * TARGETS[target].warp_size
+    work = len(opcodes) * threads / _unit(launch)
+    count = collections.Counter(x.split(".")[0] for x in opcodes)
+    return Measurement(name, target, shape, registers, spill, compiled.metadata.shared, work, count)
+
+
+def matrix(
+    targets: list[str], shapes: list[tuple[int, int]], pattern: str = ""
+) -> Iterator[Measurement]:
+    """Measurements of every kernel whose name contains `pattern`."""
+    if interpreting():
+        raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled in this process")
+    for target in targets:
+        for shape in shapes:
+            for name, launch in launches(target, *shape):
+                if pattern in name:
+                    yield measure(name, launch, target, shape)
+
+
+def violations(found: Measurement, budget: dict[str, float] | None) -> list[str]:
+    """In what a measurement is over its budget."""
+    where = f"{found.target} {found.name} K/V {found.shape[0]}/{found.shape[1]}"
+    if budget is None:
+        return [f"{where}: has no budget in {BUDGETS.name}"]
+    over = [
+        f"{where}: {field} {getattr(found, field):.3g}, budget {budget[field]:.3g}"
+        for field in ("registers", "shared", "work")
+        if getattr(found, field) > budget[field]
+    ]
+    if found.spill:
+        over.append(f"{where}: {found.spill} bytes spilled")
+    if found.shared > SHARED_LIMIT[found.target]:
+        over.append(
+            f"{where}: shared memory {found.shared}, the target has {SHARED_LIMIT[found.target]}"
+        )
+    return over
+
+
+@functools.cache
+def read_budgets() -> dict[str, dict[str, dict[str, float]]]:
+    """Budgets by target and kernel."""
+    return tomllib.loads(BUDGETS.read_text())
+
+
+def write_budgets(found: list[Measurement], keep: bool) -> None:
+    """Write what was measured, the largest over shapes, and with `keep` over what the file says."""
+    most: dict[tuple[str, str], tuple[int, int, float]] = {}
+    for target, kernels in read_budgets().items() if keep and BUDGETS.exists() else ():
+        for name, x in kernels.items():
+            most[target, name] = (int(x["registers"]), int(x["shared"]), x["work"] / ROOM)
+    for x in found:
+        seen = most.get(x.key, (0, 0, 0.0))
+        most[x.key] = (max(seen[0], x.registers), max(seen[1], x.shared), max(seen[2], x.work))
+    lines = [
+        "# Largest need of each kernel over K/V = 64/64, 128/128, 128/256, 96/192 in bfloat16.",
+        "# registers per thread, bytes of shared memory, work: see census.py. Spill: none.",
+        f"# Written by `python benchmarks/census.py --write-budgets`, Triton {triton.__version__}.",
+    ]
+    for target in TARGETS:
+        lines += ["", f"[{target}]"]
+        lines += [
+            f'"{name}" = {{ registers = {r}, shared = {s}, work = {w * ROOM:.4g} }}'
+            for (at, name), (r, s, w) in sorted(most.items())
+            if at == target
+        ]
+    BUDGETS.write_text("\n".join(lines) + "\n")
+
+
+def _print(found: list[Measurement], opcodes: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title="resources")
+    for column in ("kernel", "target", "K/V"):
+        table.add_column(column, overflow="fold")
+    for column in ("registers", "spilled B", "shared B", "work"):
+        table.add_column(column, justify="right")
+    for x in found:
+        shape = f"{x.shape[0]}/{x.shape[1]}"
+        table.add_row(
+            x.name, x.target, shape, str(x.registers), str(x.spill), str(x.shared), f"{x.work:.3g}"
+        )
+    console.print(table)
+    for x in found if opcodes else ():
+        total = x.opcodes.total()
+        table = Table("opcode", title=f"{x.name}, {x.target}: main loop, {total} instructions")
+        for column in ("count", "share"):
+            table.add_column(column, justify="right")
+        for opcode, count in x.opcodes.most_common():
+            table.add_row(opcode, str(count), f"{count / total:.0%}")
+        console.print(table)
+
+
+# What --quick compiles: a part of the kernels where most users are, and where limits are tight.
+QUICK = (
+    ("sm_90", (128, 128), "/head"),
+    ("sm_90", (128, 128), "keyed"),
+    ("sm_80", (128, 128), "delta_dstate"),
+    ("sm_100", (128, 128), "dkey"),
+    ("gfx942", (128, 128), "delta_state"),
+)
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--target", choices=TARGETS, help="default: sm_90; all with --check or --write-budgets"
+    )
+    parser.add_argument(
+        "--shape", help="K/V; default: 128/128; all with --check or --write-budgets"
+    )
+    parser.add_argument("--opcodes", metavar="KERNEL", help="census by opcode of kernels so named")
+    parser.add_argument("--check", action="store_true", help="compare with the budgets; 1 if over")
+    parser.add_argument("--quick", action="store_true", help="with --check: a part of the matrix")
+    parser.add_argument("--write-budgets", action="store_true")
+    options = parser.parse_args()
+    shape = tuple(map(int, options.shape.split("/"))) if options.shape else None
+    if not (options.check or options.write_budgets):
+        found = matrix([options.target or "sm_90"], [shape or (128, 128)], options.opcodes or "")
+        _print(list(found), options.opcodes is not None)
+        return 0
+    parts = [
+        (target, at, "")
+        for target in ([options.target] if options.target else TARGETS)
+        for at in ([shape] if shape else SHAPES)
+    ]
+    found = []
+    for target, at, pattern in QUICK if options.quick else parts:
+        part = list(matrix([target], [at], pattern))
+        found += part
+        print(f"{target} K/V {at[0]}/{at[1]}: {len(part)} kernels compiled", flush=True)
+    if options.write_budgets:
+        write_budgets(found, keep=len(parts) < len(TARGETS) * len(SHAPES))
+        read_budgets.cache_clear()
+    over = [y for x in found for y in violations(x, read_budgets().get(x.target, {}).get(x.name))]
+    print(*over, f"{len(found)} kernels, {len(over)} over budget", sep="\n")
+    return 1 if over else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""The Triton engine: the core operations of `glazoo.kernels`."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from glazoo.engines import lowered
+from glazoo.engines.call import Call, Result
+
+__all__ = ["run", "runnable"]
+
+
+def runnable() -> bool:
+    """Whether kernels can run here: on a GPU, or on a CPU in Triton's interpreter."""
+    return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def run(call: Call) -> Result:
+    """Runs a program on the GPU kernels.
+
+    Raises:
+        ValueError: float64 operands, operands on a CPU without the interpreter, or no Triton.
+    """
+    if call.compute_dtype == torch.float64:
+        raise ValueError(
+            "impl='triton': got float64 operands; accepted are float32, float16 and bfloat16 "
+            "(impl='chunked' runs float64)"
+        )
+    device = call.operands["q"].device.type
+    if device == "cpu" and not runnable():
+        raise ValueError(
+            "impl='triton': the operands are on a CPU; accepted are GPU tensors, or, with "
+            "TRITON_INTERPRET=1 set before Python starts, CPU tensors"
+        )
+    try:
+        from glazoo import kernels
+    except ImportError as e:
+        raise ValueError("impl='triton': Triton is not installed; pip install triton") from e
+    return lowered.run(call, kernels)

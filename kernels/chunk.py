@@ -1,0 +1,1204 @@
+"""Chunk-parallel kernels that `linear` and `delta` share.
+
+Inside a chunk with start state h (decays written as products over tokens, `(j, i]` excludes j):
+
+    P_i = prod (start, i]      R_j = prod (j, end]      A_ij = q_i . prod (j, i] k_j   for j <= i
+    o = (q P) h + A w          h_next = prod(chunk) h + (k R)^T w
+
+A key-shaped decay gives each key its own products. They are multiplied up hierarchically: a pair
+(i, j) whose positions part at blocks of S tokens needs prod (block start, i] and
+prod (j, block end], both products of numbers in [0, 1]. Nothing is divided and no logarithm is
+summed, so a decay of exactly zero stays exact.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    Chunks,
+    Tiles,
+    chunk_tiles,
+    decay_between,
+    decay_from_start,
+    dot_precision,
+    launch,
+    level_mask,
+    locate_chunk,
+    multiply,
+    pair_decay,
+    power_of_two,
+    reader_decay,
+    split_log,
+    whole_decay,
+    widen,
+    writer_decay,
+)
+
+
+@triton.jit(do_not_specialize=["T"])
+def chunk_gate_kernel(
+    g,
+    sums,
+    cu_seqlens,
+    chunk_ids,
+    chunk_offsets,
+    T,
+    HV: tl.constexpr,
+    BT: tl.constexpr,
+    BH: tl.constexpr,
+):
+    """Sums of both parts of a head-shaped log decay from the chunk's start to each token."""
+    i_c = tl.program_id(0).to(tl.int64)
+    bos, t0, length = locate_chunk(i_c, T, cu_seqlens, chunk_ids, chunk_offsets, BT)
+    if t0 >= length:
+        return
+    o_t = tl.arange(0, BT)
+    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    m_th = (o_t < length - t0)[:, None] & (o_h < HV)[None, :]
+    o_th = (bos + t0) * HV + o_t[:, None] * HV + o_h[None, :]
+    b_hi, b_lo = split_log(tl.load(g + o_th, mask=m_th, other=0.0).to(tl.float32))
+    tl.store(sums + 2 * o_th, tl.cumsum(b_hi, 0), mask=m_th)
+    tl.store(sums + 2 * o_th + 1, tl.cumsum(b_lo, 0), mask=m_th)
+
+
+@triton.jit(do_not_specialize=["T"])
+def chunk_table_kernel(
+    g,
+    table,
+    cu_seqlens,
+    chunk_ids,
+    chunk_offsets,
+    T,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Decay over every aligned block of 2, 4, .., BT tokens; row BT - 2 is the whole chunk's."""
+    i_k = tl.program_id(1)
+    i_c = (tl.program_id(0) // HV).to(tl.int64)
+    i_h = tl.program_id(0) % HV
+    bos, t0, length = locate_chunk(i_c, T, cu_seqlens, chunk_ids, chunk_offsets, BT)
+    if t0 >= length:
+        return
+    o_t = tl.arange(0, BT)
+    o_k = i_k * BK + tl.arange(0, BK)
+    m_k = o_k < K
+    p_g = g + ((bos + t0) * HV + i_h) * K + o_t[:, None] * (HV * K) + o_k[None, :]
+    b_g = tl.load(p_g, mask=(t0 + o_t < length)[:, None] & m_k[None, :], other=0.0)
+    b_x = tl.exp(b_g.to(tl.float32))
+    p_out = table + (i_c * HV + i_h) * (BT * K)
+    for level in tl.static_range(1, 8):
+        if (1 << level) <= BT:
+            b_x = tl.reduce(tl.reshape(b_x, [BT >> level, 2, BK]), 1, multiply)
+            row = BT - 2 * (BT >> level) + tl.arange(0, BT >> level)
+            tl.store(
+                p_out + row[:, None] * K + o_k[None, :],
+                b_x,
+                mask=(row >= 0)[:, None] & m_k[None, :],
+            )
+
+
+@triton.jit
+def block_diagonal(b_d, BT: tl.constexpr):
+    """[BT, BT] with the blocks [BT / 16, 16, 16] on its diagonal."""
+    o_b = tl.arange(0, BT // 16)
+    m_d = (o_b[:, None] == o_b[None, :])[:, None, :, None]
+    return tl.reshape(tl.where(m_d, b_d[:, :, None, :], 0.0), [BT, BT])
+
+
+@triton.jit
+def invert_unit_lower(b_l, BT: tl.constexpr, PREC: tl.constexpr):
+    """(I + L)^-1 of a strictly lower triangular L, blocks of 1, 2, 4, .. tokens merged in turn.
+
+    With M the inverse of the block diagonal and O the blocks that the next size adds, it is
+    M - M O M: no power of L appears, so the result is as accurate as substitution.
+    """
+    NB: tl.constexpr = BT // 16
+    o_b = tl.arange(0, NB)
+    o_i = tl.arange(0, 16)
+    m_d = o_b[:, None] == o_b[None, :]
+    b_x = tl.where(m_d[:, None, :, None], tl.reshape(b_l, [NB, 16, NB, 16]), 0.0)
+    b_d = tl.sum(b_x, 2)
+    b_m = tl.where((o_i[:, None] == o_i[None, :])[None, :, :], 1.0, 0.0) + tl.zeros(
+        [NB, 16, 16], tl.float32
+    )
+    for i in range(1, 16):
+        m_i = (o_i == i)[None, :, None]
+        b_row = tl.sum(tl.where(m_i, b_d, 0.0), 1)
+        b_new = tl.sum(b_row[:, :, None] * b_m, 1)
+        b_m = tl.where(m_i, b_m - b_new[:, None, :], b_m)
+    b_m = block_diagonal(b_m, BT)
+    o_t = tl.arange(0, BT)
+    for level in tl.static_range(4, 8):
+        if (1 << level) < BT:
+            b_o = tl.where(level_mask(o_t, o_t, level), b_l, 0.0)
+            b_o = tl.dot(b_o, b_m, input_precision=PREC, out_dtype=tl.float32)
+            b_m -= tl.dot(b_m, b_o, input_precision=PREC, out_dtype=tl.float32)
+    return b_m
+
+
+@triton.jit(do_not_specialize=["T"])
+def chunk_solve_kernel(
+    e,
+    k,
+    gate,
+    matrix,
+    inverse,
+    cu_seqlens,
+    chunk_ids,
+    chunk_offsets,
+    T,
+    GATE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    HE: tl.constexpr,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """(I + L)^-1 of a chunk, L[i, j] = e_i . prod (j, i] k_j, j < i.
+
+    With a key-shaped gate L is `matrix`.
+    """
+    i_c = (tl.program_id(0) // HV).to(tl.int64)
+    i_h = tl.program_id(0) % HV
+    bos, t0, length = locate_chunk(i_c, T, cu_seqlens, chunk_ids, chunk_offsets, BT)
+    if t0 >= length:
+        return
+    row0 = bos + t0
+    o_t = tl.arange(0, BT)
+    m_t = o_t < length - t0
+    if GATE == 2:
+        p_m = matrix + (row0 * HV + i_h) * BT + o_t[:, None] * (HV * BT) + o_t[None, :]
+        b_l = tl.load(p_m, mask=m_t[:, None], other=0.0)
+    else:
+        b_l = tl.zeros([BT, BT], tl.float32)
+        for i_k in range(tl.cdiv(K, BK)):
+            o_k = i_k * BK + tl.arange(0, BK)
+            m_k = o_k < K
+            p_e = e + (row0 * HE + i_h // (HV // HE)) * K + o_t[:, None] * (HE * K) + o_k[None, :]
+            p_k = k + (row0 * HK + i_h // (HV // HK)) * K + o_t[None, :] * (HK * K) + o_k[:, None]
+            b_e = tl.load(p_e, mask=m_t[:, None] & m_k[None, :], other=0.0)
+            b_k = tl.load(p_k, mask=m_k[:, None] & m_t[None, :], other=0.0)
+            b_l = tl.dot(b_e, b_k, b_l, input_precision=PREC, out_dtype=tl.float32)
+        if GATE == 1:
+            p_d = gate + (row0 * HV + i_h) * 2
+            r_hi, r_lo = reader_decay(p_d, o_t, length - t0, HV, SHIFT)
+            c_hi, c_lo = writer_decay(p_d, o_t, length - t0, HV)
+            b_l *= decay_between(r_hi[:, None], r_lo[:, None], c_hi[None, :], c_lo[None, :])
+        b_l = tl.where(o_t[:, None] > o_t[None, :], b_l, 0.0)
+    b_m = invert_unit_lower(b_l, BT, PREC)
+    p_out = inverse + (row0 * HV + i_h) * BT + o_t[:, None] * (HV * BT) + o_t[None, :]
+    tl.store(p_out, b_m.to(inverse.dtype.element_ty), mask=m_t[:, None])
+
+
+@triton.jit(do_not_specialize=["T"])
+def chunk_intra_kernel(
+    x,
+    k,
+    g,
+    table,
+    score,
+    xg,
+    kg,
+    cu_seqlens,
+    chunk_ids,
+    chunk_offsets,
+    T,
+    DIAGONAL: tl.constexpr,
+    SHIFT: tl.constexpr,
+    HX: tl.constexpr,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    LEVELS: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """Scores of a reader x (q or e) and the decayed x P and k R of a chunk with a key-shaped gate.
+
+    score[i, j] = x_i . prod (j, i] k_j for j < i, and for j = i if DIAGONAL; prod (j, i) if SHIFT.
+    What is None is left out. Pairs inside 16 tokens go through small dots, 16 tokens by 16, the
+    others through the whole chunk's.
+    """
+    NB: tl.constexpr = BT // 16
+    i_c = (tl.program_id(0) // HV).to(tl.int64)
+    i_h = tl.program_id(0) % HV
+    bos, t0, length = locate_chunk(i_c, T, cu_seqlens, chunk_ids, chunk_offsets, BT)
+    if t0 >= length:
+        return
+    row0 = bos + t0
+    rows = length - t0
+    p_table = table + (i_c * HV + i_h) * (BT * K)
+    p_g = g + (row0 * HV + i_h) * K
+    p_k = k + (row0 * HK + i_h // (HV // HK)) * K
+    p_x = x + (row0 * HX + i_h // (HV // HX)) * K
+    p_out = (row0 * HV + i_h) * K
+    o_x = tl.arange(0, 16)
+    o_b = tl.arange(0, NB)[:, None, None] * 16 + o_x[None, :, None]
+    o_t = tl.arange(0, BT)
+    m_t = o_t < rows
+    b_s = tl.zeros([BT, BT], tl.float32)
+    d_s = tl.zeros([NB, 16, 16], tl.float32)
+    for i_k in range(tl.cdiv(K, BK)):
+        o_k = i_k * BK + tl.arange(0, BK)
+        m_k = o_k < K
+        o_3 = o_k[None, None, :]
+        m_3 = (o_b < rows) & m_k[None, None, :]
+        c_p, c_r = pair_decay(p_g, o_b, o_3, m_k[None, None, :], rows, HV * K)
+        if score is not None:
+            b_k = tl.load(p_k + o_b * (HK * K) + o_3, mask=m_3, other=0.0)
+            b_x = tl.load(p_x + o_b * (HX * K) + o_3, mask=m_3, other=0.0).to(tl.float32)
+            # A reader's product starts at its own decay, or at 1 where it reads before that decay.
+            if DIAGONAL:
+                b_y = tl.sum(b_x * b_k.to(tl.float32), 2)
+                d_s += tl.where((o_x[:, None] == o_x[None, :])[None, :, :], b_y[:, :, None], 0.0)
+            if not SHIFT:
+                b_a = tl.load(p_g + o_b * (HV * K) + o_3, mask=m_3, other=0.0)
+                b_x *= tl.exp(b_a.to(tl.float32))
+            b_y = tl.dot(
+                b_x.to(b_k.dtype),
+                tl.permute(b_k, (0, 2, 1)),
+                input_precision=PREC,
+                out_dtype=tl.float32,
+            )
+            d_s += tl.where(level_mask(o_x, o_x, 0)[None, :, :], b_y, 0.0)
+        for level in range(1, 4):
+            if score is not None:
+                b_kt = tl.permute((b_k * c_r).to(b_k.dtype), (0, 2, 1))
+                b_y = tl.dot(
+                    (b_x * c_p).to(b_k.dtype), b_kt, input_precision=PREC, out_dtype=tl.float32
+                )
+                d_s += tl.where(level_mask(o_x, o_x, level)[None, :, :], b_y, 0.0)
+            c_p, c_r = widen(c_p, c_r, p_table, o_b, o_3, m_k[None, None, :], level, BT, K)
+        b_p = tl.reshape(c_p, [BT, BK])
+        b_r = tl.reshape(c_r, [BT, BK])
+        m_tk = m_t[:, None] & m_k[None, :]
+        o_2 = o_k[None, :]
+        b_k2 = tl.load(p_k + o_t[:, None] * (HK * K) + o_2, mask=m_tk, other=0.0)
+        b_x2 = tl.load(p_x + o_t[:, None] * (HX * K) + o_2, mask=m_tk, other=0.0).to(tl.float32)
+        if not SHIFT:
+            b_a2 = tl.load(p_g + o_t[:, None] * (HV * K) + o_2, mask=m_tk, other=0.0)
+            b_x2 *= tl.exp(b_a2.to(tl.float32))
+        for level in range(4, LEVELS):
+            if score is not None:
+                b_kt2 = tl.trans((b_k2 * b_r).to(b_k2.dtype))
+                b_y2 = tl.dot(
+                    (b_x2 * b_p).to(b_k2.dtype), b_kt2, input_precision=PREC, out_dtype=tl.float32
+                )
+                b_s += tl.where(level_mask(o_t, o_t, level), b_y2, 0.0)
+            b_p, b_r = widen(b_p, b_r, p_table, o_t[:, None], o_2, m_k[None, :], level, BT, K)
+        p_2 = p_out + o_t[:, None] * (HV * K) + o_2
+        tl.store(xg + p_2, (b_x2 * b_p).to(xg.dtype.element_ty), mask=m_tk)
+        if kg is not None:
+            tl.store(kg + p_2, (b_k2 * b_r).to(kg.dtype.element_ty), mask=m_tk)
+    if score is not None:
+        p_2 = (row0 * HV + i_h) * BT + o_t[:, None] * (HV * BT) + o_t[None, :]
+        b_s += block_diagonal(d_s, BT)
+        tl.store(score + p_2, b_s.to(score.dtype.element_ty), mask=m_t[:, None])
+
+
+@triton.jit(do_not_specialize=["T"])
+def chunk_output_kernel(
+    q,
+    k,
+    w,
+    gate,
+    state,
+    score,
+    o,
+    cu_seqlens,
+    chunk_ids,
+    chunk_offsets,
+    T,
+    GATE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """o = (q P) h + A w. With a key-shaped gate q arrives as q P and A as `score`."""
+    i_v = tl.program_id(1)
+    i_c = (tl.program_id(0) // HV).to(tl.int64)
+    i_h = tl.program_id(0) % HV
+    bos, t0, length = locate_chunk(i_c, T, cu_seqlens, chunk_ids, chunk_offsets, BT)
+    if t0 >= length:
+        return
+    row0 = bos + t0
+    o_t = tl.arange(0, BT)
+    o_row = o_t[:, None]
+    m_t = o_t < length - t0
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_v = o_v < V
+    b_o = tl.zeros([BT, BV], tl.float32)
+    b_s = tl.zeros([BT, BT], tl.float32)
+    p_h = state + (i_c * HV + i_h) * (K * V)
+    for i_k in range(tl.cdiv(K, BK)):
+        o_k = i_k * BK + tl.arange(0, BK)
+        m_k = o_k < K
+        p_q = q + (row0 * HQ + i_h // (HV // HQ)) * K + o_row * (HQ * K) + o_k[None, :]
+        b_q = tl.load(p_q, mask=m_t[:, None] & m_k[None, :], other=0.0)
+        b_h = tl.load(
+            p_h + o_k[:, None] * V + o_v[None, :], mask=m_k[:, None] & m_v[None, :], other=0.0
+        )
+        b_o = tl.dot(b_q, b_h, b_o, input_precision=PREC, out_dtype=tl.float32)
+        if GATE != 2:
+            p_k = k + (row0 * HK + i_h // (HV // HK)) * K + o_t[None, :] * (HK * K) + o_k[:, None]
+            b_kt = tl.load(p_k, mask=m_k[:, None] & m_t[None, :], other=0.0)
+            b_s = tl.dot(b_q, b_kt, b_s, input_precision=PREC, out_dtype=tl.float32)
+    if GATE == 2:
+        p_s = score + (row0 * HV + i_h) * BT + o_row * (HV * BT) + o_t[None, :]
+        b_s = tl.load(p_s, mask=m_t[:, None], other=0.0).to(tl.float32)
+    else:
+        if GATE == 1:
+            p_d = gate + (row0 * HV + i_h) * 2
+            r_hi, r_lo = reader_decay(p_d, o_t, length - t0, HV, SHIFT)
+            c_hi, c_lo = writer_decay(p_d, o_t, length - t0, HV)
+            b_o *= decay_from_start(r_hi, r_lo)[:, None]
+            b_s *= decay_between(r_hi[:, None], r_lo[:, None], c_hi[None, :], c_lo[None, :])
+        if SHIFT:
+            b_s = tl.where(o_t[:, None] > o_t[None, :], b_s, 0.0)
+        else:
+            b_s = tl.where(o_t[:, None] >= o_t[None, :], b_s, 0.0)
+    p_w = (row0 * HV + i_h) * V + o_row * (HV * V) + o_v[None, :]
+    m_tv = m_t[:, None] & m_v[None, :]
+    b_w = tl.load(w + p_w, mask=m_tv, other=0.0)
+    b_o = tl.dot(b_s.to(b_w.dtype), b_w, b_o, input_precision=PREC, out_dtype=tl.float32)
+    tl.store(o + p_w, b_o.to(o.dtype.element_ty), mask=m_tv)
+
+
+@triton.jit(do_not_specialize=["T"])
+def chunk_dvalue_kernel(
+    q,
+    k,
+    gate,
+    do,
+    dstate,
+    score,
+    dw,
+    cu_seqlens,
+    chunk_ids,
+    chunk_offsets,
+    T,
+    GATE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    HAS_STATE: tl.constexpr,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """dw = A^T do, plus (k R) dh_next if HAS_STATE. With a key-shaped gate k arrives as k R."""
+    i_v = tl.program_id(1)
+    i_c = (tl.program_id(0) // HV).to(tl.int64)
+    i_h = tl.program_id(0) % HV
+    bos, t0, length = locate_chunk(i_c, T, cu_seqlens, chunk_ids, chunk_offsets, BT)
+    if t0 >= length:
+        return
+    row0 = bos + t0
+    o_t = tl.arange(0, BT)
+    o_row = o_t[:, None]
+    m_t = o_t < length - t0
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_v = o_v < V
+    b_dw = tl.zeros([BT, BV], tl.float32)
+    b_s = tl.zeros([BT, BT], tl.float32)
+    p_h = dstate
+    if HAS_STATE:
+        p_h = dstate + (i_c * HV + i_h) * (K * V)
+    if HAS_STATE or GATE != 2:
+        for i_k in range(tl.cdiv(K, BK)):
+            o_k = i_k * BK + tl.arange(0, BK)
+            m_k = o_k < K
+            p_k = k + (row0 * HK + i_h // (HV // HK)) * K + o_row * (HK * K) + o_k[None, :]
+            b_k = tl.load(p_k, mask=m_t[:, None] & m_k[None, :], other=0.0)
+            if HAS_STATE:
+                m_kv = m_k[:, None] & m_v[None, :]
+                b_h = tl.load(p_h + o_k[:, None] * V + o_v[None, :], mask=m_kv, other=0.0)
+                b_dw = tl.dot(b_k, b_h, b_dw, input_precision=PREC, out_dtype=tl.float32)
+            if GATE != 2:
+                p_q = (
+                    q + (row0 * HQ + i_h // (HV // HQ)) * K + o_t[None, :] * (HQ * K) + o_k[:, None]
+                )
+                b_qt = tl.load(p_q, mask=m_k[:, None] & m_t[None, :], other=0.0)
+                b_s = tl.dot(b_k, b_qt, b_s, input_precision=PREC, out_dtype=tl.float32)
+    if GATE == 2:
+        p_s = score + (row0 * HV + i_h) * BT + o_t[None, :] * (HV * BT) + o_t[:, None]
+        b_s = tl.load(p_s, mask=m_t[None, :], other=0.0).to(tl.float32)
+    else:
+        if GATE == 1:
+            p_d = gate + (row0 * HV + i_h) * 2
+            r_hi, r_lo = reader_decay(p_d, o_t, length - t0, HV, SHIFT)
+            c_hi, c_lo = writer_decay(p_d, o_t, length - t0, HV)
+            e_hi, e_lo = whole_decay(p_d, length - t0, HV, BT)
+            b_dw *= decay_between(e_hi, e_lo, c_hi, c_lo)[:, None]
+            b_s *= decay_between(r_hi[None, :], r_lo[None, :], c_hi[:, None], c_lo[:, None])
+        if SHIFT:
+            b_s = tl.where(o_t[:, None] < o_t[None, :], b_s, 0.0)
+        else:
+            b_s = tl.where(o_t[:, None] <= o_t[None, :], b_s, 0.0)
+    p_w = (row0 * HV + i_h) * V + o_row * (HV * V) + o_v[None, :]
+    m_tv = m_t[:, None] & m_v[None, :]
+    b_do = tl.load(do + p_w, mask=m_tv, other=0.0)
+    b_dw = tl.dot(b_s.to(b_do.dtype), b_do, b_dw, input_precision=PREC, out_dtype=tl.float32)
+    tl.store(dw + p_w, b_dw.to(dw.dtype.element_ty), mask=m_tv)
+
+
+@triton.jit(do_not_specialize=["T", "dg_stride"])
+def chunk_dkey_kernel(
+    q,
+    e,
+    k,
+    w,
+    gate,
+    state,
+    dstate,
+    do,
+    dw,
+    dq,
+    de,
+    dk,
+    dg,
+    cu_seqlens,
+    chunk_ids,
+    chunk_offsets,
+    T,
+    dg_stride,
+    GATE: tl.constexpr,
+    HAS_E: tl.constexpr,
+    SHIFT_Q: tl.constexpr,
+    SHIFT_E: tl.constexpr,
+    HQ: tl.constexpr,
+    HE: tl.constexpr,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """Gradients of q, e, k and g of a chunk, for one tile of keys. No gate or a head-shaped one.
+
+    e reads the state with output gradient -dw (dw: gradient of the values the delta rule is given).
+    The gate's gradient at t sums what every pair (writer before t, reader at or after t)
+    contributes. Pairs with one end outside the chunk are summed directly; pairs inside are a
+    difference of two sums. Where the decay is exactly zero the gradient is exactly zero.
+    """
+    i_k = tl.program_id(1)
+    i_c = (tl.program_id(0) // HV).to(tl.int64)
+    i_h = tl.program_id(0) % HV
+    bos, t0, length = locate_chunk(i_c, T, cu_seqlens, chunk_ids, chunk_offsets, BT)
+    if t0 >= length:
+        return
+    row0 = bos + t0
+    rows = length - t0
+    o_t = tl.arange(0, BT)
+    o_row = o_t[:, None]
+    m_t = o_t < rows
+    o_k = i_k * BK + tl.arange(0, BK)
+    m_k = o_k < K
+    m_tk = m_t[:, None] & m_k[None, :]
+    b_dq = tl.zeros([BT, BK], tl.float32)
+    b_dk = tl.zeros([BT, BK], tl.float32)
+    b_de = tl.zeros([BT, BK], tl.float32)
+    b_ds = tl.zeros([BT, BT], tl.float32)
+    b_dl = tl.zeros([BT, BT], tl.float32)
+    b_last = tl.zeros([BK], tl.float32)
+    p_state = (i_c * HV + i_h) * (K * V)
+    for i_v in range(tl.cdiv(V, BV)):
+        o_v = i_v * BV + tl.arange(0, BV)
+        m_v = o_v < V
+        m_tv = m_t[:, None] & m_v[None, :]
+        p_w = (row0 * HV + i_h) * V + o_row * (HV * V) + o_v[None, :]
+        p_h = p_state + o_k[None, :] * V + o_v[:, None]
+        b_do = tl.load(do + p_w, mask=m_tv, other=0.0)
+        b_w = tl.load(w + p_w, mask=m_tv, other=0.0)
+        b_h = tl.load(state + p_h, mask=m_v[:, None] & m_k[None, :], other=0.0)
+        b_dh = tl.load(dstate + p_h, mask=m_v[:, None] & m_k[None, :], other=0.0)
+        b_ds = tl.dot(b_do, tl.trans(b_w), b_ds, input_precision=PREC, out_dtype=tl.float32)
+        b_dq = tl.dot(b_do, b_h, b_dq, input_precision=PREC, out_dtype=tl.float32)
+        b_dk = tl.dot(b_w, b_dh, b_dk, input_precision=PREC, out_dtype=tl.float32)
+        if GATE != 0:
+            b_last += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 0)
+        if HAS_E:
+            b_dw = tl.load(dw + p_w, mask=m_tv, other=0.0)
+            b_dl = tl.dot(b_dw, tl.trans(b_w), b_dl, input_precision=PREC, out_dtype=tl.float32)
+            b_de = tl.dot(b_dw, b_h, b_de, input_precision=PREC, out_dtype=tl.float32)
+    if HAS_E:
+        b_dl = -b_dl
+        b_de = -b_de
+    b_k = tl.load(
+        k + (row0 * HK + i_h // (HV // HK)) * K + o_row * (HK * K) + o_k[None, :],
+        mask=m_tk,
+        other=0.0,
+    )
+    b_q = tl.load(
+        q + (row0 * HQ + i_h // (HV // HQ)) * K + o_row * (HQ * K) + o_k[None, :],
+        mask=m_tk,
+        other=0.0,
+    )
+    b_e = b_q
+    if HAS_E:
+        p_e = e + (row0 * HE + i_h // (HV // HE)) * K + o_row * (HE * K) + o_k[None, :]
+        b_e = tl.load(p_e, mask=m_tk, other=0.0)
+    b_x = tl.zeros([BT], tl.float32)
+    b_z = tl.zeros([BT], tl.float32)
+    b_now = tl.zeros([BT], tl.float32)
+    if GATE == 1:
+        p_d = gate + (row0 * HV + i_h) * 2
+        r_hi, r_lo = reader_decay(p_d, o_t, rows, HV, SHIFT_Q)
+        c_hi, c_lo = writer_decay(p_d, o_t, rows, HV)
+        e_hi, e_lo = whole_decay(p_d, rows, HV, BT)
+        b_dq *= decay_from_start(r_hi, r_lo)[:, None]
+        b_dk *= decay_between(e_hi, e_lo, c_hi, c_lo)[:, None]
+        b_ds *= decay_between(r_hi[:, None], r_lo[:, None], c_hi[None, :], c_lo[None, :])
+        b_z = tl.sum(b_k * b_dk, 1)
+    # A token's read of its own write passes no decay: it is added after the gate's sums.
+    b_own = tl.sum(tl.where(o_t[:, None] == o_t[None, :], b_ds, 0.0), 1)
+    b_s = tl.where(o_t[:, None] > o_t[None, :], b_ds, 0.0).to(b_k.dtype)
+    b_dq = tl.dot(b_s, b_k, b_dq, input_precision=PREC, out_dtype=tl.float32)
+    b_ik = tl.dot(tl.trans(b_s), b_q, input_precision=PREC, out_dtype=tl.float32)
+    if HAS_E:
+        if GATE == 1:
+            r_hi, r_lo = reader_decay(p_d, o_t, rows, HV, SHIFT_E)
+            b_de *= decay_from_start(r_hi, r_lo)[:, None]
+            b_dl *= decay_between(r_hi[:, None], r_lo[:, None], c_hi[None, :], c_lo[None, :])
+        b_s = tl.where(o_t[:, None] > o_t[None, :], b_dl, 0.0).to(b_k.dtype)
+        b_de = tl.dot(b_s, b_k, b_de, input_precision=PREC, out_dtype=tl.float32)
+        b_ik = tl.dot(tl.trans(b_s), b_e, b_ik, input_precision=PREC, out_dtype=tl.float32)
+    if GATE == 1:
+        b_x = tl.sum(b_q * b_dq, 1)
+        if SHIFT_Q:
+            b_now += b_x
+        if HAS_E:
+            b_y = tl.sum(b_e * b_de, 1)
+            b_x += b_y
+            if SHIFT_E:
+                b_now += b_y
+        b_x -= tl.sum(b_k * b_ik, 1)
+        b_total = tl.sum(b_last, 0) * decay_from_start(e_hi, e_lo)
+        b_dg = tl.cumsum(b_x, 0, reverse=True) - b_now + tl.cumsum(b_z, 0) - b_z + b_total
+        r_hi, r_lo = reader_decay(p_d, o_t, rows, HV, True)
+        b_dg = tl.where(decay_between(c_hi, c_lo, r_hi, r_lo) == 0.0, 0.0, b_dg)
+        p_dg = dg + i_k.to(tl.int64) * dg_stride + (row0 + o_t) * HV + i_h
+        tl.store(p_dg, b_dg, mask=m_t)
+    b_dk += b_ik
+    if not SHIFT_Q:
+        b_dq += b_own[:, None] * b_k
+        b_dk += b_own[:, None] * b_q
+    p_out = (row0 * HV + i_h) * K + o_row * (HV * K) + o_k[None, :]
+    tl.store(dq + p_out, b_dq.to(dq.dtype.element_ty), mask=m_tk)
+    tl.store(dk + p_out, b_dk.to(dk.dtype.element_ty), mask=m_tk)
+    if HAS_E:
+        tl.store(de + p_out, b_de.to(de.dtype.element_ty), mask=m_tk)
+
+
+@triton.jit(do_not_specialize=["T"])
+def chunk_dscore_kernel(
+    w,
+    do,
+    dw,
+    dscore,
+    dsolve,
+    cu_seqlens,
+    chunk_ids,
+    chunk_offsets,
+    T,
+    HAS_E: tl.constexpr,
+    HV: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BV: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """Gradients of the scores, do w^T, and of L, -dw w^T. Neither is masked."""
+    i_c = (tl.program_id(0) // HV).to(tl.int64)
+    i_h = tl.program_id(0) % HV
+    bos, t0, length = locate_chunk(i_c, T, cu_seqlens, chunk_ids, chunk_offsets, BT)
+    if t0 >= length:
+        return
+    row0 = bos + t0
+    o_t = tl.arange(0, BT)
+    m_t = o_t < length - t0
+    b_ds = tl.zeros([BT, BT], tl.float32)
+    b_dl = tl.zeros([BT, BT], tl.float32)
+    for i_v in range(tl.cdiv(V, BV)):
+        o_v = i_v * BV + tl.arange(0, BV)
+        m_v = o_v < V
+        m_tv = m_t[:, None] & m_v[None, :]
+        p_w = (row0 * HV + i_h) * V + o_t[:, None] * (HV * V) + o_v[None, :]
+        b_wt = tl.trans(tl.load(w + p_w, mask=m_tv, other=0.0))
+        b_do = tl.load(do + p_w, mask=m_tv, other=0.0)
+        b_ds = tl.dot(b_do, b_wt, b_ds, input_precision=PREC, out_dtype=tl.float32)
+        if HAS_E:
+            b_dw = tl.load(dw + p_w, mask=m_tv, other=0.0)
+            b_dl = tl.dot(b_dw, b_wt, b_dl, input_precision=PREC, out_dtype=tl.float32)
+    p_out = (row0 * HV + i_h) * BT + o_t[:, None] * (HV * BT) + o_t[None, :]
+    tl.store(dscore + p_out, b_ds.to(dscore.dtype.element_ty), mask=m_t[:, None])
+    if HAS_E:
+        tl.store(dsolve + p_out, (-b_dl).to(dsolve.dtype.element_ty), mask=m_t[:, None])
+
+
+@triton.jit(do_not_specialize=["T"])
+def chunk_dkey_keyed_kernel(
+    q,
+    e,
+    k,
+    w,
+    g,
+    table,
+    state,
+    dstate,
+    do,
+    dw,
+    dscore,
+    dsolve,
+    dq,
+    de,
+    dk,
+    dg,
+    cu_seqlens,
+    chunk_ids,
+    chunk_offsets,
+    T,
+    HAS_E: tl.constexpr,
+    SHIFT_Q: tl.constexpr,
+    SHIFT_E: tl.constexpr,
+    HQ: tl.constexpr,
+    HE: tl.constexpr,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    LEVELS: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """Gradients of q, e, k and g of a chunk with a key-shaped gate, for one tile of keys.
+
+    As `chunk_dkey_kernel`, with every product of decays taken per key as in `chunk_intra_kernel`.
+    """
+    NB: tl.constexpr = BT // 16
+    i_k = tl.program_id(1)
+    i_c = (tl.program_id(0) // HV).to(tl.int64)
+    i_h = tl.program_id(0) % HV
+    bos, t0, length = locate_chunk(i_c, T, cu_seqlens, chunk_ids, chunk_offsets, BT)
+    if t0 >= length:
+        return
+    row0 = bos + t0
+    rows = length - t0
+    o_k = i_k * BK + tl.arange(0, BK)
+    m_k = o_k < K
+    p_table = table + (i_c * HV + i_h) * (BT * K)
+    p_g = g + (row0 * HV + i_h) * K
+    p_k = k + (row0 * HK + i_h // (HV // HK)) * K
+    p_q = q + (row0 * HQ + i_h // (HV // HQ)) * K
+    p_e = e
+    p_dl = dsolve
+    p_score = (row0 * HV + i_h) * BT
+    p_ds = dscore + p_score
+    if HAS_E:
+        p_e = e + (row0 * HE + i_h // (HV // HE)) * K
+        p_dl = dsolve + p_score
+    o_x = tl.arange(0, 16)
+    o_b = tl.arange(0, NB)[:, None, None] * 16 + o_x[None, :, None]
+    o_c = tl.arange(0, NB)[:, None, None] * 16 + o_x[None, None, :]
+    o_3 = o_k[None, None, :]
+    m_b = o_b < rows
+    m_3 = m_b & m_k[None, None, :]
+    b_k = tl.load(p_k + o_b * (HK * K) + o_3, mask=m_3, other=0.0)
+    b_q = tl.load(p_q + o_b * (HQ * K) + o_3, mask=m_3, other=0.0)
+    b_a = tl.exp(tl.load(p_g + o_b * (HV * K) + o_3, mask=m_3, other=0.0).to(tl.float32))
+    b_ds = tl.load(p_ds + o_b * (HV * BT) + o_c, mask=m_b, other=0.0)
+    b_e = b_q
+    b_dl = b_ds
+    if HAS_E:
+        b_e = tl.load(p_e + o_b * (HE * K) + o_3, mask=m_3, other=0.0)
+        b_dl = tl.load(p_dl + o_b * (HV * BT) + o_c, mask=m_b, other=0.0)
+    c_p = tl.full([NB, 16, BK], 1.0, tl.float32)
+    c_r = tl.full([NB, 16, BK], 1.0, tl.float32)
+    c_q = tl.zeros([NB, 16, BK], tl.float32)
+    c_e = tl.zeros([NB, 16, BK], tl.float32)
+    c_k = tl.zeros([NB, 16, BK], tl.float32)
+    if not SHIFT_Q:
+        # A token's read of its own write passes no decay: it is added after the gate's sums.
+        b_x = tl.where((o_x[:, None] == o_x[None, :])[None, :, :], b_ds.to(tl.float32), 0.0)
+        b_own = tl.reshape(tl.sum(b_x, 2), [BT, 1])
+    for level in range(4):
+        m_s = level_mask(o_x, o_x, level)[None, :, :]
+        b_kr = (b_k * c_r).to(b_k.dtype)
+        b_pq = c_p if SHIFT_Q else c_p * b_a
+        b_z = tl.where(m_s, b_ds, 0.0).to(b_k.dtype)
+        c_q += tl.dot(b_z, b_kr, input_precision=PREC, out_dtype=tl.float32) * b_pq
+        b_z = tl.permute(b_z, (0, 2, 1))
+        b_y = tl.dot(b_z, (b_q * b_pq).to(b_k.dtype), input_precision=PREC, out_dtype=tl.float32)
+        if HAS_E:
+            b_pe = c_p if SHIFT_E else c_p * b_a
+            b_z = tl.where(m_s, b_dl, 0.0).to(b_k.dtype)
+            c_e += tl.dot(b_z, b_kr, input_precision=PREC, out_dtype=tl.float32) * b_pe
+            b_z = tl.permute(b_z, (0, 2, 1))
+            b_y = tl.dot(
+                b_z, (b_e * b_pe).to(b_k.dtype), b_y, input_precision=PREC, out_dtype=tl.float32
+            )
+        c_k += b_y * c_r
+        if level == 0:
+            c_p, c_r = pair_decay(p_g, o_b, o_3, m_k[None, None, :], rows, HV * K)
+        else:
+            c_p, c_r = widen(c_p, c_r, p_table, o_b, o_3, m_k[None, None, :], level, BT, K)
+    b_p = tl.reshape(c_p, [BT, BK])
+    b_r = tl.reshape(c_r, [BT, BK])
+    b_iq = tl.reshape(c_q, [BT, BK])
+    b_ie = tl.reshape(c_e, [BT, BK])
+    b_ik = tl.reshape(c_k, [BT, BK])
+    o_t = tl.arange(0, BT)
+    m_t = o_t < rows
+    o_2 = o_k[None, :]
+    m_tk = m_t[:, None] & m_k[None, :]
+    b_k2 = tl.load(p_k + o_t[:, None] * (HK * K) + o_2, mask=m_tk, other=0.0)
+    b_q2 = tl.load(p_q + o_t[:, None] * (HQ * K) + o_2, mask=m_tk, other=0.0)
+    b_a2 = tl.exp(tl.load(p_g + o_t[:, None] * (HV * K) + o_2, mask=m_tk, other=0.0).to(tl.float32))
+    b_e2 = b_q2
+    if HAS_E:
+        b_e2 = tl.load(p_e + o_t[:, None] * (HE * K) + o_2, mask=m_tk, other=0.0)
+    for level in range(4, LEVELS):
+        m_s2 = level_mask(o_t, o_t, level)
+        o_tt = o_t[:, None] * (HV * BT) + o_t[None, :]
+        b_kr2 = (b_k2 * b_r).to(b_k.dtype)
+        b_pq2 = b_p if SHIFT_Q else b_p * b_a2
+        b_z2 = tl.load(p_ds + o_tt, mask=m_t[:, None] & m_s2, other=0.0)
+        b_iq += tl.dot(b_z2, b_kr2, input_precision=PREC, out_dtype=tl.float32) * b_pq2
+        b_y2 = tl.dot(
+            tl.trans(b_z2), (b_q2 * b_pq2).to(b_k.dtype), input_precision=PREC, out_dtype=tl.float32
+        )
+        if HAS_E:
+            b_pe2 = b_p if SHIFT_E else b_p * b_a2
+            b_z2 = tl.load(p_dl + o_tt, mask=m_t[:, None] & m_s2, other=0.0)
+            b_ie += tl.dot(b_z2, b_kr2, input_precision=PREC, out_dtype=tl.float32) * b_pe2
+            b_y2 = tl.dot(
+                tl.trans(b_z2),
+                (b_e2 * b_pe2).to(b_k.dtype),
+                b_y2,
+                input_precision=PREC,
+                out_dtype=tl.float32,
+            )
+        b_ik += b_y2 * b_r
+        b_p, b_r = widen(b_p, b_r, p_table, o_t[:, None], o_2, m_k[None, :], level, BT, K)
+    b_dq = tl.zeros([BT, BK], tl.float32)
+    b_dk = tl.zeros([BT, BK], tl.float32)
+    b_de = tl.zeros([BT, BK], tl.float32)
+    b_last = tl.zeros([BK], tl.float32)
+    p_state = (i_c * HV + i_h) * (K * V)
+    for i_v in range(tl.cdiv(V, BV)):
+        o_v = i_v * BV + tl.arange(0, BV)
+        m_v = o_v < V
+        m_tv = m_t[:, None] & m_v[None, :]
+        m_vk = m_v[:, None] & m_k[None, :]
+        p_w = (row0 * HV + i_h) * V + o_t[:, None] * (HV * V) + o_v[None, :]
+        p_h = p_state + o_k[None, :] * V + o_v[:, None]
+        b_do = tl.load(do + p_w, mask=m_tv, other=0.0)
+        b_w = tl.load(w + p_w, mask=m_tv, other=0.0)
+        b_h = tl.load(state + p_h, mask=m_vk, other=0.0)
+        b_dh = tl.load(dstate + p_h, mask=m_vk, other=0.0)
+        b_dq = tl.dot(b_do, b_h, b_dq, input_precision=PREC, out_dtype=tl.float32)
+        b_dk = tl.dot(b_w, b_dh, b_dk, input_precision=PREC, out_dtype=tl.float32)
+        b_last += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 0)
+        if HAS_E:
+            b_dw = tl.load(dw + p_w, mask=m_tv, other=0.0)
+            b_de = tl.dot(b_dw, b_h, b_de, input_precision=PREC, out_dtype=tl.float32)
+    p_2 = (row0 * HV + i_h) * K + o_t[:, None] * (HV * K) + o_2
+    b_iq += b_dq * (b_p if SHIFT_Q else b_p * b_a2)
+    b_late = b_q2 * b_iq
+    if not SHIFT_Q:
+        b_iq += b_own * b_k2
+    tl.store(dq + p_2, b_iq.to(dq.dtype.element_ty), mask=m_tk)
+    b_now = tl.zeros([BT, BK], tl.float32)
+    if SHIFT_Q:
+        b_now += b_late
+    if HAS_E:
+        b_ie -= b_de * (b_p if SHIFT_E else b_p * b_a2)
+        tl.store(de + p_2, b_ie.to(de.dtype.element_ty), mask=m_tk)
+        b_ie *= b_e2
+        b_late += b_ie
+        if SHIFT_E:
+            b_now += b_ie
+    b_dk *= b_r
+    b_late -= b_k2 * b_ik
+    b_ik += b_dk
+    if not SHIFT_Q:
+        b_ik += b_own * b_q2
+    tl.store(dk + p_2, b_ik.to(dk.dtype.element_ty), mask=m_tk)
+    b_dk *= b_k2
+    b_last *= tl.load(p_table + (BT - 2) * K + o_k, mask=m_k, other=1.0)
+    b_dg = tl.cumsum(b_late, 0, reverse=True) - b_now + tl.cumsum(b_dk, 0) - b_dk + b_last[None, :]
+    b_dg = tl.where(b_a2 == 0.0, 0.0, b_dg)
+    tl.store(dg + p_2, b_dg.to(dg.dtype.element_ty), mask=m_tk)
+
+
+def chunk_tokens(dtype: torch.dtype) -> int:
+    """Tokens of a chunk; float32 tiles take twice the room."""
+    return 32 if dtype == torch.float32 else 64
+
+
+class Gate(NamedTuple):
+    """A decay as the kernels take it.
+
+    kind: 0 none, 1 one per head, 2 one per key. data, float32: what `chunk_gate_kernel` (kind 1,
+    [B, T, HV, 2]) or `chunk_table_kernel` (kind 2, [chunks, HV, BT, K]) made of g.
+    """
+
+    kind: int
+    g: Tensor | None
+    data: Tensor | None
+
+
+def chunk_gate(g: Tensor | None, chunks: Chunks) -> Gate:
+    """Prepare a gate [B, T, HV] or [B, T, HV, K], or none."""
+    if g is None:
+        return Gate(0, None, None)
+    if g.ndim == 3:
+        B, T, HV = g.shape
+        sums = g.new_empty(B, T, HV, 2, dtype=torch.float32)
+        heads = min(16, power_of_two(HV))
+        launch(
+            chunk_gate_kernel,
+            (chunks.count, -(-HV // heads)),
+            Tiles(1, 1, 4, 1),
+            g=g,
+            sums=sums,
+            **chunks.arguments(),
+            T=T,
+            HV=HV,
+            BH=heads,
+        )
+        return Gate(1, g, sums)
+    T, HV, K = g.shape[1:]
+    tiles = chunk_tiles("chunk_table_kernel", K, K, g.dtype)
+    table = g.new_empty(chunks.count, HV, chunks.size, K, dtype=torch.float32)
+    launch(
+        chunk_table_kernel,
+        (chunks.count * HV, -(-K // tiles.BK)),
+        tiles,
+        g=g,
+        table=table,
+        **chunks.arguments(),
+        T=T,
+        HV=HV,
+        K=K,
+        BK=tiles.BK,
+    )
+    return Gate(2, g, table)
+
+
+def chunk_solve(
+    e: Tensor, k: Tensor, gate: Gate, matrix: Tensor | None, heads: int, chunks: Chunks, shift: bool
+) -> Tensor:
+    """Triangular inverse of every chunk, for HV `heads` (see `chunk_solve_kernel`)."""
+    B, T, HK, K = k.shape
+    tiles = chunk_tiles("chunk_solve_kernel", K, K, k.dtype)
+    inverse = k.new_empty(B, T, heads, chunks.size)
+    launch(
+        chunk_solve_kernel,
+        (chunks.count * heads,),
+        tiles,
+        e=e,
+        k=k,
+        gate=gate.data,
+        matrix=matrix,
+        inverse=inverse,
+        **chunks.arguments(),
+        T=T,
+        GATE=gate.kind,
+        SHIFT=shift,
+        HE=e.shape[2],
+        HK=HK,
+        HV=heads,
+        K=K,
+        BK=tiles.BK,
+        PREC=dot_precision(k.dtype),
+    )
+    return inverse
+
+
+def chunk_intra(
+    x: Tensor,
+    k: Tensor,
+    gate: Gate,
+    score: Tensor | None,
+    keys: bool,
+    chunks: Chunks,
+    diagonal: bool,
+    shift: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Fill `score` for reader x; x P and, with `keys`, k R. For a key-shaped gate."""
+    assert gate.g is not None
+    B, T, HV, K = gate.g.shape
+    tiles = chunk_tiles("chunk_intra_kernel", K, K, k.dtype)
+    xg = k.new_empty(B, T, HV, K)
+    kg = torch.empty_like(xg) if keys else None
+    launch(
+        chunk_intra_kernel,
+        (chunks.count * HV,),
+        tiles,
+        x=x,
+        k=k,
+        g=gate.g,
+        table=gate.data,
+        score=score,
+        xg=xg,
+        kg=kg,
+        **chunks.arguments(),
+        T=T,
+        DIAGONAL=diagonal,
+        SHIFT=shift,
+        HX=x.shape[2],
+        HK=k.shape[2],
+        HV=HV,
+        K=K,
+        BK=tiles.BK,
+        LEVELS=chunks.size.bit_length() - 1,
+        PREC=dot_precision(k.dtype),
+    )
+    return xg, kg
+
+
+def chunk_readers(
+    q: Tensor,
+    e: Tensor | None,
+    k: Tensor,
+    gate: Gate,
+    chunks: Chunks,
+    shift_q: bool,
+    shift_e: bool,
+    solve: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
+    """Scores of q, the matrix to `solve`, and decayed q, e, k, with a key-shaped gate."""
+    assert gate.g is not None
+    B, T, HV, _ = gate.g.shape
+    score = k.new_empty(B, T, HV, chunks.size)
+    matrix = k.new_empty(B, T, HV, chunks.size, dtype=torch.float32) if solve else None
+    qg, kg = chunk_intra(q, k, gate, score, True, chunks, not shift_q, shift_q)
+    assert kg is not None
+    eg = None
+    if e is not None:
+        eg, _ = chunk_intra(e, k, gate, matrix, False, chunks, False, shift_e)
+    return score, matrix, qg, eg, kg
+
+
+def chunk_output(
+    q: Tensor,
+    k: Tensor | None,
+    w: Tensor,
+    gate: Gate,
+    state: Tensor,
+    score: Tensor | None,
+    chunks: Chunks,
+    shift: bool,
+) -> Tensor:
+    """o = (q P) h + A w for every chunk (see `chunk_output_kernel`)."""
+    T, HV, V = w.shape[1:]
+    HQ, K = q.shape[2:]
+    tiles = chunk_tiles("chunk_output_kernel", K, V, w.dtype)
+    o = torch.empty_like(w)
+    launch(
+        chunk_output_kernel,
+        (chunks.count * HV, -(-V // tiles.BV)),
+        tiles,
+        q=q,
+        k=k,
+        w=w,
+        gate=gate.data,
+        state=state,
+        score=score,
+        o=o,
+        **chunks.arguments(),
+        T=T,
+        GATE=gate.kind,
+        SHIFT=shift,
+        HQ=HQ,
+        HK=1 if k is None else k.shape[2],
+        HV=HV,
+        K=K,
+        V=V,
+        BK=tiles.BK,
+        BV=tiles.BV,
+        PREC=dot_precision(w.dtype),
+    )
+    return o
+
+
+def chunk_dvalue(
+    q: Tensor | None,
+    k: Tensor,
+    gate: Gate,
+    do: Tensor,
+    dstate: Tensor | None,
+    score: Tensor | None,
+    chunks: Chunks,
+    shift: bool,
+) -> Tensor:
+    """A^T do, plus (k R) dh_next with `dstate`, for every chunk (see `chunk_dvalue_kernel`)."""
+    T, HV, V = do.shape[1:]
+    HK, K = k.shape[2:]
+    tiles = chunk_tiles("chunk_dvalue_kernel", K, V, do.dtype)
+    dw = torch.empty_like(do)
+    launch(
+        chunk_dvalue_kernel,
+        (chunks.count * HV, -(-V // tiles.BV)),
+        tiles,
+        q=q,
+        k=k,
+        gate=gate.data,
+        do=do,
+        dstate=dstate,
+        score=score,
+        dw=dw,
+        **chunks.arguments(),
+        T=T,
+        GATE=gate.kind,
+        SHIFT=shift,
+        HAS_STATE=dstate is not None,
+        HQ=1 if q is None else q.shape[2],
+        HK=HK,
+        HV=HV,
+        K=K,
+        V=V,
+        BK=tiles.BK,
+        BV=tiles.BV,
+        PREC=dot_precision(do.dtype),
+    )
+    return dw
+
+
+def chunk_dscore(
+    w: Tensor, do: Tensor, dw: Tensor | None, chunks: Chunks
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the scores and, with dw, of what is solved (see `chunk_dscore_kernel`)."""
+    B, T, HV, V = w.shape
+    tiles = chunk_tiles("chunk_dscore_kernel", V, V, w.dtype)
+    dscore = w.new_empty(B, T, HV, chunks.size)
+    dsolve = None if dw is None else torch.empty_like(dscore)
+    launch(
+        chunk_dscore_kernel,
+        (chunks.count * HV,),
+        tiles,
+        w=w,
+        do=do,
+        dw=dw,
+        dscore=dscore,
+        dsolve=dsolve,
+        **chunks.arguments(),
+        T=T,
+        HAS_E=dw is not None,
+        HV=HV,
+        V=V,
+        BV=tiles.BV,
+        PREC=dot_precision(w.dtype),
+    )
+    return dscore, dsolve
+
+
+def chunk_dkey(
+    q: Tensor,
+    e: Tensor | None,
+    k: Tensor,
+    w: Tensor,
+    gate: Gate,
+    state: Tensor,
+    dstate: Tensor,
+    do: Tensor,
+    dw: Tensor | None,
+    chunks: Chunks,
+    shift_q: bool,
+    shift_e: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, e, k per value head and of g; empty where absent."""
+    B, T, HV, V = w.shape
+    HQ, K = q.shape[2:]
+    name = "chunk_dkey_keyed_kernel" if gate.kind == 2 else "chunk_dkey_kernel"
+    tiles = chunk_tiles(name, K, V, w.dtype)
+    blocks = -(-K // tiles.BK)
+    dq = w.new_empty(B, T, HV, K)
+    dk = torch.empty_like(dq)
+    de = torch.empty_like(dq) if e is not None else w.new_empty(0)
+    operands = dict(
+        q=q,
+        e=e,
+        k=k,
+        w=w,
+        state=state,
+        dstate=dstate,
+        do=do,
+        dw=dw,
+        dq=dq,
+        de=de,
+        dk=dk,
+        **chunks.arguments(),
+        T=T,
+        HAS_E=e is not None,
+        SHIFT_Q=shift_q,
+        SHIFT_E=shift_e,
+        HQ=HQ,
+        HE=1 if e is None else e.shape[2],
+        HK=k.shape[2],
+        HV=HV,
+        K=K,
+        V=V,
+        BK=tiles.BK,
+        BV=tiles.BV,
+        PREC=dot_precision(w.dtype),
+    )
+    grid = (chunks.count * HV, blocks)
+    if gate.kind == 2:
+        dscore, dsolve = chunk_dscore(w, do, dw, chunks)
+        assert gate.g is not None
+        dg = torch.empty_like(gate.g)
+        launch(
+            chunk_dkey_keyed_kernel,
+            grid,
+            tiles,
+            **operands,
+            g=gate.g,
+            table=gate.data,
+            dg=dg,
+            dscore=dscore,
+            dsolve=dsolve,
+            LEVELS=chunks.size.bit_length() - 1,
+        )
+        return dq, de, dk, dg
+    dg = w.new_empty(0 if gate.g is None else blocks, B, T, HV, dtype=torch.float32)
+    launch(
+        chunk_dkey_kernel,
+        grid,
+        tiles,
+        **operands,
+        gate=gate.data,
+        dg=dg,
+        dg_stride=B * T * HV,
+        GATE=gate.kind,
+    )
+    if gate.g is None:
+        return dq, de, dk, w.new_empty(0)
+    return dq, de, dk, (dg[0] if blocks == 1 else dg.sum(0)).to(gate.g.dtype)

@@ -1,0 +1,439 @@
+"""What every kernel shares: where a chunk lies, decay inside a chunk, launches and configurations.
+
+Legend: B batch, T tokens, HQ/HK/HE heads of q/k/e, HV value heads, K key size, V value size, N
+sequences, BT chunk, BK and BV tiles of K and V. `b_` blocks, `o_` offsets, `m_` masks, `p_`
+pointers, `i_` indices.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# A gate below this is a decay of exactly zero in float32 and needs no finer representation.
+GATE_FLOOR = tl.constexpr(-8192.0)
+# How many states are at stake decides what a gate multiplies: none, one per head, one per key.
+NO_GATE = tl.constexpr(0)
+HEAD_GATE = tl.constexpr(1)
+KEY_GATE = tl.constexpr(2)
+
+
+@triton.jit
+def locate_chunk(i_c, T, cu_seqlens, chunk_ids, chunk_offsets, BT: tl.constexpr):
+    """First row of the chunk's sequence, the chunk's first token in it, the sequence's length."""
+    if cu_seqlens is None:
+        n_t = tl.cdiv(T, BT)
+        i_n = i_c // n_t
+        i_t = i_c - i_n * n_t
+        bos = i_n.to(tl.int64) * T
+        length = T
+    else:
+        i_n = tl.load(chunk_ids + i_c)
+        i_t = i_c - tl.load(chunk_offsets + i_n)
+        bos = tl.load(cu_seqlens + i_n)
+        length = (tl.load(cu_seqlens + i_n + 1) - bos).to(tl.int32)
+    return bos, i_t * BT, length
+
+
+@triton.jit
+def locate_sequence(i_n, T, cu_seqlens, chunk_offsets, BT: tl.constexpr):
+    """First row, length, number of chunks and first chunk of a sequence."""
+    if cu_seqlens is None:
+        n_t = tl.cdiv(T, BT)
+        bos = i_n.to(tl.int64) * T
+        length = T
+        first = i_n.to(tl.int64) * n_t
+    else:
+        bos = tl.load(cu_seqlens + i_n)
+        length = (tl.load(cu_seqlens + i_n + 1) - bos).to(tl.int32)
+        n_t = tl.cdiv(length, BT)
+        first = tl.load(chunk_offsets + i_n).to(tl.int64)
+    return bos, length, n_t, first
+
+
+@triton.jit
+def split_log(b_g):
+    """A log decay as a multiple of 1/16 and a remainder in [0, 1/16).
+
+    Sums of the first part are exact up to 2^20, so a difference of two sums keeps nothing of what
+    the two share, however strong: a reset (-inf) inside a chunk costs the tokens after it no digit.
+    """
+    b_g = tl.where(b_g < GATE_FLOOR, GATE_FLOOR, b_g)
+    b_hi = tl.floor(b_g * 16.0) * 0.0625
+    return b_hi, b_g - b_hi
+
+
+@triton.jit
+def writer_decay(p_d, o_t, rows, HV: tl.constexpr):
+    """Sums of both parts of the log decay from the chunk's start (p_d) to each token."""
+    p_t = p_d + o_t * (2 * HV)
+    m_t = o_t < rows
+    return tl.load(p_t, mask=m_t, other=0.0), tl.load(p_t + 1, mask=m_t, other=0.0)
+
+
+@triton.jit
+def reader_decay(p_d, o_t, rows, HV: tl.constexpr, SHIFT: tl.constexpr):
+    """As `writer_decay`, without the token's own decay if SHIFT."""
+    p_t = p_d + o_t * (2 * HV)
+    m_t = o_t < rows
+    if SHIFT:
+        p_t -= 2 * HV
+        m_t = m_t & (o_t > 0)
+    return tl.load(p_t, mask=m_t, other=0.0), tl.load(p_t + 1, mask=m_t, other=0.0)
+
+
+@triton.jit
+def whole_decay(p_d, rows, HV: tl.constexpr, BT: tl.constexpr):
+    """Sums of both parts of the log decay of the whole chunk."""
+    p_t = p_d + (tl.minimum(rows, BT) - 1) * (2 * HV)
+    return tl.load(p_t), tl.load(p_t + 1)
+
+
+@triton.jit
+def decay_from_start(r_hi, r_lo):
+    """Decay from the chunk's start to a reader."""
+    return tl.exp(tl.minimum(r_hi + r_lo, 0.0))
+
+
+@triton.jit
+def decay_between(r_hi, r_lo, c_hi, c_lo):
+    """Decay from a writer to a later reader, or to the chunk's end. Shapes broadcast."""
+    return tl.exp(tl.minimum((r_hi - c_hi) + (r_lo - c_lo), 0.0))
+
+
+@triton.jit
+def multiply(a, b):
+    return a * b
+
+
+@triton.jit
+def level_mask(o_i, o_j, level):
+    """Pairs whose reader is in the right and whose writer is in the left half of a block.
+
+    Blocks have 2^(level + 1) tokens: every pair i > j belongs to exactly one level.
+    """
+    b_i = o_i >> level
+    return (b_i[:, None] == (o_j >> level)[None, :] + 1) & ((b_i & 1) == 1)[:, None]
+
+
+@triton.jit
+def pair_decay(p_g, o_i, o_k, m_k, rows, stride):
+    """Decay products in blocks of 2, from a block's start (own decay excluded) and to its end.
+
+    o_i, o_k and m_k are broadcastable to the tile.
+    """
+    right = (o_i & 1) == 1
+    m_left = right & (o_i - 1 < rows) & m_k
+    m_right = (~right) & (o_i + 1 < rows) & m_k
+    b_p = tl.exp(tl.load(p_g + (o_i - 1) * stride + o_k, mask=m_left, other=0.0).to(tl.float32))
+    b_r = tl.exp(tl.load(p_g + (o_i + 1) * stride + o_k, mask=m_right, other=0.0).to(tl.float32))
+    return b_p, b_r
+
+
+@triton.jit
+def widen(b_p, b_r, p_table, o_i, o_k, m_k, level, BT: tl.constexpr, K: tl.constexpr):
+    """Decay products within blocks of 2^level tokens, made those within blocks of twice that.
+
+    The factor that each half of the wider block lacks is the total of the other half, a row of the
+    table.
+    """
+    block = o_i >> level
+    right = (block & 1) == 1
+    row = BT - 2 * (BT >> level) + block
+    b_p *= tl.load(p_table + (row - 1) * K + o_k, mask=right & m_k, other=1.0)
+    b_r *= tl.load(p_table + (row + 1) * K + o_k, mask=(~right) & m_k, other=1.0)
+    return b_p, b_r
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel launch as the host code asked for it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    tiles: "Tiles"
+
+
+@dataclasses.dataclass
+class _Recording:
+    target: str
+    launches: list[Launch]
+
+
+_recording: _Recording | None = None
+
+
+@contextlib.contextmanager
+def record_launches(target: str) -> Iterator[list[Launch]]:
+    """Collect the launches of the host code inside, configured for `target`; run none.
+
+    Operands may be on the meta device. `target`: "sm_80", "sm_90", "sm_100" or "gfx942".
+    """
+    global _recording
+    if _recording is not None:
+        raise RuntimeError("record_launches: already recording")
+    _recording = _Recording(target, [])
+    try:
+        yield _recording.launches
+    finally:
+        _recording = None
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter."""
+    return not isinstance(locate_chunk, triton.runtime.JITFunction)
+
+
+@functools.cache
+def _device_target() -> str:
+    if interpreting():
+        return "interpreter"
+    if torch.version.hip is not None:
+        return str(torch.cuda.get_device_properties(0).gcnArchName).split(":")[0]
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
+def current_target() -> str:
+    """The target that launches are configured for: "sm_90", "gfx942", "interpreter", ..."""
+    return _recording.target if _recording is not None else _device_target()
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """Precision of float32 dots: exact for float32 operands, tf32 where they are 16-bit anyway.
+
+    Exact means three tf32 products on NVIDIA, plain float32 in the interpreter and on AMD.
+    """
+    if dtype != torch.float32:
+        return "tf32"
+    return "tf32x3" if current_target().startswith("sm_") else "ieee"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """One pinned configuration of a kernel: tiles of keys and values, warps, pipeline stages."""
+
+    BK: int
+    BV: int
+    num_warps: int
+    num_stages: int
+
+
+def chunk_tiles(kernel: str, K: int, V: int, dtype: torch.dtype) -> Tiles:
+    """Configuration of a chunk-parallel kernel."""
+    BK, BV = min(64, power_of_two(K)), min(64, power_of_two(V))
+    hopper = current_target() in ("sm_90", "sm_100") and dtype != torch.float32
+    if kernel == "chunk_intra_kernel":
+        return Tiles(16, BV, 4, 1)
+    if kernel == "chunk_dkey_keyed_kernel":
+        return Tiles(min(BK, 32 if hopper else 16), BV, 8, 1)
+    if kernel == "chunk_dkey_kernel":
+        # With a single tile of values the loop over them is unrolled, and registers spill.
+        BV = BV if V > 64 else min(BV, 32)
+        return Tiles(BK, BV, 8, 2) if hopper else Tiles(min(BK, 32), min(BV, 32), 8, 2)
+    if kernel in ("chunk_output_kernel", "chunk_dvalue_kernel") and V % 128 == 0 and hopper:
+        return Tiles(BK, 128, 8, 2)
+    if kernel == "chunk_solve_kernel" and not hopper:
+        return Tiles(BK, BV, 8, 2)
+    return Tiles(BK, BV, 4, 2)
+
+
+def state_tiles(kernel: str, K: int, V: int, dtype: torch.dtype, programs: int = 0) -> Tiles:
+    """Configuration of a kernel that walks the chunks of a sequence with the state in registers.
+
+    programs: how many there are for each tile of values; when many, each takes a wider tile.
+    """
+    target = current_target()
+    BK, BV = power_of_two(K), power_of_two(V)
+    if not kernel.startswith("delta"):
+        deep = target.startswith("sm_8") and kernel == "linear_state_kernel"
+        return Tiles(min(64, BK), min(64, BV), 4, 3 if deep else 2)
+    if dtype == torch.float32 or K > 128:
+        return Tiles(BK, 16, 8, 1)
+    if target.startswith("gfx"):
+        return Tiles(BK, min(32, BV), 4, 1)
+    if target not in ("sm_90", "sm_100"):
+        return Tiles(BK, min(32, BV), 8, 2)
+    if programs >= 128 and BV >= 64:
+        return Tiles(BK, 64, 8, 2)
+    return Tiles(BK, min(32, BV), 4, 2)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], tiles: Tiles, **arguments: Any) -> None:
+    """Run a kernel, or record the launch; an empty grid is no launch."""
+    if _recording is not None:
+        _recording.launches.append(Launch(kernel, grid, arguments, tiles))
+        return
+    if 0 in grid:
+        return
+    device = next(x.device for x in arguments.values() if isinstance(x, Tensor))
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[grid](**arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+
+
+def check_device(name: str, x: Tensor) -> None:
+    """Refuse what the kernels cannot run: float64, bf16 in the interpreter, CPU without it."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"{name}: got dtype {x.dtype}; the kernels accept float32, float16 and bfloat16"
+        )
+    if _recording is not None or x.device.type == "meta":
+        return
+    if interpreting():
+        if x.dtype == torch.bfloat16:
+            raise TypeError(
+                f"{name}: got bfloat16, which Triton's interpreter computes wrongly; "
+                "use float16 or float32"
+            )
+    elif x.device.type != "cuda":
+        raise ValueError(
+            f"{name}: got a tensor on {x.device}; "
+            "the kernels run on a GPU (or with TRITON_INTERPRET=1)"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """Chunks of a batch or of packed sequences; the count is a bound known without cu_seqlens."""
+
+    size: int
+    count: int
+    sequences: int
+    cu_seqlens: Tensor | None
+    ids: Tensor | None
+    offsets: Tensor | None
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "cu_seqlens": self.cu_seqlens,
+            "chunk_ids": self.ids,
+            "chunk_offsets": self.offsets,
+            "BT": self.size,
+        }
+
+
+def make_chunks(batch: int, tokens: int, cu_seqlens: Tensor | None, size: int) -> Chunks:
+    """Cut sequences into chunks of `size` tokens; each packed sequence starts a chunk of its own.
+
+    With packed sequences `count` is an upper bound that depends on shapes only, so that nothing
+    waits for the device; surplus chunks lie past the last sequence's end, where kernels return.
+    """
+    if cu_seqlens is None:
+        return Chunks(size, batch * -(-tokens // size), batch, None, None, None)
+    sequences = cu_seqlens.numel() - 1
+    count = -(-tokens // size) + sequences if tokens else 0
+    cu_seqlens = cu_seqlens.contiguous()
+    per_sequence = (cu_seqlens.diff() + (size - 1)) // size
+    offsets = torch.zeros(sequences + 1, dtype=torch.int32, device=cu_seqlens.device)
+    torch.cumsum(per_sequence, 0, dtype=torch.int32, out=offsets[1:])
+    chunk = torch.arange(count, dtype=torch.int32, device=cu_seqlens.device)
+    ids = torch.searchsorted(offsets, chunk, right=True, out_int32=True) - 1
+    return Chunks(size, count, sequences, cu_seqlens, ids.clamp_(max=sequences - 1), offsets)
+
+
+def given_or_zeros(
+    do: Tensor | None, dfinal: Tensor | None, k: Tensor, w: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the output and of the final state, zeros where nothing depends on them."""
+    if do is None:
+        do = torch.zeros_like(w, memory_format=torch.contiguous_format)
+    if dfinal is None:
+        sequences = w.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        dfinal = w.new_zeros(sequences, w.shape[2], k.shape[3], w.shape[3], dtype=torch.float32)
+    return do, dfinal
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n and 16, the smallest tile of a dot."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def reduce_heads(x: Tensor, heads: int) -> Tensor:
+    """Sum [B, T, HV, D] over the value heads that share one of `heads` heads."""
+    if x.shape[2] == heads:
+        return x
+    return x.unflatten(2, (heads, -1)).sum(3, dtype=torch.float32).to(x.dtype)
+
+
+def _check_packing(batch: int, cu_seqlens: Tensor | None) -> int:
+    """Number of sequences."""
+    if cu_seqlens is None:
+        return batch
+    if batch != 1 or cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int64:
+        raise ValueError(
+            f"cu_seqlens: got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)} with B = {batch}; "
+            "expected int64 [N + 1] with B = 1"
+        )
+    return cu_seqlens.shape[0] - 1
+
+
+def _check_keys(name: str, x: Tensor, B: int, T: int, HV: int, K: int) -> None:
+    if x.ndim != 4 or x.shape[:2] != (B, T) or HV % x.shape[2] or x.shape[3] != K:
+        raise ValueError(
+            f"{name}: got shape {tuple(x.shape)}; "
+            f"expected [{B}, {T}, H, {K}] with H a divisor of {HV}"
+        )
+    if not 1 <= K <= 256:
+        raise ValueError(f"{name}: got key size {K}; the kernels accept 1 to 256")
+
+
+def _check_gate(g: Tensor | None, B: int, T: int, HV: int, K: int) -> None:
+    if g is not None and tuple(g.shape) not in ((B, T, HV), (B, T, HV, K)):
+        raise ValueError(f"g: got shape {tuple(g.shape)}; expected {(B, T, HV)} or {(B, T, HV, K)}")
+
+
+def _check_state(state: Tensor | None, shape: tuple[int, ...]) -> None:
+    if state is not None and tuple(state.shape) != shape:
+        raise ValueError(f"initial_state: got shape {tuple(state.shape)}; expected {shape}")
+
+
+def check_operands(
+    w: Tensor,
+    keys: Mapping[str, Tensor],
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Refuse operands whose shapes do not fit w [B, T, HV, V], naming the first that does not."""
+    if w.ndim != 4:
+        raise ValueError(f"w: got shape {tuple(w.shape)}; expected [B, T, HV, V]")
+    B, T, HV, V = w.shape
+    check_device("w", w)
+    if not 1 <= V <= 256:
+        raise ValueError(f"w: got value size {V}; the kernels accept 1 to 256")
+    K = next(iter(keys.values())).shape[-1]
+    for name, x in keys.items():
+        _check_keys(name, x, B, T, HV, K)
+    _check_gate(g, B, T, HV, K)
+    _check_state(initial_state, (_check_packing(B, cu_seqlens), HV, K, V))
+
+
+def check_importance(
+    k: Tensor, b: Tensor, g: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> None:
+    """Refuse operands whose shapes do not fit b [B, T, HV], naming the first that does not."""
+    if b.ndim != 3:
+        raise ValueError(f"b: got shape {tuple(b.shape)}; expected [B, T, HV]")
+    B, T, HV = b.shape
+    check_device("k", k)
+    K = k.shape[-1]
+    _check_keys("k", k, B, T, HV, K)
+    _check_gate(g, B, T, HV, K)
+    _check_state(initial_state, (_check_packing(B, cu_seqlens), HV, K))
+
+
+def check_step(state: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a state that a step cannot update in place."""
+    if state.dtype != torch.float32 or not state.is_contiguous() or tuple(state.shape) != shape:
+        raise ValueError(
+            f"state: got {state.dtype} {tuple(state.shape)}, contiguous {state.is_contiguous()}; "
+            f"a step updates contiguous float32 {shape} in place"
+        )

@@ -1,0 +1,38 @@
+"""Settings of the kernel tests: Triton's interpreter without a GPU, poisoned buffers."""
+
+import os
+import pathlib
+import sys
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+# For `kernel_cases`, which these tests share.
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+
+def _poisoned(function):
+    """The allocation, filled with NaN where glazoo.kernels asks for it."""
+
+    def allocate(*args, **kwargs):
+        x = function(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if (
+            caller.startswith("glazoo.kernels")
+            and x.is_floating_point()
+            and x.device.type != "meta"
+        ):
+            x.fill_(torch.nan)
+        return x
+
+    return allocate
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel leaves unwritten is NaN, so that it cannot pass for zero."""
+    monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
+    monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))

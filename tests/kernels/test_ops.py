@@ -1,0 +1,113 @@
+"""Registrations with torch, and the errors of the public functions."""
+
+import pytest
+import torch
+from kernel_cases import in_dtype, make_operands
+
+from glazoo.kernels import delta, delta_step, importance, importance_step, linear, linear_step
+
+ONE = {"q": 1, "e": 1, "k": 1, "w": 2}
+
+
+def operands(names, gate="head", T=5, dtype=torch.float32, **options):
+    K = 3 if "b" in names else 16
+    return in_dtype(make_operands(names, 1, T, ONE, K, 16, gate=gate, **options), dtype)
+
+
+@pytest.mark.parametrize(
+    ("gate", "packed"),
+    [("none", False), ("head", True), pytest.param("key", True, marks=pytest.mark.slow)],
+)
+@pytest.mark.parametrize(
+    ("name", "names"), [("linear", "qkw"), ("delta", "qekw"), ("importance", "kb")]
+)
+def test_opcheck(name, names, gate, packed):
+    given = operands(names, gate, T=3, sequences=3 if packed else None)
+    given = [None if x is None else x.requires_grad_() for x in given.values()]
+    cu_seqlens = torch.tensor([0, 2, 2, 3]) if packed else None
+    flags = [] if name == "importance" else [False]
+    torch.library.opcheck(getattr(torch.ops.glazoo, name).default, (*given, cu_seqlens, *flags))
+
+
+@pytest.mark.parametrize(
+    ("name", "names"), [("linear", "qkw"), ("delta", "qekw"), ("importance", "kb")]
+)
+def test_opcheck_step(name, names):
+    given = [*operands(names, T=1).values()]
+    flags = [] if name == "importance" else [False]
+    # Steps update a state: they have no gradients to check.
+    torch.library.opcheck(
+        getattr(torch.ops.glazoo, f"{name}_step").default,
+        (*given, *flags),
+        test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "names"), [(linear, "qkw"), (delta, "qekw"), (importance, "kb")]
+)
+def test_compile_as_one_graph(function, names):
+    compiled = torch.compile(
+        lambda **x: function(**x), fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    for T in (5, 7):
+        given = {k: x.requires_grad_() for k, x in operands(names, T=T).items()}
+        results = []
+        for run in (function, compiled):
+            o, final = run(**given)
+            results.append(
+                [o, final, *torch.autograd.grad(o.sum() + final.sum(), [*given.values()])]
+            )
+        for x, y in zip(*results, strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("function", "names"), [(linear_step, "qkw"), (delta_step, "qekw"), (importance_step, "kb")]
+)
+def test_compile_a_step_as_one_graph(function, names):
+    given = operands(names, T=1)
+    state = given.pop("initial_state")
+    other = state.clone()
+    compiled = torch.compile(lambda **x: function(**x), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(function(**given, state=state), compiled(**given, state=other))
+    assert torch.equal(state, other)
+
+
+def bad(names="qkw", **changes):
+    given = operands(names)
+    return {name: changes[name](x) if name in changes else x for name, x in given.items()}
+
+
+@pytest.mark.parametrize(
+    ("function", "given", "options", "message"),
+    [
+        (linear, bad(q=lambda x: x[:, :3]), {}, r"q: got shape \(1, 3, 1, 16\)"),
+        (linear, bad(k=lambda x: x.repeat(1, 1, 3, 1)), {}, "H a divisor of 2"),
+        (linear, bad(w=lambda x: x[0]), {}, r"expected \[B, T, HV, V\]"),
+        (linear, bad(g=lambda x: x[..., None]), {}, "g: got shape"),
+        (linear, bad(initial_state=lambda x: x[0]), {}, "initial_state: got shape"),
+        (linear, bad(), {"read": "late"}, "read: got 'late'"),
+        (
+            linear,
+            bad(),
+            {"cu_seqlens": torch.tensor([0, 5], dtype=torch.int32)},
+            "cu_seqlens: got torch.int32",
+        ),
+        (delta, bad("qekw"), {"base": "next"}, "base: got 'next'"),
+        (delta, bad("qekw", e=lambda x: x[..., :8]), {}, "e: got shape"),
+        (importance, bad("kb", b=lambda x: x[..., None]), {}, "b: got shape"),
+    ],
+)
+def test_misuse_is_named(function, given, options, message):
+    with pytest.raises(ValueError, match=message):
+        function(**given, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32])
+def test_refused_dtypes(dtype):
+    given = operands("qkw")
+    given["w"] = given["w"].to(dtype)
+    with pytest.raises(TypeError, match="accept float32, float16 and bfloat16"):
+        linear(**given)
