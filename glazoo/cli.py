@@ -14,7 +14,7 @@ from rich.text import Text
 
 import glazoo
 from glazoo.compare.commands import bench, capacity, compare, decay
-from glazoo.converters.commands import convert
+from glazoo.converters.commands import convert, inspect, tune
 from glazoo.program import Program
 from glazoo.spec import Spec
 from glazoo.terminal import AsJson, console, print_json
@@ -238,7 +238,7 @@ def doctor(*, as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-for command in (convert, train, verify, posterior, compare, capacity, decay, bench):
+for command in (convert, tune, inspect, train, verify, posterior, compare, capacity, decay, bench):
     app.command()(command)
 
 

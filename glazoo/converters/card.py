@@ -80,8 +80,8 @@ def model_card(source: Path, settings: Settings, family: Family, card: str | Non
         "```",
         "",
         "`glazoo tune` trains the gates, `glazoo inspect` shows where they stand, and "
-        "`glazoo convert --revert` gives the source back byte for byte. Licence and terms are those "
-        "of the source; its own card is `glazoo/source/README.md`, if it had one.",
+        "`glazoo convert --revert` gives the source back byte for byte. Licence and terms are "
+        "those of the source; its own card is `glazoo/source/README.md`, if it had one.",
         "",
         "The method: Bonnet et al., Learning to Remember, Learn, and Forget in Attention-Based "
         "Models, arXiv:2602.09075.",

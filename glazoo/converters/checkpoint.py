@@ -30,7 +30,6 @@ from glazoo.converters.report import AddedTensor, ConversionReport, FileRecord, 
 from glazoo.converters.settings import FORMAT_VERSION, Settings
 from glazoo.converters.tensors import NewTensor, Shard, read_shard, write_shard
 from glazoo.program import lower
-from glazoo.spec import metaplasticize
 from glazoo.zoo import load
 
 __all__ = ["Checkpoint", "convert_checkpoint", "inspect_checkpoint", "revert_checkpoint"]
@@ -345,9 +344,9 @@ def _without_text_prefix(family: Family, key: str) -> str:
 def _stored_shapes(model: Any) -> tuple[dict[str, tuple[int, ...]], bool]:
     """Gives the shapes of a model's tensors by the names that files have for them, and whether that
     could be worked out."""
-    from transformers.core_model_loading import revert_weight_conversion
-
     try:
+        from transformers.core_model_loading import revert_weight_conversion
+
         state = revert_weight_conversion(model, model.state_dict())
     except Exception:
         # Not a public function: another transformers may take other arguments.
@@ -469,6 +468,7 @@ def convert_checkpoint(
     rank: int | None = None,
     layers: Sequence[int] | None = None,
     seed: int = 0,
+    gain: str = "first_order",
     link: bool = True,
     remote_code: bool = False,
     dry_run: bool = False,
@@ -494,6 +494,8 @@ def convert_checkpoint(
             most 128.
         layers: indices of the layers to convert; default all that can be.
         seed: seed of the gate's inner projection.
+        gain: learning rate of a delta rule: "first_order", beta k / I, or "exact", that of the
+            exact rank-one update. Both are the source at kappa = 0.
         link: hard-link the source's weights where the file system allows it. A link shares its
             content with the source: a program that rewrites one file in place changes both. False
             copies.
@@ -526,6 +528,8 @@ def convert_checkpoint(
         rank=rank,
         layers=layers,
         seed=seed,
+        gain=gain,
+        no_exact_gain=family.no_exact_gain(config),
     )
     _check_apart(source, destination)
     new, added = _added(checkpoint, settings)
@@ -559,7 +563,7 @@ def convert_checkpoint(
         dry_run=dry_run,
         family=family.model_type,
         architecture=family.converted_architecture(checkpoint.architecture),
-        spec=metaplasticize(load(family.spec), gate=settings.gate, rank=settings.rank).name,
+        spec=settings.metaplastic_spec().name,
         gate=settings.gate,
         rank=settings.rank,
         plasticity=settings.plasticity,
@@ -596,7 +600,7 @@ def _state_bytes(checkpoint: Checkpoint, settings: Settings) -> tuple[int, int]:
     spec = load(checkpoint.family.spec)
     per_layer = [
         4 * sizes["H"] * lower(s).state_floats(sizes["K"], sizes["V"])
-        for s in (spec, metaplasticize(spec, gate=settings.gate, rank=settings.rank))
+        for s in (spec, settings.metaplastic_spec())
     ]
     n, converted = len(checkpoint.layers), len(settings.layers)
     return n * per_layer[0], (n - converted) * per_layer[0] + converted * per_layer[1]

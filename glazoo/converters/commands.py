@@ -44,6 +44,10 @@ def convert(
     layers: Annotated[
         str, typer.Option(help="Layers to convert, for example 0,2-5. Default: all that can be.")
     ] = "all",
+    gain: Annotated[
+        Literal["first_order", "exact"],
+        typer.Option(help="Learning rate of a delta rule; both start at the source."),
+    ] = "first_order",
     seed: Annotated[int, typer.Option(help="Seed of the importance gate's projection.")] = 0,
     link: Annotated[
         bool,
@@ -94,7 +98,7 @@ def convert(
     from glazoo.converters.checkpoint import convert_checkpoint, revert_checkpoint
 
     if import_:
-        from glazoo.converters.original import import_original
+        from glazoo.converters.families.original import import_original
 
         if dry_run or verify or revert or report is not None:
             raise ConversionError("--import goes with --force only")
@@ -121,6 +125,7 @@ def convert(
                     rank=rank,
                     layers=_layers(layers),
                     seed=seed,
+                    gain=gain,
                     link=link,
                     remote_code=remote_code,
                     dry_run=dry_run,

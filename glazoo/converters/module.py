@@ -24,6 +24,7 @@ def metaplasticize_model(
     rank: int | None = None,
     layers: Sequence[int] | None = None,
     seed: int = 0,
+    gain: str = "first_order",
     impl: str = "auto",
 ) -> nn.Module:
     """Turns a causal language model into its metaplastic counterpart, in place.
@@ -45,6 +46,8 @@ def metaplasticize_model(
             most 128.
         layers: indices of the layers to convert; default all that can be.
         seed: seed of the gate's inner projection.
+        gain: learning rate of a delta rule: "first_order", beta k / I, or "exact", that of the
+            exact rank-one update. Both are the source at kappa = 0.
         impl: engine of the scan, as in `glazoo.attention`.
 
     Returns:
@@ -71,6 +74,8 @@ def metaplasticize_model(
         rank=rank,
         layers=layers,
         seed=seed,
+        gain=gain,
+        no_exact_gain=family.no_exact_gain(config),
     )
     convert_in_place(model, family, settings)
     return set_impl(model, impl)

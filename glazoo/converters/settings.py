@@ -8,14 +8,16 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 from glazoo.converters.errors import ConversionError
+from glazoo.spec import Spec, metaplasticize
 from glazoo.zoo import load
 
-__all__ = ["FORMAT_VERSION", "GateShape", "Settings", "default_rank"]
+__all__ = ["FORMAT_VERSION", "Gain", "GateShape", "Settings", "default_rank"]
 
 FORMAT_VERSION = 1
 """Version of the converted format; raised whenever an older reader would misread a newer folder."""
 
 GateShape = Literal["head", "value"]
+Gain = Literal["first_order", "exact"]
 
 
 def default_rank(hidden_size: int) -> int:
@@ -43,6 +45,8 @@ class Settings:
     """Indices of the converted layers."""
     seed: int
     """Seed of the importance gate's inner projection."""
+    gain: Gain = "first_order"
+    """Learning rate of a delta rule."""
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -59,6 +63,8 @@ class Settings:
         rank: int | None,
         layers: Sequence[int] | None,
         seed: int,
+        gain: str = "first_order",
+        no_exact_gain: str | None = None,
     ) -> Settings:
         """Checks what a caller asked for and fills in the defaults."""
         if not (isinstance(plasticity, int | float) and math.isfinite(plasticity)):
@@ -70,6 +76,10 @@ class Settings:
             gate = "value" if load(spec).posterior.correction == "none" else "head"
         if gate not in ("head", "value"):
             raise ConversionError(f"gate: got {gate!r}, accepted are 'head' and 'value'")
+        if gain not in ("first_order", "exact"):
+            raise ConversionError(f"gain: got {gain!r}, accepted are 'first_order' and 'exact'")
+        if gain == "exact" and no_exact_gain is not None:
+            raise ConversionError(f"gain: 'exact' is not possible here: {no_exact_gain}")
         if rank is None:
             rank = default_rank(hidden_size)
         if not 1 <= rank <= hidden_size:
@@ -93,7 +103,14 @@ class Settings:
             plasticity=float(plasticity),
             layers=chosen,
             seed=seed,
+            gain=cast(Gain, gain),
         )
+
+    def metaplastic_spec(self) -> Spec:
+        """Gives the spec that the converted mixers follow."""
+        spec = metaplasticize(load(self.spec), gate=self.gate, rank=self.rank)
+        posterior = spec.posterior.model_copy(update={"gain": self.gain})
+        return Spec.model_validate(spec.model_copy(update={"posterior": posterior}).model_dump())
 
     def to_block(self) -> dict[str, Any]:
         """Gives the block as JSON data."""

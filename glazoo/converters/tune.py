@@ -124,6 +124,12 @@ def save_gates(
         raise ConversionError(f"cannot write {destination}: {one_line(e)}") from e
 
 
+def _gates_apart(folder: Path) -> bool:
+    """Says whether a folder keeps its gates in files of their own, as conversions write them."""
+    _, shards = _read_shards(folder)
+    return all(len({".metaplastic." in key for key in shard.tensors}) <= 1 for shard in shards)
+
+
 def _save_all(source: Path, dst: Path, model: Any, *, force: bool) -> None:
     """Writes a whole model, with the source's further files."""
     destination = Path(os.path.abspath(dst))
@@ -228,6 +234,7 @@ def tune_checkpoint(
     if not resume and last is not None:
         raise ConversionError(f"{work} has checkpoints: --resume continues, or remove the folder")
     model, _ = load_converted(source, dtype=getattr(torch, dtype))
+    apart = _gates_apart(source)
     ids = read_tokens(texts, tokenizer or str(source), vocabulary=_vocabulary(model))
     count = len(ids) // length
     held = max(1, round(count * validation))
@@ -277,7 +284,7 @@ def tune_checkpoint(
         if work.is_dir() and not any(work.iterdir()):
             work.rmdir()
     model.eval()
-    if everything:
+    if everything or not apart:
         _save_all(source, destination, model, force=force)
     else:
         save_gates(source, destination, model, force=force)

@@ -18,8 +18,6 @@ from glazoo.converters.errors import ConversionError
 from glazoo.converters.families import FAMILIES, Block, Family
 from glazoo.converters.gate import ImportanceGate
 from glazoo.converters.settings import Settings
-from glazoo.spec import metaplasticize
-from glazoo.zoo import load
 
 __all__ = ["attach", "config_class", "convert_in_place", "find_mixers", "model_class", "register"]
 
@@ -196,7 +194,7 @@ def attach(model: nn.Module, family: Family, settings: Settings) -> None:
     """
     config: Any = model.config
     sizes = family.symbols(config)
-    spec = metaplasticize(load(settings.spec), gate=settings.gate, rank=settings.rank)
+    spec = settings.metaplastic_spec()
     mixers = find_mixers(model, family)
     if absent := sorted(set(settings.layers) - set(mixers)):
         raise ConversionError(f"the model has no {family.mixer} in the layers {absent}")

@@ -123,6 +123,7 @@ def test_everything_else_is_carried_over(source: Path, tmp_path: Path) -> None:
         "plasticity": 0.0,
         "layers": [0, 1],
         "seed": 0,
+        "gain": "first_order",
     }
     assert (dst.stat().st_mode & 0o777) == (source.stat().st_mode & 0o777)
 

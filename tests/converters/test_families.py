@@ -223,6 +223,41 @@ def test_bfloat16_models_agree_within_their_rounding(name: str) -> None:
     assert wide == {torch.float32}
 
 
+@pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear"])
+@pytest.mark.parametrize("gate", ["head", "value"])
+def test_the_exact_gain_starts_at_the_source_too(name: str, gate: str, tmp_path: Path) -> None:
+    source = tiny_model(name)
+    source.save_pretrained(tmp_path / "s")
+    convert_checkpoint(tmp_path / "s", tmp_path / "c", gain="exact", gate=gate)
+    verified = verify_checkpoint(
+        tmp_path / "s", tmp_path / "c", batch=2, tokens=21, new_tokens=4, float64=True
+    )
+    assert not [c for c in verified.checks if not c.passed]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "c").eval()
+    first: Any = metaplasticize_model(source, gate=gate)
+    for m in (model, first):
+        open_gates(m)
+    ids, _ = ids_and_mask()
+    with torch.no_grad():
+        exact, plain = model(ids).logits, first(ids).logits
+    # Away from the source they are two models.
+    assert float((exact - plain).abs().max()) > 1e-3
+
+
+def test_the_exact_gain_is_refused_where_there_is_none() -> None:
+    for name, message in (
+        ("mamba2", "'mamba2' subtracts no prediction"),
+        ("minimax", "'lightning' subtracts no prediction"),
+        ("olmo_hybrid", "linear_allow_neg_eigval lets the write gate exceed 1"),
+    ):
+        with pytest.raises(ConversionError, match=f"gain: 'exact' is not possible here: {message}"):
+            metaplasticize_model(tiny_model(name), gain="exact")
+    tame = tiny_model("olmo_hybrid", linear_allow_neg_eigval=False)
+    assert metaplasticize_model(tame, gain="exact") is tame
+    with pytest.raises(ConversionError, match="gain: got 'half'"):
+        metaplasticize_model(tiny_model("qwen3_next"), gain="half")
+
+
 def test_layers_of_other_kinds_are_left_alone(tmp_path: Path) -> None:
     tiny_model("nemotron_h").save_pretrained(tmp_path / "s")
     report = convert_checkpoint(tmp_path / "s", tmp_path / "c", layers=[3])

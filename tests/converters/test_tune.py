@@ -94,6 +94,19 @@ def test_everything_is_trained_if_asked_for(converted: Path, tmp_path: Path, tex
         revert_checkpoint(tmp_path / "t", tmp_path / "back")
 
 
+def test_folders_that_were_saved_again_are_tuned_too(
+    converted: Path, tmp_path: Path, text: Path
+) -> None:
+    model, _ = load_converted(converted)
+    model.save_pretrained(tmp_path / "again")  # type: ignore[operator]
+    report = tune_checkpoint(tmp_path / "again", tmp_path / "t", [text], **SMALL)
+    assert report.trained == "gates"
+    tuned, _ = load_converted(tmp_path / "t")
+    assert gate_summaries(tuned) == report.gates
+    for key, p in model.named_parameters():
+        assert (".metaplastic." in key) or torch.equal(p, tuned.get_parameter(key))
+
+
 def test_an_interrupted_run_is_resumed(
     converted: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from glazoo.converters.errors import ConversionError
+from glazoo.zoo import load
 
 __all__ = ["Block", "Family", "Sizes", "TensorRule"]
 
@@ -86,6 +87,8 @@ class Family:
     text: str | None = None
     """Configuration field that holds the language model's configuration, where there are others
     beside it."""
+    write_above_one: str | None = None
+    """Configuration field that lets the write gate of a delta rule exceed 1."""
     cache: str = "past_key_values"
     """Name of the cache in the models' arguments and outputs."""
     positions: bool = False
@@ -171,6 +174,15 @@ class Family:
     def layer_kinds(self, config: Any) -> tuple[str, ...]:
         """Gives the kind of every layer."""
         return tuple(self.text_config(config).layer_types)
+
+    def no_exact_gain(self, config: Any) -> str | None:
+        """Says why the mixers cannot have the exact gain, or gives None if they can."""
+        if load(self.spec).posterior.correction != "full":
+            return f"{self.spec!r} subtracts no prediction"
+        field = self.write_above_one
+        if field is not None and getattr(self.text_config(config), field):
+            return f"{field} lets the write gate exceed 1, which no exact gain can"
+        return None
 
     def split_key(self, key: str) -> tuple[int, str, str] | None:
         """Splits a tensor name into layer, mixer prefix and name inside the mixer, if it belongs to

@@ -218,7 +218,9 @@ QWEN4_EXP_TEXT = _delta(
     config="Qwen4ExpText",
     prefix="Text",
 )
-OLMO_HYBRID = _delta("olmo_hybrid", "OlmoHybrid", block=JOINT_DELTA)
+OLMO_HYBRID = _delta(
+    "olmo_hybrid", "OlmoHybrid", block=JOINT_DELTA, write_above_one="linear_allow_neg_eigval"
+)
 
 
 def _channel(

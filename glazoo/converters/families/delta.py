@@ -82,20 +82,32 @@ class DeltaMixer(ConvolvedMixer):
         heads, key, value = self._sizes()
         q, k, v = mixed.split([heads * key, heads * key, mixed.shape[-1] - 2 * heads * key], -1)
         beta = beta.to(wide)
+        unit = _unit(k.unflatten(-1, (heads, key)))
         y, packed = self._scan(
             _unit(q.unflatten(-1, (heads, key))),
-            _unit(k.unflatten(-1, (heads, key))),
+            unit,
             v.unflatten(-1, (-1, value)),
             hidden=hidden_states,
             write=beta,
             packed=self._cached(cache_params),
             keep=cache_params is not None,
             g=g.to(wide),
-            beta=beta,
+            beta=self._precision(beta, unit),
         )
         if cache_params is not None:
             cache_params.update_recurrent_state(packed, self.layer_idx)
         return self._finish(y.to(dtype), z.unflatten(-1, (-1, value)))
+
+    def _precision(self, beta: Tensor, k: Tensor) -> Tensor:
+        """Gives the write gate of the spec.
+
+        The source's learning rate beta k is the exact gain r k / (1 + r k^2) of the precision
+        r = beta / (1 - beta k^2) at importance 1.
+        """
+        if self.metaplastic_spec.posterior.gain == "first_order":
+            return beta
+        square = (k * k).sum(-1).repeat_interleave(beta.shape[-1] // k.shape[2], dim=-1)
+        return beta / (1 - beta * square).clamp(min=torch.finfo(beta.dtype).eps)
 
 
 class _HeadDecayMixer(DeltaMixer):

@@ -1,0 +1,287 @@
+"""Memory read through a full precision matrix: G and Hm linear, o = G^T (Hm + Lambda)^-1 q.
+
+    G_t = a_t G_{t-1} + k_t w_t^T        Hm_t = a_t Hm_{t-1} + beta_t k_t k_t^T
+    x_t = (Hm_t + Lambda)^-1 q_t         o_t = G_t^T x_t          u_t = q_t . x_t
+
+o is `linear` read with the query x. Only the solution x is computed here, by conjugate gradients
+for several tokens at once: with Hm_s the matrix at the start of a chunk, P the decay since and D
+that between two tokens,
+
+    Hm_t y = P_t Hm_s y + sum_{j <= t} D_tj beta_j k_j (k_j . y)
+
+is three matmuls for all tokens of a block. Backward, z = (Hm + Lambda)^-1 dx is one more solve;
+then dq = z, dLambda = -sum_t z x, and the gradient of Hm is -z x^T: that of `linear` with queries
+z, keys k, values beta k and output gradients -x.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    Tiles,
+    check_device,
+    check_operands,
+    dot_precision,
+    launch,
+    locate_chunk,
+    make_chunks,
+    power_of_two,
+    reduce_heads,
+    split_log,
+)
+from .linear import linear, linear_backward
+from .synapse import border_states, check_states, full_prior
+
+# Tokens between two stored matrices; tokens that one program solves for.
+BORDER = 64
+BLOCK = 16
+# Conjugate gradients end after this many times the key size, or when every residual of a block is
+# this
+# small against its right-hand side (rounding of float32 leaves about that much).
+ROUNDS = 2
+TOLERANCE = 1e-6
+
+
+@triton.jit
+def apply(b_x, b_d, b_first, b_p, p_room, p_k, p_h, o_r, o_t, o_k, rows, KEYS: tl.constexpr,
+          K: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+    """(Hm + Lambda) x of every token; what contracts over keys is read back in slices of BC."""
+    m_k = o_k < K
+    tl.store(p_room + o_r[:, None] * BK + o_k[None, :], b_x)
+    tl.debug_barrier()
+    b_s = tl.zeros(b_d.shape, tl.float32)
+    b_y = tl.zeros(b_x.shape, tl.float32)
+    o_c = tl.arange(0, BC)
+    for i in range(tl.cdiv(K, BC)):
+        c = i * BC + o_c
+        b_c = tl.load(p_room + o_r[:, None] * BK + c[None, :])
+        m_ct = (c < K)[:, None] & (o_t < rows)[None, :]
+        b_k = tl.load(p_k + o_t[None, :] * KEYS + c[:, None], mask=m_ct, other=0.0).to(tl.float32)
+        b_h = tl.load(
+            p_h + c[:, None] * K + o_k[None, :], mask=(c < K)[:, None] & m_k[None, :], other=0.0
+        )
+        b_s = tl.dot(b_c, b_k, b_s, input_precision=PREC, out_dtype=tl.float32)
+        b_y = tl.dot(b_c * b_first[:, None], b_h, b_y, input_precision=PREC, out_dtype=tl.float32)
+    m_tk = (o_t < rows)[:, None] & m_k[None, :]
+    b_k = tl.load(p_k + o_t[:, None] * KEYS + o_k[None, :], mask=m_tk, other=0.0).to(tl.float32)
+    b_y = tl.dot(b_s * b_d, b_k, b_y, input_precision=PREC, out_dtype=tl.float32)
+    tl.debug_barrier()
+    return b_y + b_p[None, :] * b_x
+
+
+@triton.jit(do_not_specialize=["T"])
+def full_solve_kernel(r, k, beta, g, prior, state, room, x, cu_seqlens, chunk_ids, chunk_offsets, T,
+                      ROUNDS: tl.constexpr, TOLERANCE: tl.constexpr, HR: tl.constexpr, HK:
+                      tl.constexpr,
+                      HV: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
+                      BK: tl.constexpr, BC: tl.constexpr, PREC: tl.constexpr):  # fmt: skip
+    """x = (Hm + Lambda)^-1 r of BR tokens, by conjugate gradients preconditioned with the diagonal
+    Lambda."""
+    i_c = (tl.program_id(0) // HV).to(tl.int64)
+    i_h = tl.program_id(0) % HV
+    bos, t0, length = locate_chunk(i_c, T, cu_seqlens, chunk_ids, chunk_offsets, BT)
+    if t0 + tl.program_id(1) * BR >= length:
+        return
+    row0 = bos + t0
+    rows = length - t0
+    o_t = tl.arange(0, BT)
+    o_i = tl.arange(0, BR)
+    o_r = tl.program_id(1) * BR + o_i
+    o_k = tl.arange(0, BK)
+    m_k = o_k < K
+    m_rk = (o_r < rows)[:, None] & m_k[None, :]
+    m_t = o_t < rows
+    m_s = o_r[:, None] >= o_t[None, :]
+    b_beta = tl.load(beta + (row0 + o_t) * HV + i_h, mask=m_t, other=0.0).to(tl.float32)
+    b_first = tl.full([BR], 1.0, tl.float32)
+    b_d = tl.where(m_s, b_beta[None, :], 0.0)
+    if g is not None:
+        b_g = tl.load(g + (row0 + o_t) * HV + i_h, mask=m_t, other=0.0).to(tl.float32)
+        b_hi, b_lo = split_log(b_g)
+        c_hi = tl.cumsum(b_hi, 0)
+        c_lo = tl.cumsum(b_lo, 0)
+        r_hi = tl.sum(tl.where(m_s, b_hi[None, :], 0.0), 1)
+        r_lo = tl.sum(tl.where(m_s, b_lo[None, :], 0.0), 1)
+        b_first = tl.exp(tl.minimum(r_hi + r_lo, 0.0))
+        b_x = (r_hi[:, None] - c_hi[None, :]) + (r_lo[:, None] - c_lo[None, :])
+        b_d *= tl.exp(tl.minimum(b_x, 0.0))
+    b_p = tl.load(prior + i_h * K + o_k, mask=m_k, other=1.0)
+    p_r = r + ((row0 + o_r) * HR + i_h // (HV // HR))[:, None] * K + o_k[None, :]
+    p_k = k + (row0 * HK + i_h // (HV // HK)) * K
+    p_h = state + (i_c * HV + i_h) * (K * K)
+    p_room = room + ((i_c * HV + i_h) * (BT // BR) + tl.program_id(1)) * (BR * BK)
+    b_r = tl.load(p_r, mask=m_rk, other=0.0).to(tl.float32)
+    b_y = tl.zeros([BR, BK], tl.float32)
+    b_z = b_r / b_p[None, :]
+    b_v = b_z
+    b_rz = tl.sum(b_r * b_z, 1)
+    b_goal = b_rz * (TOLERANCE * TOLERANCE)
+    left = tl.sum(tl.where(b_rz > b_goal, 1, 0), 0)
+    i = 0
+    while (i < ROUNDS * K) & (left > 0):
+        b_av = apply(
+            b_v, b_d, b_first, b_p, p_room, p_k, p_h, o_i, o_t, o_k, rows, HK * K, K, BK, BC, PREC
+        )
+        b_vav = tl.sum(b_v * b_av, 1)
+        # A token that is done stays where it is.
+        b_alpha = tl.where(b_rz > b_goal, b_rz / tl.where(b_vav > 0.0, b_vav, 1.0), 0.0)
+        b_y += b_alpha[:, None] * b_v
+        b_r -= b_alpha[:, None] * b_av
+        b_z = b_r / b_p[None, :]
+        b_new = tl.sum(b_r * b_z, 1)
+        b_v = b_z + (b_new / tl.where(b_rz > 0.0, b_rz, 1.0))[:, None] * b_v
+        b_rz = b_new
+        left = tl.sum(tl.where(b_rz > b_goal, 1, 0), 0)
+        i += 1
+    tl.store(x + ((row0 + o_r) * HV + i_h)[:, None] * K + o_k[None, :], b_y, mask=m_rk)
+
+
+def run_full_solve(
+    r: Tensor,
+    k: Tensor,
+    beta: Tensor,
+    g: Tensor | None,
+    prior: Tensor,
+    matrix: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """x = (Hm + Lambda)^-1 r in float32 and the final Hm."""
+    r, k, beta, prior = r.contiguous(), k.contiguous(), beta.contiguous(), prior.contiguous()
+    g = None if g is None else g.contiguous()
+    matrix = None if matrix is None else matrix.contiguous()
+    B, T, HV = beta.shape
+    HK, K = k.shape[2:]
+    chunks = make_chunks(B, T, cu_seqlens, BORDER)
+    w = _weighted(k, beta)
+    state, _, final, _ = border_states(k, w, None, g, matrix, None, chunks)
+    BK = power_of_two(K)
+    room = r.new_empty(chunks.count, HV, BORDER, BK, dtype=torch.float32)
+    x = r.new_empty(B, T, HV, K, dtype=torch.float32)
+    tiles = Tiles(BK, BK, min(16, max(4, BK // 16)), 1)
+    launch(
+        full_solve_kernel, (chunks.count * HV, BORDER // BLOCK), tiles,
+        r=r, k=k, beta=beta, g=g, prior=prior, state=state, room=room, x=x, T=T,
+        **chunks.arguments(), ROUNDS=ROUNDS,
+        TOLERANCE=TOLERANCE, HR=r.shape[2], HK=HK, HV=HV, K=K, BR=BLOCK, BK=BK,
+        BC=min(32, BK), PREC=dot_precision(k.dtype),
+    )  # fmt: skip
+    return x, final
+
+
+full_solve = torch.library.custom_op("glazoo::full_solve", run_full_solve, mutates_args=())
+
+
+@full_solve.register_fake
+def _(r, k, beta, g, prior, matrix, cu_seqlens):  # type: ignore[no-untyped-def]
+    B, T, HV = beta.shape
+    K = k.shape[3]
+    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    x = r.new_empty(B, T, HV, K, dtype=torch.float32)
+    return x, r.new_empty(sequences, HV, K, K, dtype=torch.float32)
+
+
+def _weighted(k: Tensor, beta: Tensor) -> Tensor:
+    """beta k for every value head, in k's dtype."""
+    k = k.repeat_interleave(beta.shape[2] // k.shape[2], 2)
+    return (k * beta.unsqueeze(3)).to(k.dtype)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs, output[0])
+
+
+def _backward(ctx, dx, dfinal):  # type: ignore[no-untyped-def]
+    r, k, beta, g, prior, matrix, cu_seqlens, x = ctx.saved_tensors
+    HV, HK = beta.shape[2], k.shape[2]
+    z, _ = full_solve(dx.contiguous(), k, beta, g, prior, matrix, cu_seqlens)
+    dprior = -(z * x).sum((0, 1))
+    w = _weighted(k, beta)
+    _, dk, dw, dg, dmatrix = linear_backward(
+        (-x).to(k.dtype), dfinal.contiguous(), z.to(k.dtype), k, w, g, matrix, cu_seqlens, False
+    )
+    wide = k.repeat_interleave(HV // HK, 2)
+    dbeta = (dw.float() * wide.float()).sum(3).to(beta.dtype)
+    dk = dk + reduce_heads((dw * beta.unsqueeze(3)).to(k.dtype), HK)
+    return (
+        reduce_heads(z, r.shape[2]).to(r.dtype),
+        dk.to(k.dtype),
+        dbeta,
+        None if g is None else dg,
+        dprior,
+        None if matrix is None else dmatrix,
+        None,
+    )
+
+
+full_solve.register_autograd(_backward, setup_context=_setup_context)
+
+
+def full(
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    prior: Tensor,
+    initial_state: tuple[Tensor, Tensor] | None = None,
+    uncertainty: bool = False,
+    solver: str = "cg",
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+    """Gated linear memory read through its full precision matrix.
+
+        G_t = a_t G_{t-1} + k_t w_t^T            Hm_t = a_t Hm_{t-1} + beta_t k_t k_t^T
+        o_t = G_t^T (Hm_t + Diag(prior))^-1 q_t
+        u_t = q_t^T (Hm_t + Diag(prior))^-1 q_t                     uncertainty
+
+    Args:
+        q: queries, scaled, [B, T, H or HV, K].
+        k: keys, [B, T, H or HV, K].
+        w: values times write gate, [B, T, HV, V]; float32, float16 or bfloat16.
+        beta: weight of a token in the precision, >= 0, [B, T, HV].
+        g: natural log decay, <= 0, -inf allowed, [B, T, HV]; None is no decay.
+        prior: precision before the first token, > 0, [HV] or [HV, K].
+        initial_state: G [N, HV, K, V] and Hm [N, HV, K, K], symmetric; zeros if None.
+        uncertainty: whether to return u.
+        solver: "cg", conjugate gradients, the only one here.
+        cu_seqlens: int64 [N + 1], packs N sequences into B = 1; empty ones allowed.
+
+    Returns:
+        o [B, T, HV, V] in w's dtype, the final G and Hm in float32, and u [B, T, HV] or None.
+
+    Raises:
+        ValueError: a shape or an option is not one of the above, or w is on no GPU.
+        TypeError: a dtype that the kernels do not accept.
+
+    Reference: von Oswald et al., MesaNet: Sequence Modeling by Locally Optimal Test-Time Training
+    (arXiv:2506.05233), the mesa layer and its conjugate gradients over chunks.
+    """
+    if solver != "cg":
+        raise ValueError(f"solver: got {solver!r}; the kernels have 'cg'")
+    check_operands(w, {"q": q, "k": k}, g, None, cu_seqlens)
+    B, T, HV, V = w.shape
+    K = k.shape[3]
+    if tuple(beta.shape) != (B, T, HV):
+        raise ValueError(f"beta: got shape {tuple(beta.shape)}; expected {(B, T, HV)}")
+    if g is not None and g.ndim != 3:
+        raise ValueError(f"g: got shape {tuple(g.shape)}; expected {(B, T, HV)}")
+    check_device("beta", beta)
+    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    memory: Any = None
+    matrix: Any = None
+    if initial_state is not None:
+        memory, _ = check_states((initial_state[0],) * 2, (sequences, HV, K, V))
+        matrix, _ = check_states((initial_state[1],) * 2, (sequences, HV, K, K))
+    prior = full_prior(prior, HV, K)
+    q, k = q.to(w.dtype), k.to(w.dtype)
+    x, matrix = full_solve(q, k, beta, g, prior, matrix, cu_seqlens)
+    o, memory = linear(x.to(w.dtype), k, w, g, initial_state=memory, cu_seqlens=cu_seqlens)
+    u = None
+    if uncertainty:
+        u = (q.repeat_interleave(HV // q.shape[2], 2).float() * x).sum(3).to(w.dtype)
+    return o, (memory, matrix), u

@@ -1,0 +1,1049 @@
+"""Delta rules with an importance of their own for every synapse, token after token.
+
+    J'_t = a_t J_{t-1}         J_t = J'_t + c_t^2 b_t^T         I' = J' + prior,  I = J + prior
+    mu'_t = (a_t I_{t-1} / I'_t) mu_{t-1}                       (frozen: mu' = a mu, J = 0)
+
+    first_order:        mu = mu' + (k / I) (beta (v - x^T e))^T
+    exact:              mu = mu' + G * (v - x^T e)^T            G = (k / I') gamma^T
+    exact, diagonal:    mu = mu' * (1 - k G) + G v^T
+
+with gamma = beta / (1 + beta sum_k k^2 / I') and x = mu', or mu_{t-1} for the base "prev".
+
+A gain that differs from synapse to synapse does not factor, so there is no matmul form: the states
+stay in registers, and programs share the work by heads and values. Backward, the states at some
+tokens are stored, and from there those of every token of a piece are computed again. Gradients of
+what all values share are added up atomically where several programs share the values, so that
+their last bits may differ from run to run on a GPU.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    Tiles,
+    check_device,
+    check_operands,
+    check_step,
+    launch,
+    locate_sequence,
+    make_chunks,
+    power_of_two,
+    reduce_heads,
+)
+from .synapse import (
+    check_reciprocal,
+    check_states,
+    contiguous,
+    full_prior,
+    gate_kind,
+    reciprocal,
+    reciprocal_kind,
+    wants_gradient,
+)
+
+
+@triton.jit
+def load_decay(g, row, o_k, m_k, GATE: tl.constexpr, K: tl.constexpr):
+    """exp(g) of a token as a column of keys, 1 without a gate."""
+    if GATE == 0:
+        b_a = tl.where(m_k, 1.0, 1.0)
+    elif GATE == 1:
+        b_a = tl.exp(tl.load(g + row + o_k * 0).to(tl.float32))
+    else:
+        b_a = tl.exp(tl.load(g + row * K + o_k, mask=m_k, other=0.0).to(tl.float32))
+    return b_a
+
+
+@triton.jit
+def load_key(x, row, i_h, o_k, m_k, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr):
+    """A vector over keys of a token, of the head that a value head reads."""
+    p_x = x + (row * H + i_h // (HV // H)) * K + o_k
+    return tl.load(p_x, mask=m_k, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_value(x, row, o_v, m_v, V: tl.constexpr):
+    return tl.load(x + row * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def add(p_x, b_x, m_x, PARTS: tl.constexpr):
+    """Store, or add to what other programs add to."""
+    if PARTS == 1:
+        tl.store(p_x, b_x, mask=m_x)
+    else:
+        tl.atomic_add(p_x, b_x, mask=m_x, sem="relaxed")
+
+
+@triton.jit
+def correct(
+    b_m,
+    b_j,
+    b_a,
+    b_k,
+    b_e,
+    b_c,
+    b_p,
+    b_v,
+    b_beta,
+    b_b,
+    FROZEN: tl.constexpr,
+    EXACT: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    PREV: tl.constexpr,
+    RECIP: tl.constexpr,
+):
+    """mu and J after a token, and 1 / I."""
+    if FROZEN:
+        b_before = reciprocal(b_p, RECIP)[:, None] + tl.zeros_like(b_m)
+        b_after = b_before
+        b_x = b_a[:, None] * b_m
+    else:
+        b_i = b_j + b_p[:, None]
+        b_j = b_a[:, None] * b_j
+        b_before = reciprocal(b_j + b_p[:, None], RECIP)
+        b_x = (b_a[:, None] * b_i * b_before) * b_m
+        b_j += (b_c * b_c)[:, None] * b_b[None, :]
+        b_after = reciprocal(b_j + b_p[:, None], RECIP)
+    if DIAGONAL:
+        b_u = b_v
+    elif PREV:
+        b_u = b_v - tl.sum(b_m * b_e[:, None], 0)
+    else:
+        b_u = b_v - tl.sum(b_x * b_e[:, None], 0)
+    if EXACT:
+        b_s = tl.sum((b_k * b_k)[:, None] * b_before, 0)
+        b_g = b_k[:, None] * b_before * (b_beta / (1.0 + b_beta * b_s))[None, :]
+        if DIAGONAL:
+            b_x -= b_x * (b_k[:, None] * b_g)
+        b_m = b_x + b_g * b_u[None, :]
+    else:
+        b_m = b_x + (b_k[:, None] * b_after) * (b_beta * b_u)[None, :]
+    return b_m, b_j, b_after
+
+
+@triton.jit(do_not_specialize=["T"])
+def synapse_delta_kernel(
+    q,
+    k,
+    e,
+    c,
+    v,
+    beta,
+    b,
+    g,
+    prior,
+    initial_m,
+    initial_j,
+    final_m,
+    final_j,
+    o,
+    u,
+    kept,
+    cu_seqlens,
+    kept_offsets,
+    T,
+    PIECE: tl.constexpr,
+    GATE: tl.constexpr,
+    EXACT: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    PREV: tl.constexpr,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    HE: tl.constexpr,
+    HC: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    RECIP: tl.constexpr,
+):
+    """Output and final states; or, with `kept`, the states before every PIECE tokens."""
+    FROZEN: tl.constexpr = b is None
+    i_n = (tl.program_id(0) // HV).to(tl.int64)
+    i_h = tl.program_id(0) % HV
+    bos, length, _, first = locate_sequence(i_n, T, cu_seqlens, kept_offsets, PIECE)
+    o_k = tl.arange(0, BK)
+    o_v = tl.program_id(1) * BV + tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k[:, None] & m_v[None, :]
+    o_kv = o_k[:, None] * V + o_v[None, :]
+    p_s = (i_n * HV + i_h) * (K * V) + o_kv
+    b_p = tl.load(prior + i_h * K + o_k, mask=m_k, other=1.0)
+    b_m = tl.zeros([BK, BV], tl.float32)
+    b_j = tl.zeros([BK, BV], tl.float32)
+    if initial_m is not None:
+        b_m += tl.load(initial_m + p_s, mask=m_kv, other=0.0)
+        if not FROZEN:
+            b_j += tl.load(initial_j + p_s, mask=m_kv, other=0.0)
+    for t in range(length):
+        row = (bos + t) * HV + i_h
+        if kept is not None:  # noqa: SIM102
+            if t % PIECE == 0:
+                p_x = ((first + t // PIECE) * HV + i_h) * (2 * K * V) + o_kv
+                tl.store(kept + p_x, b_m, mask=m_kv)
+                tl.store(kept + p_x + K * V, b_j, mask=m_kv)
+        b_a = load_decay(g, row, o_k, m_k, GATE, K)
+        b_k = load_key(k, bos + t, i_h, o_k, m_k, HK, HV, K)
+        b_e = load_key(e, bos + t, i_h, o_k, m_k, HE, HV, K)
+        b_c = load_key(c, bos + t, i_h, o_k, m_k, HC, HV, K)
+        b_v = load_value(v, row, o_v, m_v, V)
+        b_beta = load_value(beta, row, o_v, m_v, V)
+        b_b = b_v
+        if not FROZEN:
+            b_b = load_value(b, row, o_v, m_v, V)
+        b_m, b_j, b_r = correct(
+            b_m,
+            b_j,
+            b_a,
+            b_k,
+            b_e,
+            b_c,
+            b_p,
+            b_v,
+            b_beta,
+            b_b,
+            FROZEN,
+            EXACT,
+            DIAGONAL,
+            PREV,
+            RECIP,
+        )
+        if kept is None:
+            b_q = load_key(q, bos + t, i_h, o_k, m_k, HQ, HV, K)
+            b_o = tl.sum(b_m * b_q[:, None], 0)
+            tl.store(o + row * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
+            if u is not None:
+                b_u = tl.sum(b_r * (b_q * b_q)[:, None], 0)
+                tl.store(u + row * V + o_v, b_u.to(u.dtype.element_ty), mask=m_v)
+    if kept is None:
+        tl.store(final_m + p_s, b_m, mask=m_kv)
+        tl.store(final_j + p_s, b_j, mask=m_kv)
+
+
+@triton.jit(do_not_specialize=["T"])
+def synapse_delta_backward_kernel(
+    q,
+    k,
+    e,
+    c,
+    v,
+    beta,
+    b,
+    g,
+    prior,
+    kept,
+    trace,
+    do,
+    du,
+    dfinal_m,
+    dfinal_j,
+    dq,
+    dk,
+    de,
+    dc,
+    dv,
+    dbeta,
+    db,
+    dg,
+    dprior,
+    dm,
+    dj,
+    cu_seqlens,
+    kept_offsets,
+    T,
+    PIECE: tl.constexpr,
+    GATE: tl.constexpr,
+    EXACT: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    PREV: tl.constexpr,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    HE: tl.constexpr,
+    HC: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    RECIP: tl.constexpr,
+):
+    """Every gradient; what all values share is added up. trace: room for a piece's states."""
+    FROZEN: tl.constexpr = b is None
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(1)
+    i_n = (tl.program_id(0) // HV).to(tl.int64)
+    i_h = tl.program_id(0) % HV
+    bos, length, n_p, first = locate_sequence(i_n, T, cu_seqlens, kept_offsets, PIECE)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k[:, None] & m_v[None, :]
+    o_kv = o_k[:, None] * V + o_v[None, :]
+    p_s = (i_n * HV + i_h) * (K * V) + o_kv
+    p_trace = trace + (i_n * HV + i_h) * PIECE * (2 * K * V) + o_kv
+    b_p = tl.load(prior + i_h * K + o_k, mask=m_k, other=1.0)
+    b_dp = tl.zeros([BK], tl.float32)
+    b_dm = tl.load(dfinal_m + p_s, mask=m_kv, other=0.0)
+    b_dj = tl.zeros([BK, BV], tl.float32)
+    if not FROZEN:
+        b_dj += tl.load(dfinal_j + p_s, mask=m_kv, other=0.0)
+    for i in range(n_p):
+        i_p = n_p - 1 - i
+        p_x = ((first + i_p) * HV + i_h) * (2 * K * V) + o_kv
+        b_m = tl.load(kept + p_x, mask=m_kv, other=0.0)
+        b_j = tl.load(kept + p_x + K * V, mask=m_kv, other=0.0)
+        n_t = tl.minimum(length - i_p * PIECE, PIECE)
+        for t in range(n_t):
+            tl.store(p_trace + t * (2 * K * V), b_m, mask=m_kv)
+            tl.store(p_trace + t * (2 * K * V) + K * V, b_j, mask=m_kv)
+            tok = bos + i_p * PIECE + t
+            row = tok * HV + i_h
+            b_a = load_decay(g, row, o_k, m_k, GATE, K)
+            b_k = load_key(k, tok, i_h, o_k, m_k, HK, HV, K)
+            b_e = load_key(e, tok, i_h, o_k, m_k, HE, HV, K)
+            b_c = load_key(c, tok, i_h, o_k, m_k, HC, HV, K)
+            b_v = load_value(v, row, o_v, m_v, V)
+            b_beta = load_value(beta, row, o_v, m_v, V)
+            b_b = b_v
+            if not FROZEN:
+                b_b = load_value(b, row, o_v, m_v, V)
+            b_m, b_j, _ = correct(
+                b_m,
+                b_j,
+                b_a,
+                b_k,
+                b_e,
+                b_c,
+                b_p,
+                b_v,
+                b_beta,
+                b_b,
+                FROZEN,
+                EXACT,
+                DIAGONAL,
+                PREV,
+                RECIP,
+            )
+        # Threads may read what others wrote.
+        tl.debug_barrier()
+        for s in range(n_t):
+            t = n_t - 1 - s
+            tok = bos + i_p * PIECE + t
+            row = tok * HV + i_h
+            row_k = row * K
+            b_a = load_decay(g, row, o_k, m_k, GATE, K)
+            b_q = load_key(q, tok, i_h, o_k, m_k, HQ, HV, K)
+            b_k = load_key(k, tok, i_h, o_k, m_k, HK, HV, K)
+            b_e = load_key(e, tok, i_h, o_k, m_k, HE, HV, K)
+            b_c = load_key(c, tok, i_h, o_k, m_k, HC, HV, K)
+            b_v = load_value(v, row, o_v, m_v, V)
+            b_beta = load_value(beta, row, o_v, m_v, V)
+            b_do = load_value(do, row, o_v, m_v, V)
+            b_m = tl.load(p_trace + t * (2 * K * V), mask=m_kv, other=0.0)
+            # Forward once more: x is mu', before and after are 1 / I' and 1 / I, y is mu.
+            if FROZEN:
+                b_before = reciprocal(b_p, RECIP)[:, None] + tl.zeros_like(b_m)
+                b_after = b_before
+                b_rho = b_a[:, None] + tl.zeros_like(b_m)
+            else:
+                b_b = load_value(b, row, o_v, m_v, V)
+                b_j = tl.load(p_trace + t * (2 * K * V) + K * V, mask=m_kv, other=0.0)
+                b_before = reciprocal(b_a[:, None] * b_j + b_p[:, None], RECIP)
+                b_rho = b_a[:, None] * (b_j + b_p[:, None]) * b_before
+                b_after = b_a[:, None] * b_j + (b_c * b_c)[:, None] * b_b[None, :]
+                b_after = reciprocal(b_after + b_p[:, None], RECIP)
+            b_x = b_rho * b_m
+            b_u = b_v
+            if not DIAGONAL:
+                if PREV:
+                    b_u -= tl.sum(b_m * b_e[:, None], 0)
+                else:
+                    b_u -= tl.sum(b_x * b_e[:, None], 0)
+            if EXACT:
+                b_s = tl.sum((b_k * b_k)[:, None] * b_before, 0)
+                b_den = 1.0 / (1.0 + b_beta * b_s)
+                b_gamma = b_beta * b_den
+                b_kr = b_k[:, None] * b_before
+                b_y = b_x + b_kr * (b_gamma * b_u)[None, :]
+                if DIAGONAL:
+                    b_y -= b_x * (b_k[:, None] * b_kr * b_gamma[None, :])
+            else:
+                b_kr = b_k[:, None] * b_after
+                b_y = b_x + b_kr * (b_beta * b_u)[None, :]
+            # What is read.
+            b_dm += b_q[:, None] * b_do[None, :]
+            b_dq = tl.sum(b_y * b_do[None, :], 1)
+            b_di = tl.zeros([BK, BV], tl.float32)
+            if du is not None:
+                b_du = load_value(du, row, o_v, m_v, V)
+                b_dq += 2.0 * b_q * tl.sum(b_after * b_du[None, :], 1)
+                b_di -= (b_q * b_q)[:, None] * b_du[None, :] * b_after * b_after
+            add(dq + row_k + o_k, b_dq, m_k, NV)
+            # What is written: the gain, then the error.
+            b_dx = b_dm
+            if EXACT:
+                if DIAGONAL:
+                    b_dx = b_dm * (1.0 - b_k[:, None] * b_kr * b_gamma[None, :])
+                    b_w = b_dm * (b_v[None, :] - b_k[:, None] * b_x)
+                    b_dk = -tl.sum(b_dm * b_x * b_kr * b_gamma[None, :], 1)
+                else:
+                    b_w = b_dm * b_u[None, :]
+                    b_dk = tl.zeros([BK], tl.float32)
+                b_derr = tl.sum(b_dm * b_kr, 0) * b_gamma
+                b_dgamma = tl.sum(b_w * b_kr, 0)
+                b_ds = -b_dgamma * b_gamma * b_gamma
+                tl.store(
+                    dbeta + row * V + o_v,
+                    (b_dgamma * b_den * b_den).to(dbeta.dtype.element_ty),
+                    mask=m_v,
+                )
+                b_w *= b_gamma[None, :]
+                b_dk += tl.sum((b_w + 2.0 * b_k[:, None] * b_ds[None, :]) * b_before, 1)
+                b_dr = b_k[:, None] * (b_w + b_k[:, None] * b_ds[None, :])
+                b_dn = -b_dr * b_before * b_before
+            else:
+                b_derr = tl.sum(b_dm * b_kr, 0)
+                b_w = b_dm * (b_beta * b_u)[None, :] * b_after
+                b_dk = tl.sum(b_w, 1)
+                b_di -= b_k[:, None] * b_w * b_after
+                tl.store(dbeta + row * V + o_v, (b_derr * b_u).to(dbeta.dtype.element_ty), mask=m_v)
+                b_derr *= b_beta
+                b_dn = tl.zeros([BK, BV], tl.float32)
+            tl.store(dv + row * V + o_v, b_derr.to(dv.dtype.element_ty), mask=m_v)
+            add(dk + row_k + o_k, b_dk, m_k, NV)
+            # What is predicted.
+            if not DIAGONAL:
+                if PREV:
+                    add(de + row_k + o_k, -tl.sum(b_m * b_derr[None, :], 1), m_k, NV)
+                else:
+                    add(de + row_k + o_k, -tl.sum(b_x * b_derr[None, :], 1), m_k, NV)
+                    b_dx -= b_e[:, None] * b_derr[None, :]
+            b_dm = b_rho * b_dx
+            if not DIAGONAL:  # noqa: SIM102
+                if PREV:
+                    b_dm -= b_e[:, None] * b_derr[None, :]
+            # Importance, then the decay of both states.
+            b_dx *= b_m
+            b_dp += tl.sum(b_di + b_dn, 1)
+            if FROZEN:
+                b_da = tl.sum(b_dx, 1)
+            else:
+                b_dj += b_di
+                add(dc + row_k + o_k, 2.0 * b_c * tl.sum(b_dj * b_b[None, :], 1), m_k, NV)
+                b_w = tl.sum(b_dj * (b_c * b_c)[:, None], 0)
+                tl.store(db + row * V + o_v, b_w.to(db.dtype.element_ty), mask=m_v)
+                b_dn -= b_dx * b_rho * b_before
+                b_dp -= tl.sum(b_dx * b_rho * b_before, 1)
+                b_dj += b_dn
+                b_dx *= b_before
+                b_da = tl.sum(b_dx * (b_j + b_p[:, None]) + b_dj * b_j, 1)
+                b_dx *= b_a[:, None]
+                b_dp += tl.sum(b_dx, 1)
+                b_dj = b_a[:, None] * b_dj + b_dx
+            if GATE > 0:
+                add(dg + row_k + o_k, b_a * b_da, m_k, NV)
+        tl.debug_barrier()
+    tl.store(dprior + ((i_n * HV + i_h) * NV + i_v) * K + o_k, b_dp, mask=m_k)
+    tl.store(dm + p_s, b_dm, mask=m_kv)
+    tl.store(dj + p_s, b_dj, mask=m_kv)
+
+
+# Tokens between two stored pairs of states in the backward pass; as many are held at a time.
+PIECE = 64
+
+
+def forward_tiles(K: int, V: int) -> Tiles:
+    """All keys of some values, 32 synapses a thread, one warp where that suffices: sums over keys
+    stay in it."""
+    BK = power_of_two(K)
+    BV = min(max(8, 1024 // BK), power_of_two(V))
+    return Tiles(BK, BV, max(1, BK * BV // 1024), 1)
+
+
+def backward_tiles(K: int, V: int) -> Tiles:
+    """Eight synapses a thread: some twenty numbers of each are alive at once."""
+    BK = power_of_two(K)
+    BV = min(2048 // BK, power_of_two(V))
+    return Tiles(BK, BV, max(1, BK * BV // 256), 1)
+
+
+def run_synapse_delta_forward(
+    q: Tensor,
+    k: Tensor,
+    e: Tensor,
+    c: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    b: Tensor | None,
+    g: Tensor | None,
+    prior: Tensor,
+    m: Tensor | None,
+    j: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gain_exact: bool,
+    diagonal: bool,
+    prev: bool,
+    uncertainty: bool,
+    exact: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, final mu and J, uncertainty (empty if not asked for)."""
+    q, k, e, c, v, beta, b, g, prior, m, j = contiguous(q, k, e, c, v, beta, b, g, prior, m, j)
+    B, T, HV, V = v.shape
+    K = k.shape[3]
+    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    o = torch.empty_like(v)
+    u = torch.empty_like(v) if uncertainty else None
+    final_m = v.new_empty(sequences, HV, K, V, dtype=torch.float32)
+    final_j = torch.empty_like(final_m)
+    tiles = forward_tiles(K, V)
+    launch(
+        synapse_delta_kernel,
+        (sequences * HV, -(-V // tiles.BV)),
+        tiles,
+        q=q,
+        k=k,
+        e=e,
+        c=c,
+        v=v,
+        beta=beta,
+        b=b,
+        g=g,
+        prior=prior,
+        initial_m=m,
+        initial_j=j,
+        final_m=final_m,
+        final_j=final_j,
+        o=o,
+        u=u,
+        kept=None,
+        cu_seqlens=cu_seqlens,
+        # No states are kept: any table of offsets serves.
+        kept_offsets=cu_seqlens,
+        T=T,
+        PIECE=PIECE,
+        GATE=gate_kind(g),
+        EXACT=gain_exact,
+        DIAGONAL=diagonal,
+        PREV=prev,
+        HQ=q.shape[2],
+        HK=k.shape[2],
+        HE=e.shape[2],
+        HC=c.shape[2],
+        HV=HV,
+        K=K,
+        V=V,
+        BK=tiles.BK,
+        BV=tiles.BV,
+        RECIP=reciprocal_kind(exact),
+    )
+    return o, final_m, final_j, v.new_empty(0) if u is None else u
+
+
+synapse_delta_forward = torch.library.custom_op(
+    "glazoo::synapse_delta", run_synapse_delta_forward, mutates_args=()
+)
+
+
+@synapse_delta_forward.register_fake
+def _(q, k, e, c, v, beta, b, g, prior, m, j, cu_seqlens, *flags):  # type: ignore[no-untyped-def]
+    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    final = v.new_empty(sequences, v.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    return o, final, torch.empty_like(final), torch.empty_like(o) if flags[3] else v.new_empty(0)
+
+
+def run_synapse_delta_backward(
+    do: Tensor,
+    dm: Tensor,
+    dj: Tensor,
+    du: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    e: Tensor,
+    c: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    b: Tensor | None,
+    g: Tensor | None,
+    prior: Tensor,
+    m: Tensor | None,
+    j: Tensor | None,
+    cu_seqlens: Tensor | None,
+    gain_exact: bool,
+    diagonal: bool,
+    prev: bool,
+    exact: bool,
+) -> list[Tensor]:
+    """Gradients of q, k, e, c, v, beta, b, g, prior, m, j; empty where there is nothing to
+    differentiate."""
+    do, dm, dj, du = contiguous(do, dm, dj, du)
+    q, k, e, c, v, beta, b, g, prior, m, j = contiguous(q, k, e, c, v, beta, b, g, prior, m, j)
+    B, T, HV, V = v.shape
+    K = k.shape[3]
+    gate = gate_kind(g)
+    chunks = make_chunks(B, T, cu_seqlens, PIECE)
+    shared: dict[str, Any] = {
+        "q": q,
+        "k": k,
+        "e": e,
+        "c": c,
+        "v": v,
+        "beta": beta,
+        "b": b,
+        "g": g,
+        "prior": prior,
+        "cu_seqlens": cu_seqlens,
+        "kept_offsets": chunks.offsets,
+        "T": T,
+        "PIECE": PIECE,
+        "GATE": gate,
+        "EXACT": gain_exact,
+        "DIAGONAL": diagonal,
+        "PREV": prev,
+        "HQ": q.shape[2],
+        "HK": k.shape[2],
+        "HE": e.shape[2],
+        "HC": c.shape[2],
+        "HV": HV,
+        "K": K,
+        "V": V,
+        "RECIP": reciprocal_kind(exact),
+    }
+    kept = v.new_empty(chunks.count, HV, 2, K, V, dtype=torch.float32)
+    tiles = forward_tiles(K, V)
+    launch(
+        synapse_delta_kernel,
+        (chunks.sequences * HV, -(-V // tiles.BV)),
+        tiles,
+        initial_m=m,
+        initial_j=j,
+        final_m=None,
+        final_j=None,
+        o=None,
+        u=None,
+        kept=kept,
+        BK=tiles.BK,
+        BV=tiles.BV,
+        **shared,
+    )
+    tiles = backward_tiles(K, V)
+    NV = -(-V // tiles.BV)
+    trace = v.new_empty(chunks.sequences, HV, PIECE, 2, K, V, dtype=torch.float32)
+
+    def part() -> Tensor:
+        return v.new_zeros(B, T, HV, K, dtype=torch.float32)
+
+    parts = {"dq": part(), "dk": part()}
+    parts["de"] = v.new_empty(0) if diagonal else part()
+    parts["dc"] = v.new_empty(0) if b is None else part()
+    parts["dg"] = v.new_empty(0) if g is None else part()
+    dprior = v.new_empty(chunks.sequences, HV, NV, K, dtype=torch.float32)
+    dv, dbeta = torch.empty_like(v), torch.empty_like(beta)
+    db = v.new_empty(0) if b is None else torch.empty_like(b)
+    dm0, dj0 = torch.empty_like(dm), torch.empty_like(dj)
+    launch(
+        synapse_delta_backward_kernel,
+        (chunks.sequences * HV, NV),
+        tiles,
+        kept=kept,
+        trace=trace,
+        do=do,
+        du=du,
+        dfinal_m=dm,
+        dfinal_j=dj,
+        **parts,
+        dv=dv,
+        dbeta=dbeta,
+        db=db,
+        dprior=dprior,
+        dm=dm0,
+        dj=dj0,
+        BK=tiles.BK,
+        BV=tiles.BV,
+        **shared,
+    )
+
+    def whole(name: str, x: Tensor) -> Tensor:
+        if not parts[name].numel():
+            return torch.zeros_like(x)
+        return reduce_heads(parts[name], x.shape[2]).to(x.dtype)
+
+    dg = v.new_empty(0)
+    if g is not None:
+        dg = parts["dg"]
+        dg = (dg if gate == 2 else dg.sum(3)).to(g.dtype)
+    return [
+        whole("dq", q),
+        whole("dk", k),
+        whole("de", e),
+        whole("dc", c),
+        dv,
+        dbeta,
+        db,
+        dg,
+        dprior.sum((0, 2)),
+        dm0,
+        dj0,
+    ]
+
+
+synapse_delta_backward = torch.library.custom_op(
+    "glazoo::synapse_delta_backward", run_synapse_delta_backward, mutates_args=()
+)
+
+
+@synapse_delta_backward.register_fake
+def _(do, dm, dj, du, q, k, e, c, v, beta, b, g, prior, *rest):  # type: ignore[no-untyped-def]
+    def like(x: Tensor | None) -> Tensor:
+        if x is None:
+            return v.new_empty(0)
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    return [like(x) for x in (q, k, e, c, v, beta, b, g, prior, dm, dj)]
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    ctx.flags = inputs[12:]
+    ctx.save_for_backward(*inputs[:12])
+
+
+def _backward(ctx, do, dm, dj, du):  # type: ignore[no-untyped-def]
+    gain_exact, diagonal, prev, uncertainty, exact = ctx.flags
+    saved = ctx.saved_tensors
+    found = synapse_delta_backward(
+        do, dm, dj, du if uncertainty else None, *saved, gain_exact, diagonal, prev, exact
+    )
+    found = [x if given is not None else None for x, given in zip(found, saved, strict=False)]
+    return *found, *(None,) * 6
+
+
+synapse_delta_forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+@triton.jit
+def synapse_delta_step_kernel(
+    q,
+    k,
+    e,
+    c,
+    v,
+    beta,
+    b,
+    g,
+    prior,
+    m,
+    j,
+    o,
+    u,
+    GATE: tl.constexpr,
+    EXACT: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    PREV: tl.constexpr,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    HE: tl.constexpr,
+    HC: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    RECIP: tl.constexpr,
+):
+    """One token; both states updated in place."""
+    FROZEN: tl.constexpr = b is None
+    i_n = (tl.program_id(0) // HV).to(tl.int64)
+    i_h = tl.program_id(0) % HV
+    row = i_n * HV + i_h
+    o_k = tl.arange(0, BK)
+    o_v = tl.program_id(1) * BV + tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k[:, None] & m_v[None, :]
+    p_s = row * (K * V) + o_k[:, None] * V + o_v[None, :]
+    b_p = tl.load(prior + i_h * K + o_k, mask=m_k, other=1.0)
+    b_m = tl.load(m + p_s, mask=m_kv, other=0.0)
+    b_j = tl.load(j + p_s, mask=m_kv, other=0.0)
+    b_a = load_decay(g, row, o_k, m_k, GATE, K)
+    b_q = load_key(q, i_n, i_h, o_k, m_k, HQ, HV, K)
+    b_k = load_key(k, i_n, i_h, o_k, m_k, HK, HV, K)
+    b_e = load_key(e, i_n, i_h, o_k, m_k, HE, HV, K)
+    b_c = load_key(c, i_n, i_h, o_k, m_k, HC, HV, K)
+    b_v = load_value(v, row, o_v, m_v, V)
+    b_beta = load_value(beta, row, o_v, m_v, V)
+    b_b = b_v
+    if not FROZEN:
+        b_b = load_value(b, row, o_v, m_v, V)
+    b_m, b_j, b_r = correct(
+        b_m, b_j, b_a, b_k, b_e, b_c, b_p, b_v, b_beta, b_b, FROZEN, EXACT, DIAGONAL, PREV, RECIP
+    )
+    tl.store(m + p_s, b_m, mask=m_kv)
+    if not FROZEN:
+        tl.store(j + p_s, b_j, mask=m_kv)
+    b_o = tl.sum(b_m * b_q[:, None], 0)
+    tl.store(o + row * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
+    if u is not None:
+        b_u = tl.sum(b_r * (b_q * b_q)[:, None], 0)
+        tl.store(u + row * V + o_v, b_u.to(u.dtype.element_ty), mask=m_v)
+
+
+def run_synapse_delta_step(
+    q: Tensor,
+    k: Tensor,
+    e: Tensor,
+    c: Tensor,
+    v: Tensor,
+    beta: Tensor,
+    b: Tensor | None,
+    g: Tensor | None,
+    prior: Tensor,
+    m: Tensor,
+    j: Tensor,
+    gain_exact: bool,
+    diagonal: bool,
+    prev: bool,
+    uncertainty: bool,
+    exact: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output and uncertainty (empty if not asked for) of one token; m and j are updated in
+    place."""
+    q, k, e, c, v, beta, b, g, prior = contiguous(q, k, e, c, v, beta, b, g, prior)
+    HV, V = v.shape[2:]
+    K = k.shape[3]
+    o = torch.empty_like(v)
+    u = torch.empty_like(v) if uncertainty else None
+    tiles = forward_tiles(K, V)
+    launch(
+        synapse_delta_step_kernel,
+        (v.shape[0] * HV, -(-V // tiles.BV)),
+        tiles,
+        q=q,
+        k=k,
+        e=e,
+        c=c,
+        v=v,
+        beta=beta,
+        b=b,
+        g=g,
+        prior=prior,
+        m=m,
+        j=j,
+        o=o,
+        u=u,
+        GATE=gate_kind(g),
+        EXACT=gain_exact,
+        DIAGONAL=diagonal,
+        PREV=prev,
+        HQ=q.shape[2],
+        HK=k.shape[2],
+        HE=e.shape[2],
+        HC=c.shape[2],
+        HV=HV,
+        K=K,
+        V=V,
+        BK=tiles.BK,
+        BV=tiles.BV,
+        RECIP=reciprocal_kind(exact),
+    )
+    return o, v.new_empty(0) if u is None else u
+
+
+_synapse_delta_step = torch.library.custom_op(
+    "glazoo::synapse_delta_step", run_synapse_delta_step, mutates_args=("m", "j")
+)
+
+
+@_synapse_delta_step.register_fake
+def _(q, k, e, c, v, *rest):  # type: ignore[no-untyped-def]
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    return o, torch.empty_like(o) if rest[-2] else v.new_empty(0)
+
+
+def _spread(name: str, x: Tensor | None, v: Tensor) -> Tensor:
+    """A gate [B, T, HV] or [B, T, HV, 1 or V] as v's shape."""
+    if x is None:
+        return v.new_ones(()).expand(v.shape)
+    if x.ndim == 3:
+        x = x.unsqueeze(3)
+    if x.shape[:3] != v.shape[:3] or x.shape[3] not in (1, v.shape[3]):
+        raise ValueError(
+            f"{name}: got shape {tuple(x.shape)}; expected {tuple(v.shape[:3])}, or that with 1 or "
+            f"{v.shape[3]} values"
+        )
+    check_device(name, x)
+    return x.expand(v.shape)
+
+
+def _operands(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    b: Tensor | None,
+    g: Tensor | None,
+    e: Tensor | None,
+    evidence: Tensor | None,
+    prior: Tensor,
+    gain: str,
+    correction: str,
+    base: str,
+    cu_seqlens: Tensor | None,
+) -> tuple[list[Any], list[bool]]:
+    """Checked and spread operands, and the flags of the rule, in the operators' order."""
+    for name, choice, accepted in (
+        ("gain", gain, ("first_order", "exact")),
+        ("correction", correction, ("full", "diagonal")),
+        ("base", base, ("decayed", "prev")),
+    ):
+        if choice not in accepted:
+            raise ValueError(
+                f"{name}: got {choice!r}; accepted are {accepted[0]!r} and {accepted[1]!r}"
+            )
+    if correction == "diagonal" and gain == "first_order":
+        raise ValueError(
+            "correction: got 'diagonal' with gain 'first_order'; accepted with it is 'full'"
+        )
+    e = k if e is None else e
+    c = k if evidence is None else evidence
+    keys = {"q": q, "k": k, "e": e, "evidence": c}
+    check_operands(v, keys, g, None, cu_seqlens)
+    for name, x in keys.items():
+        check_device(name, x)
+    beta = _spread("beta", beta, v)
+    b = None if b is None else _spread("b", b, v)
+    prior = full_prior(prior, v.shape[2], k.shape[3])
+    flags = [gain == "exact", correction == "diagonal", base == "prev"]
+    return [q, k, e, c, v, beta, b, g, prior], flags
+
+
+def synapse_delta_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    b: Tensor | None,
+    g: Tensor | None = None,
+    *,
+    e: Tensor | None = None,
+    evidence: Tensor | None = None,
+    prior: Tensor,
+    state: tuple[Tensor, Tensor],
+    gain: str = "first_order",
+    correction: str = "full",
+    base: str = "decayed",
+    uncertainty: bool = False,
+    reciprocal: str = "approximate",
+) -> tuple[Tensor, Tensor | None]:
+    """One token of `synapse_delta`, without gradients; both states are updated in place.
+
+    Args:
+        state: mu and J, contiguous float32 [B, HV, K, V]; J stays as it is without b.
+        All others: as in `synapse_delta`, T = 1.
+
+    Returns:
+        o [B, 1, HV, V] in v's dtype and the uncertainty, likewise, or None.
+
+    Raises:
+        ValueError: a shape, an option or a state is not one of the above.
+        TypeError: a dtype that the kernels do not accept.
+    """
+    if v.ndim < 2 or v.shape[1] != 1:
+        raise ValueError(f"v: got shape {tuple(v.shape)}; a step takes one token, T = 1")
+    given, flags = _operands(q, k, v, beta, b, g, e, evidence, prior, gain, correction, base, None)
+    exact = check_reciprocal(reciprocal)
+    for x in state:
+        check_step(x, (v.shape[0], v.shape[2], k.shape[3], v.shape[3]))
+    o, u = _synapse_delta_step(*given, *state, *flags, uncertainty, exact)
+    return o, u if uncertainty else None
+
+
+def synapse_delta(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    b: Tensor | None,
+    g: Tensor | None = None,
+    *,
+    e: Tensor | None = None,
+    evidence: Tensor | None = None,
+    prior: Tensor,
+    gain: str = "first_order",
+    correction: str = "full",
+    initial_state: tuple[Tensor, Tensor] | None = None,
+    base: str = "decayed",
+    uncertainty: bool = False,
+    cu_seqlens: Tensor | None = None,
+    reciprocal: str = "approximate",
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+    """Delta rule whose gain has an importance of its own for every synapse.
+
+        J' = a J, I' = J' + prior, J = J' + evidence^2 b^T, I = J + prior
+        mu' = (a I_{t-1} / I') mu_{t-1}
+        first_order:       mu = mu' + (k / I) (beta (v - x^T e))^T
+        exact:             mu = mu' + G * (v - x^T e)^T
+        exact, diagonal:   mu = mu' * (1 - k G) + G v^T
+        o_t = mu_t^T q_t,  u_t = (1 / I_t)^T q_t^2, the uncertainty
+
+    with x = mu' (base "decayed") or mu_{t-1} ("prev"), G = (k / I') gamma^T and
+    gamma = beta / (1 + beta sum k^2 / I').
+
+    Args:
+        q: queries, scaled, [B, T, H or HV, K].
+        k: keys, [B, T, H or HV, K].
+        v: values, [B, T, HV, V]; float32, float16 or bfloat16.
+        beta: write gate, [B, T, HV] or [B, T, HV, 1 or V]; None is 1.
+        b: importance gate, >= 0, like beta; None keeps the importance at the prior.
+        g: natural log decay, <= 0, -inf allowed; [B, T, HV] or [B, T, HV, K]; None is no decay.
+        e: erase keys, like k; None is k.
+        evidence: keys whose squares the importance counts, like k; None is k.
+        prior: importance before the first token, > 0, [HV] or [HV, K].
+        gain: "first_order" or "exact".
+        correction: "full" or, with the exact gain, "diagonal".
+        initial_state: mu and J, both [N, HV, K, V]; zeros if None.
+        base: "decayed" or "prev", which mean the prediction reads.
+        uncertainty: whether to return u.
+        cu_seqlens: int64 [N + 1], packs N sequences into B = 1; empty ones allowed.
+        reciprocal: "approximate" (one unit in the last place) or "exact" (correctly rounded,
+            slower).
+
+    Returns:
+        o [B, T, HV, V] in v's dtype, the final mu and J, [N, HV, K, V] in float32, and u like
+            o, or None.
+
+    Raises:
+        ValueError: a shape or an option is not one of the above, or v is on no GPU.
+        TypeError: a dtype that the kernels do not accept.
+
+    Reference: Bonnet et al., Learning to Remember, Learn, and Forget in Attention-Based Models
+    (arXiv:2602.09075), predict and correct steps; Longhorn (arXiv:2407.14207) is the exact gain
+    with the diagonal correction and no b.
+    """
+    given, flags = _operands(
+        q, k, v, beta, b, g, e, evidence, prior, gain, correction, base, cu_seqlens
+    )
+    exact = check_reciprocal(reciprocal)
+    HV, V = v.shape[2:]
+    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    m, j = check_states(initial_state, (sequences, HV, k.shape[3], V))
+    if v.shape[1] == 1 and cu_seqlens is None and not wants_gradient(*given, m, j):
+        if m is None or j is None:
+            m = v.new_zeros(sequences, HV, k.shape[3], V, dtype=torch.float32)
+            state = m, torch.zeros_like(m)
+        else:
+            state = m.contiguous().clone(), j.contiguous().clone()
+            if b is None:
+                state[1].zero_()
+        o, u = _synapse_delta_step(*given, *state, *flags, uncertainty, exact)
+    else:
+        o, m, j, u = synapse_delta_forward(*given, m, j, cu_seqlens, *flags, uncertainty, exact)
+        state = m, j
+    return o, state, u if uncertainty else None
