@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+from typing import Any
 
 import torch
 
@@ -35,7 +37,7 @@ def run(call: Call) -> Result:
             "TRITON_INTERPRET=1 set before Python starts, CPU tensors"
         )
     try:
-        from glazoo import kernels
+        kernels: Any = importlib.import_module("glazoo.kernels")
     except ImportError as e:
         raise ValueError("impl='triton': Triton is not installed; pip install triton") from e
     return lowered.run(call, kernels)
