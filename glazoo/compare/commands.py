@@ -131,18 +131,27 @@ def _capacity_axes(curves: list[Any]) -> list[Any]:
     from glazoo.compare.plots import Axes, Line
 
     threshold = curves[0].threshold
+    # Constant gates make some variants one and the same memory, whose curves would hide each other.
+    found: dict[str, list[Any]] = {}
+    for c in curves:
+        errors = [[round(e, 3) for e in seeds] for seeds in c.errors]
+        found.setdefault(c.label, []).append((c.keys, c.state_bytes, errors))
+    shared: dict[str, list[str]] = {}
+    for label, measured in found.items():
+        shared.setdefault(repr(measured), []).append(label)
+    together = {labels[0]: " = ".join(labels) for labels in shared.values()}
     axes = []
     for kind in dict.fromkeys(c.keys for c in curves):
         lines = [
             Line(
-                c.label,
+                together[c.label],
                 [1024 * n / c.state_bytes for n in c.pairs],
                 [i.mean for i in c.intervals],
                 [max(i.low, 0.0) for i in c.intervals],
                 [min(i.high, 1.0) for i in c.intervals],
             )
             for c in curves
-            if c.keys == kind
+            if c.keys == kind and c.label in together
         ]
         axes.append(
             Axes(

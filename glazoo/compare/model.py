@@ -3,6 +3,8 @@ layer."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -158,14 +160,21 @@ class Model(nn.Module):
         return F.linear(self.norm(x) * self.scale, self.embedding.weight)
 
 
+_STEP = 0.01
+"""Start of the discretisation step: the geometric mean of the usual draws."""
+
+
 @torch.no_grad()
 def align(layer: nn.Module) -> None:
     """Starts a layer so that the query of a token is the key that the token gets as the previous
     one.
 
     Every part of the query path takes the key path's parameters where both have it; the projection
-    takes them with the halves of its input swapped. An inner projection that is square starts as
-    the identity, so that the halves reach the streams behind it.
+    takes them with the halves of its input swapped. Convolutions start as the identity, and so does
+    an inner projection that is square, so that the halves reach the streams behind them. Skips
+    start at zero: what a memory gives is at first small beside the token's own value. Rates and
+    steps of decays start alike in all heads, and slow: drawn at random, as they otherwise are, they
+    decide how many heads ever remember the whole sequence.
 
     Args:
         layer: a layer whose input has a token's own channels in its first half and the previous
@@ -173,8 +182,10 @@ def align(layer: nn.Module) -> None:
     """
     parameters = dict(layer.named_parameters())
     for name, p in parameters.items():
-        if name == "skip":
+        if name == "skip" or name.endswith("decay.A_log"):
             p.zero_()
+        if name.endswith("decay.dt_bias"):
+            p.fill_(math.log(math.expm1(_STEP)))
         if name == "in_proj.weight" and p.shape[0] == p.shape[1]:
             p.copy_(torch.eye(p.shape[0]))
         if name.split(".")[0].endswith("conv"):

@@ -39,10 +39,10 @@ PRESETS: dict[str, Preset] = {
         vocab=128,
         length=112,
         load=28,
-        model=ModelConfig(state_bytes=2048),
+        model=ModelConfig(state_bytes=1536),
         training=Training(),
         rates=(3e-3, 8e-3),
-        seeds=3,
+        seeds=4,
     ),
     "paper": Preset(
         "multi-query associative recall as in arXiv:2602.09075, for a GPU",

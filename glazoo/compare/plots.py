@@ -131,7 +131,9 @@ def panels(axes: Sequence[Axes], *, title: str = "", columns: int = 2) -> bytes:
     columns = min(columns, len(axes))
     rows = -(-len(axes) // columns)
     entries = len(labels) + 2 * any(ln.theory_y is not None for a in axes for ln in a.lines)
-    per_row = max(1, min(3 if columns > 1 else 2, entries))
+    longest = max((len(label) for label in labels), default=0)
+    room = 3 if columns > 1 and longest <= 30 else 2 if columns > 1 or longest <= 30 else 1
+    per_row = max(1, min(room, entries))
     legend_height = 0.22 * -(-entries // per_row) + 0.15
     plain: Callable[[float, int], str] = lambda x, _: f"{x:g}"  # noqa: E731
     with _style():

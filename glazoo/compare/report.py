@@ -204,6 +204,7 @@ def _figures(plan: Plan, found: Sequence[Row]) -> dict[str, tuple[str, bytes]]:
                     line(r.label, list(map(float, lengths)), [r.at(task.load, n) for n in lengths])
                     for r in main
                 ],
+                log_x=True,
                 ticks=lengths,
                 **common,
             )

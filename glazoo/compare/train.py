@@ -90,14 +90,12 @@ class Run(BaseModel):
 
 def evaluation_points(task: Task) -> list[tuple[int, int]]:
     """Lists the loads and lengths at which a task is evaluated: its own load and fractions of it at
-    its own length, and its own load at double the length."""
+    its own length, and its own load at the shortest and at double the length."""
     if task.name in ("text", "memorisation"):
         return [(task.load, task.length)]
     loads = sorted({max(1, round(task.load * share)) for share in (0.25, 0.5, 0.75, 1.0)})
     points = [(load, task.length) for load in loads]
-    shortest = task.smallest_length(task.load)
-    middle = (task.length + shortest) // 2
-    points += [(task.load, n) for n in (shortest, middle, 2 * task.length) if n != task.length]
+    points += [(task.load, n) for n in (task.smallest_length(task.load), 2 * task.length)]
     return sorted(set(points))
 
 
@@ -126,7 +124,8 @@ def _step_batch(run: Run, step: int) -> Batch:
     rng = generator("training", t.data_seed, run.seed, index)
     if task.name in ("text", "memorisation") or share == 1.0 or fixed:
         return draw(task, t.batch, rng)
-    load = max(1, round(task.load * share))
+    # One or two pairs teach a place in the sequence rather than recall.
+    load = min(task.load, max(4, round(task.load * share)))
     length = max(task.smallest_length(load), round(task.length * load / task.load))
     return draw(task, t.batch, rng, load=load, length=length)
 

@@ -1,0 +1,46 @@
+"""Work for worker processes, in a module that they can import."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from glazoo.compare.model import ModelConfig
+from glazoo.compare.tasks import Task
+from glazoo.compare.train import Run, Training
+from glazoo.zoo import load
+
+SMALL = ModelConfig(width=16, heads=2, state_bytes=512, mlp=8)
+
+
+def run_of(label: str, seed: int = 0, **changes: Any) -> Run:
+    fields: dict[str, Any] = {
+        "label": label,
+        "spec": load("gla"),
+        "task": Task(name="mqar", vocab=32, length=16, load=4),
+        "model": SMALL,
+        "training": Training(steps=3, batch=4, eval_examples=8),
+        "mlp": 8,
+        "rate": 1e-3,
+        "seed": seed,
+    }
+    return Run(**(fields | changes))
+
+
+def work(run: Run, report: Callable[[float, float], None]) -> dict[str, Any]:
+    """Does what the label says: `die PATH` kills its process while PATH does not exist."""
+    report(0.5, 1.0)
+    what, _, where = run.label.partition(" ")
+    if what == "fail":
+        raise ValueError("as asked")
+    if what == "die" and not Path(where).exists():
+        # The second attempt finds the file.
+        Path(where).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "always":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "slow":
+        time.sleep(60)
+    return {"key": run.key, "label": run.label}

@@ -1,0 +1,141 @@
+import pytest
+import torch
+from compare.doing import SMALL, run_of
+
+import glazoo
+from glazoo.compare.errors import CompareError
+from glazoo.compare.model import Model, ModelConfig, align, count_parameters, shape_for
+from glazoo.compare.plan import Plan, best_rate
+from glazoo.compare.tasks import IGNORED, TASKS, Task, data_hash
+from glazoo.compare.train import Training, _step_batch, evaluation_points, train
+from glazoo.layers import GatedLinearAttention
+from glazoo.zoo import load
+
+ALL = [*glazoo.names(), *(f"metaplastic_{n}" for n in glazoo.names() if not load(n).metaplastic)]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_spec_has_a_model_within_the_budget(name: str) -> None:
+    spec = load(name)
+    config = ModelConfig(width=16, heads=2, state_bytes=1024, mlp=8)
+    shape = shape_for(spec, config)
+    assert shape.state_bytes <= 1024
+    model = Model(spec, config, 32)
+    tokens = torch.randint(0, 32, (2, 6), generator=torch.Generator().manual_seed(0))
+    logits = model(tokens)
+    assert logits.shape == (2, 6, 32)
+    assert torch.isfinite(logits).all()
+    state = model.attention[0](torch.randn(2, 6, 16), output_state=True).state
+    parts = {p.name for p in glazoo.lower(spec).state}
+    held = sum(x[0].numel() * 4 for n, x in state.items() if n in parts)
+    assert held == shape.state_bytes
+    assert count_parameters(spec, config, 32) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_trains_and_is_evaluated(name: str) -> None:
+    task = Task(name=name, vocab=32, length=32, load=2)  # type: ignore[arg-type]
+    result = train(run_of("x", task=task))
+    assert not result["diverged"]
+    assert len(result["points"]) == len(evaluation_points(task))
+    assert all(0 <= p["accuracy"] <= 1 for p in result["points"])
+    grouped = [p for p in result["points"] if "groups" in p]
+    assert len(grouped) == (len(result["points"]) if name == "overwriting" else 0)
+    assert result["curve"][-1]["step"] == 3
+
+
+def test_a_run_is_determined_by_its_description() -> None:
+    torch.manual_seed(5)
+    one = train(run_of("x"))
+    torch.manual_seed(6)
+    two = train(run_of("y"))
+    for key in ("accuracy", "loss", "points", "curve", "data_hash", "key"):
+        assert one[key] == two[key]
+    assert train(run_of("x", 1))["loss"] != one["loss"]
+
+
+def test_a_small_memory_learns_to_recall() -> None:
+    run = run_of(
+        "x",
+        task=Task(name="mqar", vocab=32, length=8, load=2),
+        model=ModelConfig(width=32, heads=2, state_bytes=2048, mlp=16),
+        training=Training(steps=120, batch=32, eval_examples=64, curriculum=0.0),
+        rate=3e-2,
+    )
+    result = train(run)
+    # Guessing one of the two values that were shown is right half of the time.
+    assert result["accuracy"] > 0.75
+    assert result["curve"][0]["accuracy"] < result["curve"][-1]["accuracy"]
+
+
+def test_a_curriculum_rises_to_the_whole_load_and_keeps_the_answers() -> None:
+    task = Task(name="mqar", vocab=64, length=96, load=16)
+    run = run_of("x", task=task, training=Training(steps=10, batch=4))
+    asked = [int((_step_batch(run, i).labels != IGNORED).sum()) // 4 for i in range(10)]
+    assert asked == sorted(asked)
+    assert asked[0] == 4
+    assert asked[5:] == [16] * 5
+
+
+def test_a_fixed_training_set_repeats_every_epoch() -> None:
+    run = run_of("x", training=Training(steps=10, batch=4, examples=12))
+    hashes = [data_hash(_step_batch(run, i)) for i in range(6)]
+    assert hashes[:3] == hashes[3:]
+    assert len(set(hashes)) == 3
+
+
+def test_divergence_ends_a_run_and_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("glazoo.compare.train._loss", lambda *_: torch.tensor(torch.nan))
+    result = train(run_of("x"))
+    assert result["diverged"]
+    assert result["tokens"] == 0
+    assert result["points"]
+
+
+def test_the_best_rate_is_that_of_the_most_accurate_run_that_did_not_diverge() -> None:
+    runs = [run_of("x", rate=r) for r in (0.1, 0.2, 0.3)]
+
+    def results(*found: tuple[bool, float, float]) -> dict[str, dict[str, object]]:
+        names = ("diverged", "accuracy", "loss")
+        return {
+            r.key: {"rate": r.rate} | dict(zip(names, f, strict=True))
+            for r, f in zip(runs, found, strict=False)
+        }
+
+    assert best_rate(runs, results((False, 0.5, 1.0), (True, 0.9, 0.1), (False, 0.6, 2.0))) == 0.3
+    assert best_rate(runs, results((False, 0.5, 1.0), (False, 0.5, 0.9), (False, 0.4, 0))) == 0.2
+    assert best_rate(runs, results((False, 0.5, 1.0), (False, 0.5, 0.9))) is None
+    assert best_rate(runs[:1], {}) == 0.1
+
+
+def test_an_aligned_query_is_the_key_of_the_same_token_one_place_later() -> None:
+    layer = GatedLinearAttention(
+        "deltanet", 16, num_heads=2, num_key_heads=2, head_k_dim=4, head_v_dim=8
+    )
+    token, following = torch.randn(8), torch.randn(8)
+    asks, stored = torch.cat([token, torch.zeros(8)]), torch.cat([torch.zeros(8), token])
+    apart = (layer.q_proj(asks) - layer.k_proj(stored)).detach()
+    assert float(apart.abs().max()) > 0.01
+    align(layer)
+    assert torch.allclose(layer.q_proj(asks), layer.k_proj(stored), atol=1e-6)
+    x = torch.cat([following, token]).expand(1, 1, 16)
+    # Identity convolutions: the activation alone is left of them.
+    convolved = layer.k_conv(layer.k_proj(x))[0]
+    assert torch.allclose(convolved, torch.nn.functional.silu(layer.k_proj(x)), atol=1e-6)
+
+
+def test_equal_parameters_are_equal_to_within_a_channel() -> None:
+    specs = {n: load(n) for n in ("deltanet", "palimpsa", "longhorn")}
+    task = Task(name="mqar", vocab=32, length=16, load=4)
+    plan = Plan(specs, task, (SMALL,), Training(steps=1), (1e-3,), 1)
+    counts = [count for *_, count in plan.sizes]
+    assert max(counts) - min(counts) <= 2 * SMALL.width + 1
+    alone = Plan(specs, task, (SMALL,), Training(steps=1), (1e-3,), 1, equal_parameters=False)
+    assert max(c for *_, c in alone.sizes) - min(c for *_, c in alone.sizes) > 2 * SMALL.width
+
+
+def test_a_state_budget_that_no_head_holds_is_refused() -> None:
+    with pytest.raises(CompareError, match="too few for 'gla'"):
+        shape_for(load("gla"), ModelConfig(width=64, heads=4, state_bytes=128))
+    with pytest.raises(CompareError, match="rotates pairs"):
+        shape_for(load("retnet"), ModelConfig(width=64, heads=4, state_bytes=256))
