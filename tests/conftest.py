@@ -9,6 +9,10 @@ import torch
 # Tests build every model they use; a request to a hub would be a mistake, and fails at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Triton decides at its import whether kernels are interpreted, and other tests import it too.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Tensors here are tiny, and pytest-xdist already gives every core a process.
 torch.set_num_threads(1)
 

@@ -42,7 +42,7 @@ def available() -> tuple[str, ...]:
 
     `triton` needs a GPU, or its interpreter, and computes in float32.
     """
-    return ("reference", "chunked")
+    return tuple(name for name in _ENGINES if name != "triton")
 
 
 @functools.cache

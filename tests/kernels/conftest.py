@@ -1,14 +1,11 @@
-"""Settings of the kernel tests: Triton's interpreter without a GPU, poisoned buffers."""
+"""Settings of the kernel tests: poisoned buffers."""
 
-import os
 import pathlib
 import sys
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 # For `kernel_cases`, which these tests share.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
