@@ -46,8 +46,8 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for models, reports and results.")] = Path(
         "demo-output"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of the source.")] = 300,
-    tune_steps: Annotated[int, typer.Option(min=1, help="Fine-tuning steps of every model.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of the source.")] = 1000,
+    tune_steps: Annotated[int, typer.Option(min=1, help="Fine-tuning steps of every model.")] = 300,
     seed: Annotated[int, typer.Option(help="Seed of initialisation and data order.")] = 0,
 ) -> None:
     """Train a small Mamba2 on real text, convert it, verify equality, fine-tune, and compare.
