@@ -348,8 +348,8 @@ def _stored_shapes(model: Any) -> tuple[dict[str, tuple[int, ...]], bool]:
         from transformers.core_model_loading import revert_weight_conversion
 
         state = revert_weight_conversion(model, model.state_dict())
-    except Exception:
-        # Not a public function: another transformers may take other arguments.
+    except (ImportError, AttributeError, TypeError):
+        # Not a public function: another transformers may lack it or take other arguments.
         return {}, False
     return {key: tuple(t.shape) for key, t in state.items()}, True
 
