@@ -76,6 +76,7 @@ class _System:
         tile: Tile,
         dtype: torch.dtype,
         previous: bool,
+        inverse: Tensor | None = None,
         backward: bool = False,
     ) -> None:
         self.q, self.e, self.k = (load(x, rows, tile, dtype) for x in (q, e, k))
@@ -84,10 +85,16 @@ class _System:
         self.mode = READ_BEFORE if previous else ERASE
         self.read = self.gate.scores(self.q, self.k, READ)
         self.erase = self.gate.scores(self.e, self.k, self.mode)
-        self.inverse = _unit_lower_inverse(self.erase)
+        self.inverse = _unit_lower_inverse(self.erase) if inverse is None else inverse
         self.reads = self.gate.head(self.q)
         self.erases = self.gate.head(self.e, previous)
         self.writes = self.gate.tail(self.k)
+
+
+def _inverses_of(inverses: Tensor, tile: Tile, corner: tuple[slice, slice]) -> Tensor:
+    """Where the inverses of a tile are kept; a part-filled chunk uses the first rows, columns."""
+    kept = inverses[tile.chunk : tile.chunk + tile.number, *corner]
+    return kept[..., : tile.size, : tile.size]
 
 
 def _forward(
@@ -101,6 +108,7 @@ def _forward(
     out: Tensor,
     final: Tensor,
     borders: Tensor | None,
+    inverses: Tensor | None,
 ) -> None:
     batch, tokens, heads, _ = w.shape
     dtype = final.dtype
@@ -134,9 +142,11 @@ def _forward(
             starts = border[: tile.number].view(-1, *shape[1:])
             result = torch.bmm(s.read, errors).baddbmm_(s.reads, starts)
             store(out, result, rows, tile)
-            if borders is not None:
+            if borders is not None and inverses is not None:
                 part = borders[tile.chunk : tile.chunk + tile.number, *corner]
                 part.copy_(starts.view(part.shape))
+                part = _inverses_of(inverses, tile, corner)
+                part.copy_(s.inverse.view(part.shape))
         final[corner].copy_(state.view(final[corner].shape))
 
 
@@ -149,6 +159,7 @@ def _backward(
     w: Tensor,
     g: Tensor | None,
     borders: Tensor,
+    inverses: Tensor,
     previous: bool,
     dq: Tensor,
     de: Tensor,
@@ -169,7 +180,8 @@ def _backward(
             state = grad_final[corner].to(dtype).reshape(shape)
         for tile in reversed(tiles(tokens, rows.number, CHUNK)):
             wt, dt = load(w, rows, tile, dtype), load(grad, rows, tile, dtype)
-            s = _System(q, e, k, g, rows, tile, dtype, previous, backward=dg is not None)
+            inverse = _inverses_of(inverses, tile, corner).reshape(-1, tile.size, tile.size)
+            s = _System(q, e, k, g, rows, tile, dtype, previous, inverse, dg is not None)
             split = (tile.number, rows.number, tile.size, -1)
             starts = borders[tile.chunk : tile.chunk + tile.number, *corner].reshape(-1, *shape[1:])
             errors = torch.bmm(s.inverse, wt.baddbmm_(s.erases, starts, alpha=-1))
@@ -219,13 +231,14 @@ def _delta(
     cu_seqlens: Tensor | None,
     previous: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, tokens, heads, size = w.shape
     out = empty_as(w)
     like = torch.empty((), dtype=compute_dtype(q, e, k, w), device=w.device)
     final = starting(initial, (sequences(cu_seqlens, batch), heads, k.shape[3], size), like)
     total = slots(cu_seqlens, batch, tokens, CHUNK) if keep else 0
     borders = like.new_empty(total, *final.shape[1:])
+    inverses = like.new_empty(total, heads, CHUNK, CHUNK)
 
     def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
         arguments: list[Any] = [
@@ -234,14 +247,13 @@ def _delta(
             previous,
             *results,
             *finals,
-            kept[0] if kept else None,
+            *(kept or (None, None)),
         ]
         _forward(*arguments)
 
-    over_sequences(
-        core, cu_seqlens, CHUNK, [q, e, k, w, g], [initial], [out], [final], [borders] * keep
-    )
-    return out, final, borders
+    kept = [borders, inverses] if keep else []
+    over_sequences(core, cu_seqlens, CHUNK, [q, e, k, w, g], [initial], [out], [final], kept)
+    return out, final, borders, inverses
 
 
 @_delta.register_fake
@@ -255,7 +267,7 @@ def _(
     cu_seqlens: Tensor | None,
     previous: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, tokens, heads, size = w.shape
     dtype = compute_dtype(q, e, k, w)
     shape = (heads, k.shape[3], size)
@@ -264,6 +276,7 @@ def _(
         empty_as(w),
         w.new_empty(sequences(cu_seqlens, batch), *shape, dtype=dtype),
         w.new_empty(total, *shape, dtype=dtype),
+        w.new_empty(total, heads, CHUNK, CHUNK, dtype=dtype),
     )
 
 
@@ -279,6 +292,7 @@ def _delta_backward(
     g: Tensor | None,
     cu_seqlens: Tensor | None,
     borders: Tensor,
+    inverses: Tensor,
     previous: bool,
     with_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -310,7 +324,7 @@ def _delta_backward(
         [grad_final],
         [dq, de, dk, dw] + [dg] * with_gate,
         [dinitial],
-        [borders],
+        [borders, inverses],
     )
     return dq, de, dk, dw, dg, dinitial
 
@@ -326,6 +340,7 @@ def _(
     g: Tensor | None,
     cu_seqlens: Tensor | None,
     borders: Tensor,
+    inverses: Tensor,
     previous: bool,
     with_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -343,19 +358,19 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, e, k, w, g, initial, cu_seqlens, previous, _ = inputs
-    ctx.save_for_backward(q, e, k, w, g, cu_seqlens, output[2])
+    ctx.save_for_backward(q, e, k, w, g, cu_seqlens, *output[2:])
     ctx.previous = previous
     ctx.initial = None if initial is None else initial.dtype
     ctx.set_materialize_grads(False)
 
 
-def _pull(ctx: Any, grad: Any, grad_final: Any, grad_borders: Any) -> tuple[Any, ...]:
-    q, e, k, w, g, cu_seqlens, borders = ctx.saved_tensors
+def _pull(ctx: Any, grad: Any, grad_final: Any, *_: Any) -> tuple[Any, ...]:
+    q, e, k, w, g, cu_seqlens, borders, inverses = ctx.saved_tensors
     if grad is None:
         grad = torch.zeros_like(w)
     with_gate = g is not None and ctx.needs_input_grad[4]
     dq, de, dk, dw, dg, dinitial = _delta_backward(
-        grad, grad_final, q, e, k, w, g, cu_seqlens, borders, ctx.previous, with_gate
+        grad, grad_final, q, e, k, w, g, cu_seqlens, borders, inverses, ctx.previous, with_gate
     )
     return (
         dq,
@@ -421,7 +436,7 @@ def delta(
         (I + E) u = w - (e . D(., 0)) S,        E_ij = e_i . D(i, j) k_j  for j < i
 
     whose inverse is formed once per chunk; given u the rest is the linear class. The backward pass
-    keeps the states at chunk borders and solves the transposed system.
+    has kept the inverses and the states at chunk borders (64 + K V / 64 numbers per token, head).
 
     Args:
         q: queries, already scaled. Any floating dtype.
@@ -454,5 +469,5 @@ def delta(
         with torch.autocast(w.device.type, enabled=False):
             return _step(q, e, k, w, g, initial_state, previous)
     keep = needs_grad(q, e, k, w, g, initial_state)
-    out, final, _ = _delta(q, e, k, w, g, initial_state, cu_seqlens, previous, keep)
+    out, final, *_ = _delta(q, e, k, w, g, initial_state, cu_seqlens, previous, keep)
     return out, final
