@@ -91,10 +91,9 @@ class _System:
         self.writes = self.gate.tail(self.k)
 
 
-def _inverses_of(inverses: Tensor, tile: Tile, corner: tuple[slice, slice]) -> Tensor:
-    """Where the inverses of a tile are kept; a part-filled chunk uses the first rows, columns."""
-    kept = inverses[tile.chunk : tile.chunk + tile.number, *corner]
-    return kept[..., : tile.size, : tile.size]
+def _part(kept: Tensor, tile: Tile, corner: tuple[slice, slice]) -> Tensor:
+    """Where a tile keeps what kept [chunks, B, HV, ...] holds of it, [n, b, h, ...]."""
+    return kept[tile.chunk : tile.chunk + tile.number, *corner]
 
 
 def _forward(
@@ -109,6 +108,7 @@ def _forward(
     final: Tensor,
     borders: Tensor | None,
     inverses: Tensor | None,
+    errors_kept: Tensor | None,
 ) -> None:
     batch, tokens, heads, _ = w.shape
     dtype = final.dtype
@@ -142,11 +142,14 @@ def _forward(
             starts = border[: tile.number].view(-1, *shape[1:])
             result = torch.bmm(s.read, errors).baddbmm_(s.reads, starts)
             store(out, result, rows, tile)
-            if borders is not None and inverses is not None:
-                part = borders[tile.chunk : tile.chunk + tile.number, *corner]
-                part.copy_(starts.view(part.shape))
-                part = _inverses_of(inverses, tile, corner)
-                part.copy_(s.inverse.view(part.shape))
+            if borders is not None and inverses is not None and errors_kept is not None:
+                # A part-filled chunk uses the first rows (and columns) of its room.
+                for kept, found in (
+                    (_part(borders, tile, corner), starts),
+                    (_part(inverses, tile, corner)[..., : tile.size, : tile.size], s.inverse),
+                    (_part(errors_kept, tile, corner)[..., : tile.size, :], errors),
+                ):
+                    kept.copy_(found.view(kept.shape))
         final[corner].copy_(state.view(final[corner].shape))
 
 
@@ -156,10 +159,10 @@ def _backward(
     q: Tensor,
     e: Tensor,
     k: Tensor,
-    w: Tensor,
     g: Tensor | None,
     borders: Tensor,
     inverses: Tensor,
+    errors_kept: Tensor,
     previous: bool,
     dq: Tensor,
     de: Tensor,
@@ -168,23 +171,25 @@ def _backward(
     dg: Tensor | None,
     dinitial: Tensor,
 ) -> None:
-    batch, tokens, heads, _ = w.shape
+    batch, tokens, heads, _ = grad.shape
     dtype = borders.dtype
     groups = min(q.shape[2], e.shape[2], k.shape[2])
     for rows in row_blocks(batch, heads, groups, row_limit(tokens, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, *borders.shape[3:])
         if grad_final is None:
-            state = torch.zeros(shape, dtype=dtype, device=w.device)
+            state = torch.zeros(shape, dtype=dtype, device=grad.device)
         else:
             state = grad_final[corner].to(dtype).reshape(shape)
         for tile in reversed(tiles(tokens, rows.number, CHUNK)):
-            wt, dt = load(w, rows, tile, dtype), load(grad, rows, tile, dtype)
-            inverse = _inverses_of(inverses, tile, corner).reshape(-1, tile.size, tile.size)
+            dt = load(grad, rows, tile, dtype)
+            inverse = _part(inverses, tile, corner)[..., : tile.size, : tile.size]
+            inverse = inverse.reshape(-1, tile.size, tile.size)
             s = _System(q, e, k, g, rows, tile, dtype, previous, inverse, dg is not None)
             split = (tile.number, rows.number, tile.size, -1)
-            starts = borders[tile.chunk : tile.chunk + tile.number, *corner].reshape(-1, *shape[1:])
-            errors = torch.bmm(s.inverse, wt.baddbmm_(s.erases, starts, alpha=-1))
+            starts = _part(borders, tile, corner).reshape(-1, *shape[1:])
+            errors = _part(errors_kept, tile, corner)[..., : tile.size, :]
+            errors = errors.reshape(-1, tile.size, shape[2])
             # the adjoint of the triangular solve, for both what the chunk reads and what it leaves
             adjoint = s.inverse.transpose(1, 2)
             right = torch.bmm(adjoint, torch.bmm(s.read.transpose(1, 2), dt))
@@ -193,7 +198,7 @@ def _backward(
             local = torch.bmm(s.reads.transpose(1, 2), dt).view(tile.number, *shape)
             erases = s.erases.view(split).transpose(2, 3)
             total = s.gate.total_of(tile.number)
-            ends = torch.empty(tile.number + 1, *shape, dtype=dtype, device=w.device)
+            ends = torch.empty(tile.number + 1, *shape, dtype=dtype, device=grad.device)
             ends[tile.number] = state
             for c in reversed(range(tile.number)):
                 cells[c].baddbmm_(leaves[c], ends[c + 1])
@@ -231,7 +236,7 @@ def _delta(
     cu_seqlens: Tensor | None,
     previous: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, tokens, heads, size = w.shape
     out = empty_as(w)
     like = torch.empty((), dtype=compute_dtype(q, e, k, w), device=w.device)
@@ -239,6 +244,7 @@ def _delta(
     total = slots(cu_seqlens, batch, tokens, CHUNK) if keep else 0
     borders = like.new_empty(total, *final.shape[1:])
     inverses = like.new_empty(total, heads, CHUNK, CHUNK)
+    errors = like.new_empty(total, heads, CHUNK, size)
 
     def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
         arguments: list[Any] = [
@@ -247,13 +253,13 @@ def _delta(
             previous,
             *results,
             *finals,
-            *(kept or (None, None)),
+            *(kept or (None, None, None)),
         ]
         _forward(*arguments)
 
-    kept = [borders, inverses] if keep else []
+    kept = [borders, inverses, errors] if keep else []
     over_sequences(core, cu_seqlens, CHUNK, [q, e, k, w, g], [initial], [out], [final], kept)
-    return out, final, borders, inverses
+    return out, final, borders, inverses, errors
 
 
 @_delta.register_fake
@@ -267,7 +273,7 @@ def _(
     cu_seqlens: Tensor | None,
     previous: bool,
     keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, tokens, heads, size = w.shape
     dtype = compute_dtype(q, e, k, w)
     shape = (heads, k.shape[3], size)
@@ -277,6 +283,7 @@ def _(
         w.new_empty(sequences(cu_seqlens, batch), *shape, dtype=dtype),
         w.new_empty(total, *shape, dtype=dtype),
         w.new_empty(total, heads, CHUNK, CHUNK, dtype=dtype),
+        w.new_empty(total, heads, CHUNK, size, dtype=dtype),
     )
 
 
@@ -288,17 +295,17 @@ def _delta_backward(
     q: Tensor,
     e: Tensor,
     k: Tensor,
-    w: Tensor,
     g: Tensor | None,
     cu_seqlens: Tensor | None,
     borders: Tensor,
     inverses: Tensor,
+    errors: Tensor,
     previous: bool,
     with_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, _, heads, size = w.shape
-    dq, de, dk, dw = empty_as(q), empty_as(e), empty_as(k), empty_as(w)
-    dg = empty_as(w if g is None else g, with_gate)
+    batch, _, heads, size = grad.shape
+    dq, de, dk, dw = empty_as(q), empty_as(e), empty_as(k), empty_as(grad)
+    dg = empty_as(grad if g is None else g, with_gate)
     shape = (sequences(cu_seqlens, batch), heads, k.shape[3], size)
     dinitial = starting(grad_final, shape, borders)
 
@@ -320,11 +327,11 @@ def _delta_backward(
         core,
         cu_seqlens,
         CHUNK,
-        [grad, q, e, k, w, g],
+        [grad, q, e, k, g],
         [grad_final],
         [dq, de, dk, dw] + [dg] * with_gate,
         [dinitial],
-        [borders, inverses],
+        [borders, inverses, errors],
     )
     return dq, de, dk, dw, dg, dinitial
 
@@ -336,41 +343,43 @@ def _(
     q: Tensor,
     e: Tensor,
     k: Tensor,
-    w: Tensor,
     g: Tensor | None,
     cu_seqlens: Tensor | None,
     borders: Tensor,
     inverses: Tensor,
+    errors: Tensor,
     previous: bool,
     with_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shape = (sequences(cu_seqlens, w.shape[0]), w.shape[2], k.shape[3], w.shape[3])
-    dg = empty_as(w if g is None else g, with_gate)
+    shape = (sequences(cu_seqlens, grad.shape[0]), grad.shape[2], k.shape[3], grad.shape[3])
+    dg = empty_as(grad if g is None else g, with_gate)
     return (
         empty_as(q),
         empty_as(e),
         empty_as(k),
-        empty_as(w),
+        empty_as(grad),
         dg,
         borders.new_empty(shape),
     )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, e, k, w, g, initial, cu_seqlens, previous, _ = inputs
-    ctx.save_for_backward(q, e, k, w, g, cu_seqlens, *output[2:])
+    q, e, k, _, g, initial, cu_seqlens, previous, _ = inputs
+    ctx.save_for_backward(q, e, k, g, cu_seqlens, *output[2:])
+    ctx.output = output[0].shape, output[0].dtype, output[0].device
     ctx.previous = previous
     ctx.initial = None if initial is None else initial.dtype
     ctx.set_materialize_grads(False)
 
 
 def _pull(ctx: Any, grad: Any, grad_final: Any, *_: Any) -> tuple[Any, ...]:
-    q, e, k, w, g, cu_seqlens, borders, inverses = ctx.saved_tensors
+    q, e, k, g, cu_seqlens, *kept = ctx.saved_tensors
     if grad is None:
-        grad = torch.zeros_like(w)
+        shape, dtype, device = ctx.output
+        grad = torch.zeros(shape, dtype=dtype, device=device)
     with_gate = g is not None and ctx.needs_input_grad[4]
     dq, de, dk, dw, dg, dinitial = _delta_backward(
-        grad, grad_final, q, e, k, w, g, cu_seqlens, borders, inverses, ctx.previous, with_gate
+        grad, grad_final, q, e, k, g, cu_seqlens, *kept, ctx.previous, with_gate
     )
     return (
         dq,
@@ -436,7 +445,8 @@ def delta(
         (I + E) u = w - (e . D(., 0)) S,        E_ij = e_i . D(i, j) k_j  for j < i
 
     whose inverse is formed once per chunk; given u the rest is the linear class. The backward pass
-    has kept the inverses and the states at chunk borders (64 + K V / 64 numbers per token, head).
+    has kept u, the inverses and the states at chunk borders: V + 64 + K V / 64 numbers per token
+    and head.
 
     Args:
         q: queries, already scaled. Any floating dtype.
