@@ -39,6 +39,7 @@ from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_next import modeling_qwen3_next
 
+from glazoo import attention, load, metaplasticize
 from glazoo.engines import chunked
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,8 +51,9 @@ GOALS = (
     ("linear", "mamba2_chunk_scan", "speed-up", 1.5),
     ("delta", "torch_chunk_gated_delta_rule", "speed-up", 1.5),
     ("delta, decay per key", "chunk_kimi_delta_attention", "speed-up", 1.5),
-    ("linear, metaplastic", "linear", "cost", 1.3),
-    ("delta, metaplastic", "delta", "cost", 1.3),
+    ("metaplastic mamba2", "mamba2", "cost", 1.3),
+    ("metaplastic deltanet", "deltanet", "cost", 1.3),
+    ("metaplastic gated_deltanet", "gated_deltanet", "cost", 1.3),
     ("synapse", "linear", "cost", 8.0),
 )
 
@@ -124,29 +126,37 @@ def contenders(x: dict[str, Tensor], size: Size) -> dict[str, Callable[[], Tenso
     def gated(y: Tensor) -> Tensor:
         return y * beta.unsqueeze(-1)
 
-    def linear(query: Tensor) -> Tensor:
-        return chunked.linear(query, k, v * (-g).unsqueeze(-1), g)[0]
+    def linear() -> Tensor:
+        return chunked.linear(q, k, v * (-g).unsqueeze(-1), g)[0]
 
-    def delta(write: Tensor, decay: Tensor) -> Tensor:
-        return chunked.delta(q * scale, gated(k), write, gated(v), decay)[0]
-
-    def importance() -> Tensor:
-        return chunked.importance(k, x["b"], g)[0] + x["prior"]
+    def delta(decay: Tensor) -> Tensor:
+        return chunked.delta(q * scale, gated(k), k, gated(v), decay)[0]
 
     def synapse() -> Tensor:
         values = v * (-g).unsqueeze(-1)
         return chunked.synapse(q, k, values, x["b_value"], g, prior=x["prior"])[0]
 
+    def variant(name: str, metaplastic: bool) -> Callable[[], Tensor]:
+        spec = load(name)
+        gates: dict[str, Tensor] = {"beta": beta}
+        if spec.decay.shape != "none":
+            gates["g"] = g
+        if metaplastic:
+            spec = metaplasticize(spec, gate="head")
+            gates |= {"b": x["b"], "prior": x["prior"]}
+        return lambda: attention(spec, q, k, v, impl="chunked", **gates).output
+
     found = {
         "mamba2_chunk_scan": lambda: mamba2(v, -g, slope, k, q, 256),
-        "linear": lambda: linear(q),
-        "linear, metaplastic": lambda: linear(q / importance()),
+        "linear": linear,
         "torch_chunk_gated_delta_rule": lambda: delta_rule(q, k, v, g, beta)[0],
-        "delta": lambda: delta(k, g),
-        "delta, metaplastic": lambda: delta(k / importance(), g),
-        "delta, decay per key": lambda: delta(k, x["g_key"]),
+        "delta": lambda: delta(g),
+        "delta, decay per key": lambda: delta(x["g_key"]),
         "synapse": synapse,
     }
+    for name in ("mamba2", "deltanet", "gated_deltanet"):
+        found[name] = variant(name, metaplastic=False)
+        found[f"metaplastic {name}"] = variant(name, metaplastic=True)
     if 6 * 64 * 4 * size.tokens * size.heads * size.width <= MEMORY_LIMIT:
         found["chunk_kimi_delta_attention"] = lambda: kimi(q, k, v, x["g_key"], beta)[0]
     return found

@@ -13,11 +13,13 @@ The chunk is halved recursively instead: for a block of 2 s tokens with middle m
 where both factors are products inside a half, built from those of the quarters. Every factor is in
 [0, 1]: a decay of exactly 0 is exact, a strong one underflows to 0 and nothing can become NaN. With
 a decay per key, each of the log2(C) levels is one matmul per block between rows and columns that
-carry one factor each.
+carry one factor each. Where all decays of a block multiply to no less than exp(-MILD), the levels
+inside it are one matmul: with P_i the product from the block's start, D(i, j) = P_i (1 / P_j).
 
 The gradient of g_t is the sum over pairs j < t <= i of the products that contain a_t. It is summed
 over such pairs only (never as a difference of two cumulative sums), so that a strong decay has the
-small gradient that it should have instead of rounding noise.
+small gradient that it should have instead of rounding noise. Inside a mild block, where no product
+is small, it is the difference of two sums.
 """
 
 from __future__ import annotations
@@ -28,6 +30,33 @@ import torch
 from torch import Tensor
 
 from glazoo.engines.chunked.common import Rows, Tile, load, triangle
+
+# The log of what a decay per key may shrink a number by inside a block that is one matmul. The
+# gradient of a log decay there has the rounding noise of sums at most exp(MILD) times larger.
+MILD = 12.0
+
+
+def _mild_block(g: Tensor) -> int:
+    """The largest block size at which all log decays g [N, C, K] of a block add up to at least
+    -MILD; 1 if there is none, or if the answer would make a GPU wait."""
+    size = g.shape[1]
+    if g.device.type != "cpu":
+        return 1
+    sums = g
+    found = 1
+    while found < size:
+        sums = sums[:, 0::2] + sums[:, 1::2]
+        if not bool(sums.amin() >= -MILD):
+            break
+        found *= 2
+    return found
+
+
+def _diagonal_blocks(x: Tensor, block: int) -> Tensor:
+    """View of x [N, C, C]: its blocks on the diagonal, [N, C / s, s, s]."""
+    count = x.shape[1] // block
+    blocks = x.view(x.shape[0], count, block, count, block)
+    return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
 
 
 def levels(size: int) -> list[int]:
@@ -238,30 +267,37 @@ class KeyGate(NoGate):
         prefix = g.exp()
         suffix = torch.ones_like(g)
         before_own = torch.ones_like(g) if exclusive else None
+        self._block = _mild_block(g)
+        inside, inside_own = prefix, before_own
         self._levels: list[tuple[int, Tensor, Tensor | None, Tensor]] = []
         for half in levels(self.size):
+            if half == self._block:
+                inside = prefix.clone()
+                inside_own = None if before_own is None else before_own.clone()
             first, second = halves(prefix, half)
             before, _ = halves(suffix, half)
-            own = None
             whole = first[:, :, -1:]
-            if before_own is not None:
-                held = halves(before_own, half)[1]
-                own = held.clone(memory_format=torch.contiguous_format)
-                held.mul_(whole)
-            self._levels.append(
-                (
-                    half,
-                    second.clone(memory_format=torch.contiguous_format),
-                    own,
-                    before.clone(memory_format=torch.contiguous_format),
+            held = None if before_own is None else halves(before_own, half)[1]
+            if half >= self._block:
+                self._levels.append(
+                    (
+                        half,
+                        second.clone(memory_format=torch.contiguous_format),
+                        None if held is None else held.clone(memory_format=torch.contiguous_format),
+                        before.clone(memory_format=torch.contiguous_format),
+                    )
                 )
-            )
             before.mul_(second[:, :, -1:])
             second.mul_(whole)
+            if held is not None:
+                held.mul_(whole)
         self._head = prefix
         self._own = before_own
         self._tail = suffix
+        self._inside = inside, inside_own, inside.reciprocal() if self._block > 1 else inside
         self._grad = torch.zeros_like(g) if backward else None
+        # what products inside mild blocks owe, by token: readers minus writers
+        self._net = torch.zeros_like(g) if backward and self._block > 1 else None
 
     def _factor(self, exclusive: bool) -> Tensor:
         if exclusive:
@@ -285,16 +321,33 @@ class KeyGate(NoGate):
         writers = halves(k, half)[0] * column
         return half, row, column, readers, writers
 
+    def _mild(self, x: Tensor, k: Tensor, mode: Scores) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Factors and products of readers and writers inside the mild blocks, [N C / s, s, K]."""
+        inclusive, own, column = self._inside
+        row = own if mode.exclusive else inclusive
+        assert row is not None
+        split = (-1, self._block, x.shape[2])
+        return row.view(split), column.view(split), (x * row).view(split), (k * column).view(split)
+
     def scores(self, x: Tensor, k: Tensor, mode: Scores) -> Tensor:
         count, size, depth = x.shape
+        mild = None
+        if self._block > 1:
+            _, _, readers, writers = self._mild(x, k, mode)
+            mild = torch.bmm(readers, writers.transpose(1, 2)).tril_(-1 if mode.strict else 0)
+            if self._block == size:
+                return mild
         value = torch.zeros(count, size, size, dtype=x.dtype, device=x.device)
+        if mild is not None:
+            blocks = _diagonal_blocks(value, self._block)
+            blocks.copy_(mild.view(blocks.shape))
         for level in self._levels:
             half, _, _, readers, writers = self._level(level, x, k, mode)
             block = torch.bmm(
                 readers.view(-1, half, depth), writers.view(-1, half, depth).transpose(1, 2)
             )
             corners(value, half).copy_(block.view(count, -1, half, half))
-        if not mode.strict:
+        if mild is None and not mode.strict:
             value.diagonal(dim1=1, dim2=2).copy_((x * k).sum(-1))
         return value
 
@@ -313,6 +366,22 @@ class KeyGate(NoGate):
             own = grad.diagonal(dim1=1, dim2=2).unsqueeze(-1)
             dx.addcmul_(k, own)
             dk.addcmul_(x, own)
+        if self._block > 1:
+            split = (-1, self._block, depth)
+            row, column, readers, writers = self._mild(x, k, mode)
+            block = _diagonal_blocks(grad, self._block).reshape(-1, self._block, self._block)
+            block = block.tril_(-1)
+            reader = torch.bmm(block, writers)
+            writer = torch.bmm(block.transpose(1, 2), readers)
+            dx.view(split).addcmul_(reader, row)
+            dk.view(split).addcmul_(writer, column)
+            if self._net is not None:
+                net = self._net.view(split)
+                net.addcmul_(writer, writers, value=-1)
+                if mode.exclusive:
+                    net[:, :-1].addcmul_(reader[:, 1:], readers[:, 1:])
+                else:
+                    net.addcmul_(reader, readers)
         for level in self._levels:
             half, row, column, readers, writers = self._level(level, x, k, mode)
             block = corners(grad, half).reshape(-1, half, half)
@@ -344,6 +413,9 @@ class KeyGate(NoGate):
 
     def finish(self, starts: Tensor, after: Tensor) -> Tensor:
         assert self._grad is not None
+        if self._net is not None:
+            net = self._net.view(-1, self._block, self._net.shape[2])
+            self._grad.view(net.shape).add_(torch.matmul(triangle(self._block, "later", net), net))
         through = (starts * after).sum(2).unsqueeze(1)
         return self._grad.addcmul_(through, self.total)
 
