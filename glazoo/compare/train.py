@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,16 @@ from glazoo.compare.model import Model, ModelConfig, count_parameters, shape_for
 from glazoo.compare.tasks import IGNORED, Batch, Task, data_hash, draw, generator
 from glazoo.spec import Spec
 
-__all__ = ["Progress", "Run", "Training", "evaluation_points", "train"]
+__all__ = [
+    "Fitted",
+    "Progress",
+    "Run",
+    "Training",
+    "evaluate",
+    "evaluation_points",
+    "fit",
+    "train",
+]
 
 Progress = Callable[[float, float], None]
 """Takes the share that is done and the current loss."""
@@ -99,6 +108,7 @@ def evaluation_points(task: Task) -> list[tuple[int, int]]:
     return sorted(set(points))
 
 
+@functools.lru_cache(maxsize=2)
 def evaluation_data(task: Task, examples: int) -> dict[tuple[int, int], Batch]:
     """Draws the examples of every evaluation point; they are the same for all runs."""
     return {
@@ -161,26 +171,29 @@ def _evaluate(model: nn.Module, batch: Batch, device: str, size: int = 64) -> di
     return out
 
 
-def train(run: Run, progress: Progress | None = None) -> dict[str, Any]:
-    """Trains one model and evaluates it.
+class Fitted(NamedTuple):
+    """What training a model gave besides the model."""
+
+    curve: list[dict[str, float]]
+    """Loss and accuracy on held-out examples, by step."""
+    tokens: int
+    seconds: float
+    """Of the steps alone."""
+    diverged: bool
+
+
+def fit(model: nn.Module, run: Run, progress: Progress | None = None) -> Fitted:
+    """Trains a model in place, on the run's task, data, learning rate and schedule.
 
     Args:
-        run: what to train.
+        model: a `Model`, new or trained before.
+        run: how to train it.
         progress: called now and then.
 
     Returns:
-        The result as plain data: accuracy and loss at every evaluation point, the learning curve,
-        sizes, time, and the hash of the evaluation data.
-
-    Raises:
-        CompareError: the task or the state budget does not fit.
+        The learning curve and the cost.
     """
-    run.task.check()
     t = run.training
-    shape = shape_for(run.spec, run.model)
-    torch.manual_seed(run.seed)
-    model = Model(run.spec, run.model, run.task.tokens, mlp=run.mlp, impl=run.impl)
-    model.to(run.device)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -196,14 +209,10 @@ def train(run: Run, progress: Progress | None = None) -> dict[str, Any]:
             0.5 * (1 + math.cos(math.pi * max(0, i - warm) / max(1, t.steps - warm))),
         ),
     )
-    held_out = evaluation_data(run.task, t.eval_examples)
-    main = held_out[run.task.load, run.task.length]
+    main = evaluation_data(run.task, t.eval_examples)[run.task.load, run.task.length]
     peek = Batch(*(None if x is None else x[:64] for x in main))  # type: ignore[arg-type]
-    if run.device != "cpu":
-        torch.cuda.reset_peak_memory_stats(run.device)
     curve: list[dict[str, float]] = []
     every = max(1, t.steps // 12)
-    started, cpu = time.perf_counter(), time.process_time()
     tokens, computing, diverged = 0, 0.0, False
     for step in range(t.steps):
         batch = _step_batch(run, step)
@@ -225,10 +234,46 @@ def train(run: Run, progress: Progress | None = None) -> dict[str, Any]:
             curve.append({"step": step + 1, "loss": at["loss"], "accuracy": at["accuracy"]})
         if progress is not None and step % 10 == 9:
             progress((step + 1) / t.steps, float(loss.detach()))
-    points = []
-    for (load, length), batch in held_out.items():
-        points.append({"load": load, "length": length} | _evaluate(model, batch, run.device))
-    own = next(p for p in points if (p["load"], p["length"]) == (run.task.load, run.task.length))
+    return Fitted(curve, tokens, computing, diverged)
+
+
+def evaluate(model: nn.Module, run: Run) -> list[dict[str, Any]]:
+    """Gives load, length, loss and accuracy of a model at every evaluation point of the run's task,
+    its own first."""
+    held_out = evaluation_data(run.task, run.training.eval_examples)
+    points = [
+        {"load": load, "length": length} | _evaluate(model, batch, run.device)
+        for (load, length), batch in held_out.items()
+    ]
+    own = (run.task.load, run.task.length)
+    return sorted(points, key=lambda p: (p["load"], p["length"]) != own)
+
+
+def train(run: Run, progress: Progress | None = None) -> dict[str, Any]:
+    """Trains one model and evaluates it.
+
+    Args:
+        run: what to train.
+        progress: called now and then.
+
+    Returns:
+        The result as plain data: accuracy and loss at every evaluation point, the learning curve,
+        sizes, time, and the hash of the evaluation data.
+
+    Raises:
+        CompareError: the task or the state budget does not fit.
+    """
+    run.task.check()
+    shape = shape_for(run.spec, run.model)
+    torch.manual_seed(run.seed)
+    model = Model(run.spec, run.model, run.task.tokens, mlp=run.mlp, impl=run.impl)
+    model.to(run.device)
+    if run.device != "cpu":
+        torch.cuda.reset_peak_memory_stats(run.device)
+    started, cpu = time.perf_counter(), time.process_time()
+    fitted = fit(model, run, progress)
+    points = evaluate(model, run)
+    own = points[0]
     return {
         "key": run.key,
         "label": run.label,
@@ -239,17 +284,17 @@ def train(run: Run, progress: Progress | None = None) -> dict[str, Any]:
         "sweep": run.sweep,
         "accuracy": own["accuracy"],
         "loss": own["loss"],
-        "diverged": diverged,
+        "diverged": fitted.diverged,
         "points": points,
-        "curve": curve,
+        "curve": fitted.curve,
         "shape": shape.model_dump(),
         "parameters": count_parameters(run.spec, run.model, run.task.tokens, run.mlp),
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - cpu,
-        "tokens": tokens,
-        "tokens_per_second": tokens / computing if computing else 0.0,
+        "tokens": fitted.tokens,
+        "tokens_per_second": fitted.tokens / fitted.seconds if fitted.seconds else 0.0,
         "peak_memory": _peak_memory(run.device),
-        "data_hash": data_hash(*held_out.values()),
+        "data_hash": data_hash(*evaluation_data(run.task, run.training.eval_examples).values()),
         "first_batch_hash": data_hash(_step_batch(run, 0)),
     }
 

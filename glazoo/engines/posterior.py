@@ -1,0 +1,99 @@
+"""What a posterior's importance does to keys, queries and decays, with few passes over memory.
+
+These are elementwise, so arithmetic is free and memory is not: autograd through their formulas
+would keep and move several tensors of the size of all keys where one does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+__all__ = ["forgetting", "over"]
+
+
+class _Over(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, importance: Tensor, prior: Tensor) -> Tensor:
+        rate = (importance + prior).reciprocal_()
+        ctx.save_for_backward(x, rate)
+        return x * rate
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        x, rate = ctx.saved_tensors
+        dx = grads[0] * rate
+        dtotal = (dx * x).mul_(rate).neg_()
+        return dx, dtotal, dtotal.sum((0, 1))
+
+
+def over(
+    x: Float[Tensor, "B T HV K"],
+    importance: Float[Tensor, "B T HV K"],
+    prior: Float[Tensor, "HV K"],
+) -> Float[Tensor, "B T HV K"]:
+    """Divides keys or queries by the importance: x / (J + prior).
+
+    Args:
+        x: keys or queries, a head per value head.
+        importance: J >= 0, above the prior.
+        prior: > 0.
+
+    Returns:
+        The quotient, differentiable once in every argument.
+    """
+    out: Tensor = _Over.apply(x, importance, prior.expand(x.shape[2:]))
+    return out
+
+
+class _Forgetting(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, importance: Tensor, g: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+        decay = g.exp()
+        old = importance + prior
+        before = torch.addcmul(prior, importance, decay)
+        ctx.save_for_backward(decay, old, before, prior)
+        return torch.div(old, before).log_().add_(g), before
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        df, dbefore = grads
+        decay, old, before, prior = ctx.saved_tensors
+        through = df / before
+        # d before = dbefore - df / before, where before = a J + prior
+        dtotal = torch.sub(dbefore, through)
+        dold = df / old
+        dg_all = torch.addcmul(df, dtotal.mul(old - prior), decay)
+        dg = dg_all.sum(-1, keepdim=True) if decay.shape[-1] == 1 else dg_all
+        dprior = (dold + dtotal).sum((0, 1))
+        return dold.addcmul_(dtotal, decay), dg, dprior
+
+
+def forgetting(
+    importance: Float[Tensor, "B T HV K"],
+    g: Float[Tensor, "B T HV K"] | Float[Tensor, "B T HV 1"],
+    prior: Float[Tensor, "HV K"],
+) -> tuple[Float[Tensor, "B T HV K"], Float[Tensor, "B T HV K"]]:
+    """How a mean is forgotten when its importance decays to the prior.
+
+        I'_t = exp(g_t) J_{t-1} + prior        f_t = g_t + log((J_{t-1} + prior) / I'_t)
+
+    Args:
+        importance: J_{t-1} >= 0, above the prior, before token t.
+        g: natural log of the decay, <= 0, -inf allowed.
+        prior: > 0.
+
+    Returns:
+        f, the log decay of the mean (g <= f <= 0), and the importance I' that the token finds;
+        differentiable once in every argument.
+    """
+    out: tuple[Tensor, Tensor] = _Forgetting.apply(
+        importance, g, prior.expand(importance.shape[2:])
+    )
+    return out
