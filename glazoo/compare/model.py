@@ -186,6 +186,10 @@ def align(layer: nn.Module) -> None:
             p.zero_()
         if name.endswith("decay.dt_bias"):
             p.fill_(math.log(math.expm1(_STEP)))
+        if name.startswith("decay.proj.") and name.endswith("bias"):
+            gate = layer.get_submodule("decay").gate
+            if gate.parameterization == "log_sigmoid":
+                p.fill_(-math.log(math.expm1(_STEP * (gate.divisor or 1.0))))
         if name == "in_proj.weight" and p.shape[0] == p.shape[1]:
             p.copy_(torch.eye(p.shape[0]))
         if name.split(".")[0].endswith("conv"):
