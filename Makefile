@@ -1,6 +1,8 @@
 # Every target but `gpu` installs what it needs into .venv, once: pinned by constraints.txt, CPU only.
 PYTHON ?= python3
 GPU_PYTHON ?= python3
+GPU_MINUTES ?= 9
+GPU_RESULTS ?= benchmarks/results
 JOBS ?= 2
 # An index with CPU wheels of torch, if pip's own has none: on Linux the default wheel brings
 # gigabytes of CUDA that nothing below uses. PyTorch's installation page names the index.
@@ -28,7 +30,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@$(PIP) pip setuptools
 	@# torch first and alone: once its CPU wheel is in place, no later step looks for another one.
 	@$(PIP) --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$(grep -i '^torch==' constraints.txt)"
-	@$(PIP) --quiet --no-build-isolation --editable '.[dev,plots,train]'
+	@$(PIP) --quiet --no-build-isolation --editable '.[dev,plots,train,eval]'
 	@touch $@
 
 demo: $(READY) ## convert, verify and fine-tune a small Mamba2 model; prints one table (minutes, CPU)
@@ -51,11 +53,10 @@ lint: $(READY) build/tree ## ruff (lint and format) and mypy --strict
 	cd build/tree && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p glazoo
 
 gpu: build/gpu ## kernel tests and timings on this machine's GPU, with GPU_PYTHON's own torch and triton
-	@echo "== gpu: nothing is installed; $(GPU_PYTHON) must have torch, triton and pytest"
+	@echo "== gpu: nothing is installed; $(GPU_PYTHON) must have torch, triton and pytest; at most $(GPU_MINUTES) minutes"
 	@$(GPU_PYTHON) -c 'import pytest, sys, torch, triton; torch.cuda.is_available() or sys.exit("no GPU: torch.cuda.is_available() is False for $(GPU_PYTHON)")'
-	@# -P: the folder that make runs in holds the whole glazoo; -W: other versions warn of other things.
-	PYTHONPATH=$(CURDIR)/build/gpu $(GPU_PYTHON) -P -m pytest -W default -m gpu tests/kernels
-	PYTHONPATH=$(CURDIR)/build/gpu $(GPU_PYTHON) benchmarks/gpu.py
+	@# -P: the folder that make runs in holds the whole glazoo.
+	PYTHONPATH=$(CURDIR)/build/gpu $(GPU_PYTHON) -P benchmarks/gpu.py --tests --minutes $(GPU_MINUTES) --results $(GPU_RESULTS)
 
 bench: $(READY) ## time the CPU engines
 	@echo "== bench: timings of the CPU engines"

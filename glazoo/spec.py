@@ -160,6 +160,15 @@ class Decay(Gate):
 
     shape: Literal["none", "head", "key"] = "none"
     """One decay per head, per key channel, or none."""
+    minimum: float | None = None
+    """Smallest value, negative; unset for no limit."""
+
+    @model_validator(mode="after")
+    def _limited(self) -> Self:
+        learned = self.shape != "none" and self.source in ("static", "data")
+        if self.minimum is not None and not (learned and self.minimum < 0):
+            raise ValueError("decay.minimum is a negative limit of a static or data decay")
+        return self
 
 
 class Posterior(_Data):

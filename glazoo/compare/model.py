@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from glazoo.compare.errors import CompareError
 from glazoo.compare.probe import key_size_for, mapped_size
 from glazoo.layers import GatedLinearAttention
+from glazoo.layers.gates import GateModule
 from glazoo.program import lower
 from glazoo.spec import Spec
 
@@ -187,8 +188,9 @@ def align(layer: nn.Module) -> None:
         if name.endswith("decay.dt_bias"):
             p.fill_(math.log(math.expm1(_STEP)))
         if name.startswith("decay.proj.") and name.endswith("bias"):
-            gate = layer.get_submodule("decay").gate
-            if gate.parameterization == "log_sigmoid":
+            module = layer.get_submodule("decay")
+            gate = module.gate if isinstance(module, GateModule) else None
+            if gate is not None and gate.parameterization == "log_sigmoid":
                 p.fill_(-math.log(math.expm1(_STEP * (gate.divisor or 1.0))))
         if name == "in_proj.weight" and p.shape[0] == p.shape[1]:
             p.copy_(torch.eye(p.shape[0]))

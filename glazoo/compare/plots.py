@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import io
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from glazoo.compare.errors import CompareError
+from glazoo.plotting import MISSING, can_plot, png, style
 
 __all__ = ["Axes", "Line", "panels", "require_matplotlib", "styles"]
 
@@ -24,11 +22,8 @@ def require_matplotlib() -> None:
     Raises:
         CompareError: matplotlib is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise CompareError(
-            "plots need matplotlib, which is not installed: pip install 'glazoo[plots]', "
-            "or pass --no-plots"
-        )
+    if not can_plot():
+        raise CompareError(f"{MISSING}, or pass --no-plots")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,30 +79,6 @@ def styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     return out
 
 
-@contextmanager
-def _style() -> Any:
-    import matplotlib
-
-    settings: Any = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "grid.color": "#E0E0E0",
-        "grid.linewidth": 0.6,
-        "axes.axisbelow": True,
-        "axes.titlesize": 10,
-        "legend.frameon": False,
-        "legend.fontsize": 9,
-        "lines.linewidth": 1.6,
-        "lines.markersize": 5,
-        "savefig.dpi": 200,
-        "figure.constrained_layout.use": True,
-    }
-    with matplotlib.rc_context(settings):
-        yield
-
-
 def panels(axes: Sequence[Axes], *, title: str = "", columns: int = 2) -> bytes:
     """Draws panels with one legend for all.
 
@@ -127,7 +98,7 @@ def panels(axes: Sequence[Axes], *, title: str = "", columns: int = 2) -> bytes:
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     labels = list(dict.fromkeys(line.label for a in axes for line in a.lines))
-    style = styles(labels)
+    drawn_as = styles(labels)
     columns = min(columns, len(axes))
     rows = -(-len(axes) // columns)
     entries = len(labels) + 2 * any(ln.theory_y is not None for a in axes for ln in a.lines)
@@ -136,14 +107,14 @@ def panels(axes: Sequence[Axes], *, title: str = "", columns: int = 2) -> bytes:
     per_row = max(1, min(room, entries))
     legend_height = 0.22 * -(-entries // per_row) + 0.15
     plain: Callable[[float, int], str] = lambda x, _: f"{x:g}"  # noqa: E731
-    with _style():
+    with style():
         figure = Figure(figsize=(4.4 * columns, 3.3 * rows + legend_height))
         grid: Any = figure.subplots(rows, columns, squeeze=False)
         handles: dict[str, Any] = {}
         for i, panel in enumerate(axes):
             ax = grid[i // columns][i % columns]
             for line in panel.lines:
-                s = style[line.label]
+                s = drawn_as[line.label]
                 bare = line.theory_y is not None
                 drawn = ax.plot(
                     line.x,
@@ -209,7 +180,4 @@ def panels(axes: Sequence[Axes], *, title: str = "", columns: int = 2) -> bytes:
         )
         if title:
             figure.suptitle(title, fontsize=11)
-        buffer = io.BytesIO()
-        # No version in the file: the same data gives the same picture.
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+        return png(figure)

@@ -36,7 +36,26 @@ def _front_matter(card: str) -> list[str]:
     return kept
 
 
-def model_card(source: Path, settings: Settings, family: Family, card: str | None) -> str:
+_REMOTE = (
+    "With `trust_remote_code=True` the import is not needed, only glazoo installed; so the folder "
+    "can be given to programs that load models by themselves:",
+    "",
+    "```console",
+    "$ lm_eval --model hf --model_args pretrained=...,trust_remote_code=True --tasks piqa",
+    "```",
+    "",
+)
+
+
+def model_card(
+    source: Path,
+    settings: Settings,
+    family: Family,
+    card: str | None,
+    *,
+    remote_code: bool = False,
+    dtype: str | None = None,
+) -> str:
     """Gives the text of the card.
 
     Args:
@@ -44,6 +63,8 @@ def model_card(source: Path, settings: Settings, family: Family, card: str | Non
         settings: what the conversion was asked for.
         family: the source's family.
         card: text of the source's own card, whose metadata (licence, languages, tags) are kept.
+        remote_code: whether the folder has the module of `remote_code`.
+        dtype: dtype that the conversion cast the weights to, if it did.
     """
     name = base_model(source)
     kept = _front_matter(card or "")
@@ -55,6 +76,7 @@ def model_card(source: Path, settings: Settings, family: Family, card: str | Non
         "head": "one importance vector over keys per head",
         "value": "one importance per synapse",
     }[settings.gate]
+    back = "byte for byte" if dtype is None else f"with the weights in {dtype}"
     lines = [
         "---",
         *kept,
@@ -79,8 +101,9 @@ def model_card(source: Path, settings: Settings, family: Family, card: str | Non
         f'model = {auto}.from_pretrained("...")',
         "```",
         "",
+        *(_REMOTE if remote_code else ()),
         "`glazoo tune` trains the gates, `glazoo inspect` shows where they stand, and "
-        "`glazoo convert --revert` gives the source back byte for byte. Licence and terms are "
+        f"`glazoo convert --revert` gives the source back {back}. Licence and terms are "
         "those of the source; its own card is `glazoo/source/README.md`, if it had one.",
         "",
         "The method: Bonnet et al., Learning to Remember, Learn, and Forget in Attention-Based "

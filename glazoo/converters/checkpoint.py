@@ -8,6 +8,7 @@ with the checksum of every file of the source.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -16,21 +17,22 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from glazoo.converters.card import CARD, REMOTE_CODE, model_card, remote_map
 from glazoo.converters.card import remote_code as remote_code_module
+from glazoo.converters.casting import Cast, Dtype, plan_cast, with_dtype
 from glazoo.converters.errors import ConversionError
 from glazoo.converters.families import FAMILIES, Family, find_family
-from glazoo.converters.files import Progress, Staging, one_line
+from glazoo.converters.families.layouts import layout_of
+from glazoo.converters.files import Progress, Staging, checksum, one_line
 from glazoo.converters.gate import gate_shapes, initial_gate
 from glazoo.converters.report import AddedTensor, ConversionReport, FileRecord, RevertReport
 from glazoo.converters.settings import FORMAT_VERSION, Settings
 from glazoo.converters.tensors import NewTensor, Shard, read_shard, write_shard
 from glazoo.program import lower
-from glazoo.zoo import load
 
 __all__ = ["Checkpoint", "convert_checkpoint", "inspect_checkpoint", "revert_checkpoint"]
 
@@ -72,6 +74,8 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     prefixes: dict[int, str]
     """Name of each layer's mixer, as the files spell it."""
+    quantised: dict[int, str]
+    """Layers whose mixer holds quantised tensors, each with the refusal that names one."""
     others: tuple[Path, ...]
     """Every further file, relative to the folder."""
     skipped: tuple[str, ...]
@@ -129,10 +133,9 @@ def _inspect(folder: Path) -> Checkpoint:
     raw = _read_json(folder / CONFIG, CONFIG)
     if "metaplastic" in raw or (folder / MANIFEST).exists():
         raise ConversionError(f"{folder} is converted already")
-    if "model_type" not in raw and "d_model" in raw and "n_layer" in raw:
+    if (layout := layout_of(raw)) is not None:
         raise ConversionError(
-            f"{folder} is a checkpoint of the original state-spaces/mamba code: import it first "
-            "(glazoo convert --import)"
+            f"{folder} is a checkpoint of {layout}: import it first (glazoo convert --import)"
         )
     if "model_type" not in raw:
         raise ConversionError(
@@ -143,8 +146,6 @@ def _inspect(folder: Path) -> Checkpoint:
         raise ConversionError(
             f"{folder} brings code of its own (auto_map), which a conversion would bypass"
         )
-    if "quantization_config" in raw:
-        raise ConversionError(f"{folder} is quantised; convert the unquantised checkpoint")
     names = raw.get("architectures") or [family.architectures[0]]
     if not (isinstance(names, list) and len(names) == 1 and names[0] in family.architectures):
         raise ConversionError(
@@ -166,8 +167,15 @@ def _inspect(folder: Path) -> Checkpoint:
     shapes = {key: info.shape for shard in shards for key, info in shard.tensors.items()}
     if own := next((key for key in shapes if ".metaplastic." in key), None):
         raise ConversionError(f"{folder} is converted already: it holds {own}")
-    prefixes = _check_mixers(family, config, shards)
-    warnings += _check_model(family, names[0], config, shapes)
+    prefixes, quantised = _check_mixers(family, config, shards)
+    packed = _packed_modules(folder, family, raw, shards)
+    if packed:
+        count = sum(t.dtype not in _FLOATS for s in shards for t in s.tensors.values())
+        warnings.append(
+            f"the checkpoint is quantised ({_quant_method(raw)}): its {count} quantised tensors "
+            "stay as they are"
+        )
+    warnings += _check_model(family, names[0], config, shapes, packed)
     others, skipped = _other_files(
         folder, {CONFIG, *([INDEX] if index else []), *(s.path.name for s in shards)}
     )
@@ -188,6 +196,7 @@ def _inspect(folder: Path) -> Checkpoint:
         index=index,
         shards=shards,
         prefixes=prefixes,
+        quantised=quantised,
         others=others,
         skipped=skipped,
         warnings=tuple(warnings),
@@ -239,10 +248,43 @@ def _read_shards(folder: Path) -> tuple[dict[str, Any] | None, tuple[Shard, ...]
     return index, shards
 
 
-def _check_mixers(family: Family, config: Any, shards: Sequence[Shard]) -> dict[int, str]:
+def _quant_method(raw: Mapping[str, Any]) -> str:
+    found = raw.get("quantization_config")
+    return str(found.get("quant_method", "of no method")) if isinstance(found, dict) else "unknown"
+
+
+def _packed_modules(
+    folder: Path, family: Family, raw: Mapping[str, Any], shards: Sequence[Shard]
+) -> set[str]:
+    """Gives the modules whose tensors a quantised checkpoint holds in a form of its own."""
+    if raw.get("quantization_config") is None:
+        return set()
+    packed = {
+        _without_text_prefix(family, key).rpartition(".")[0]
+        for shard in shards
+        for key, info in shard.tensors.items()
+        if info.dtype not in _FLOATS
+    }
+    if not packed:
+        raise ConversionError(
+            f"{folder}: config.json says that it is quantised ({_quant_method(raw)}), but no "
+            "tensor is: remove quantization_config, or convert the checkpoint that it belongs to"
+        )
+    return packed
+
+
+def _within(key: str, modules: set[str]) -> bool:
+    """Says whether a tensor belongs to one of the modules or to a part of it."""
+    return any(key[: at.start()] in modules for at in re.finditer(r"\.", key)) if modules else False
+
+
+def _check_mixers(
+    family: Family, config: Any, shards: Sequence[Shard]
+) -> tuple[dict[int, str], dict[int, str]]:
     """Compares every mixer's tensors with the family's description; gives the mixers' names by
-    layer."""
+    layer, and why those with quantised tensors cannot be converted."""
     prefixes: dict[int, str] = {}
+    quantised: dict[int, str] = {}
     found: dict[int, dict[str, tuple[int, ...]]] = {}
     layers = set(family.layers(config))
     for shard in shards:
@@ -257,12 +299,19 @@ def _check_mixers(family: Family, config: Any, shards: Sequence[Shard]) -> dict[
                 )
             found.setdefault(layer, {})[name] = info.shape
             if info.dtype not in _FLOATS and layer in layers:
-                raise ConversionError(
-                    f"{key} is stored as {info.dtype}; accepted are {', '.join(_FLOATS)}"
+                quantised.setdefault(
+                    layer,
+                    f"{key} is stored as {info.dtype}: a mixer that is quantised cannot be "
+                    f"converted, its tensors have to be {', '.join(_FLOATS)}. Convert the "
+                    "checkpoint that was not quantised, or one whose quantisation leaves the "
+                    "mixers out, or leave this layer as it is (--layers)",
                 )
     expected = family.mixer_shapes(config)
     for layer in family.layers(config):
+        expected = family.mixer_shapes(config, layer)
         here = found.pop(layer, {})
+        if layer in quantised:
+            continue
         for name in expected:
             where = prefixes.get(layer, f"layer {layer}: the mixer")
             if name not in here:
@@ -281,7 +330,7 @@ def _check_mixers(family: Family, config: Any, shards: Sequence[Shard]) -> dict[
     # What is left may belong to softmax attention or an MLP of the same name.
     if more := sorted(layer for layer, here in found.items() if set(expected) <= set(here)):
         raise ConversionError(f"the checkpoint has a mixer in layer {more[0]}, config.json has not")
-    return {layer: prefixes[layer] for layer in family.layers(config)}
+    return {layer: prefixes[layer] for layer in family.layers(config)}, quantised
 
 
 def _check_joined(
@@ -305,9 +354,14 @@ def _check_joined(
 
 
 def _check_model(
-    family: Family, architecture: str, config: Any, shapes: Mapping[str, tuple[int, ...]]
+    family: Family,
+    architecture: str,
+    config: Any,
+    shapes: Mapping[str, tuple[int, ...]],
+    packed: set[str],
 ) -> list[str]:
-    """Compares all tensors with those of the model, built without data; gives warnings."""
+    """Compares all tensors but those of packed modules with those of the model, built without data;
+    gives warnings."""
     with torch.device("meta"):
         model = family.source_model(architecture)(config)
     tied = set(model.all_tied_weights_keys)
@@ -322,6 +376,8 @@ def _check_model(
         )
         return warnings
     for key, shape in expected.items():
+        if _within(key, packed):
+            continue
         if key not in shapes:
             if key not in tied:
                 raise ConversionError(f"{key} is missing from the checkpoint")
@@ -329,7 +385,7 @@ def _check_model(
             raise ConversionError(
                 f"{key} has shape {list(shapes[key])}, config.json says {list(shape)}"
             )
-    unused = sorted(set(shapes) - set(expected))
+    unused = sorted(key for key in set(shapes) - set(expected) if not _within(key, packed))
     if unused:
         warnings.append(f"{len(unused)} tensors belong to no module, {unused[0]} for example")
     return warnings
@@ -344,14 +400,20 @@ def _without_text_prefix(family: Family, key: str) -> str:
 def _stored_shapes(model: Any) -> tuple[dict[str, tuple[int, ...]], bool]:
     """Gives the shapes of a model's tensors by the names that files have for them, and whether that
     could be worked out."""
+    state, known = _stored(model, model.state_dict())
+    return {key: tuple(t.shape) for key, t in state.items()}, known
+
+
+def _stored(model: Any, state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], bool]:
+    """Gives a model's tensors by the names that files have for them, and whether that could be
+    worked out."""
     try:
         from transformers.core_model_loading import revert_weight_conversion
 
-        state = revert_weight_conversion(model, model.state_dict())
+        return revert_weight_conversion(model, state), True
     except (ImportError, AttributeError, TypeError):
         # Not a public function: another transformers may lack it or take other arguments.
         return {}, False
-    return {key: tuple(t.shape) for key, t in state.items()}, True
 
 
 def _other_files(folder: Path, taken: set[str]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
@@ -469,6 +531,7 @@ def convert_checkpoint(
     layers: Sequence[int] | None = None,
     seed: int = 0,
     gain: str = "first_order",
+    dtype: Dtype | None = None,
     link: bool = True,
     remote_code: bool = False,
     dry_run: bool = False,
@@ -481,8 +544,8 @@ def convert_checkpoint(
         kappa = `plasticity`, b_up = 0, I_p = 1 at the start
 
     `AutoModelForCausalLM.from_pretrained(dst)` loads the result after `import glazoo.models`;
-    without glazoo, transformers refuses its model_type. No tensor of the source is rewritten, and
-    memory does not grow with the model.
+    without glazoo, transformers refuses its model_type. No tensor of the source is rewritten unless
+    `dtype` asks for it, and memory does not grow with the model.
 
     Args:
         src: the source folder; it is not changed.
@@ -496,6 +559,10 @@ def convert_checkpoint(
         seed: seed of the gate's inner projection.
         gain: learning rate of a delta rule: "first_order", beta k / I, or "exact", that of the
             exact rank-one update. Both are the source at kappa = 0.
+        dtype: write the source's weights in this dtype: "float32", "bfloat16" or "float16". The
+            added tensors are float32 always, and what the family or the checkpoint keeps in float32
+            on purpose stays. A narrower dtype cannot be undone: `revert_checkpoint` then gives the
+            weights back as they were cast. Default: they stay as they are.
         link: hard-link the source's weights where the file system allows it. A link shares its
             content with the source: a program that rewrites one file in place changes both. False
             copies.
@@ -520,7 +587,7 @@ def convert_checkpoint(
     settings = Settings.make(
         base_model_type=family.model_type,
         base_architectures=(checkpoint.architecture,),
-        spec=family.spec,
+        spec=family.source_spec(config),
         hidden_size=family.symbols(config)["D"],
         convertible=checkpoint.layers,
         plasticity=plasticity,
@@ -532,6 +599,17 @@ def convert_checkpoint(
         no_exact_gain=family.no_exact_gain(config),
     )
     _check_apart(source, destination)
+    for layer in settings.layers:
+        if layer in checkpoint.quantised:
+            raise ConversionError(checkpoint.quantised[layer])
+    cast = None
+    if dtype is not None:
+        if checkpoint.raw_config.get("quantization_config") is not None:
+            raise ConversionError(
+                f"dtype: {source} is quantised, and its scales belong to its weights: leave the "
+                "dtype as it is"
+            )
+        cast = plan_cast(dtype, checkpoint.shards, family, checkpoint.architecture, config)
     new, added = _added(checkpoint, settings)
     warnings = list(checkpoint.warnings)
     try:
@@ -541,6 +619,7 @@ def convert_checkpoint(
             settings,
             new,
             destination,
+            cast=cast,
             link=link,
             remote_code=remote_code,
             dry_run=dry_run,
@@ -563,7 +642,7 @@ def convert_checkpoint(
         dry_run=dry_run,
         family=family.model_type,
         architecture=family.converted_architecture(checkpoint.architecture),
-        spec=settings.metaplastic_spec().name,
+        spec=settings.metaplastic_spec(family.source_spec(config)).name,
         gate=settings.gate,
         rank=settings.rank,
         plasticity=settings.plasticity,
@@ -572,7 +651,9 @@ def convert_checkpoint(
         skipped_layers=_skipped_layers(checkpoint, settings),
         base_parameters=sum(math.prod(t.shape) for s in shards for t in s.tensors.values()),
         added_parameters=sum(math.prod(t.shape) for t in new),
-        base_bytes=sum(s.data_bytes for s in shards),
+        base_bytes=sum(
+            t.nbytes for s in shards for t in (cast.tensors(s) if cast else s.tensors).values()
+        ),
         added_bytes=sum(t.nbytes for t in new),
         state_bytes_source=before,
         state_bytes_converted=after,
@@ -581,6 +662,9 @@ def convert_checkpoint(
         skipped_files=checkpoint.skipped,
         warnings=tuple(warnings),
         seconds=time.monotonic() - begun,
+        dtype=dtype if cast is not None and any(map(cast.changes, shards)) else None,
+        kept_wide=() if cast is None else cast.kept,
+        largest_change=None if cast is None or dry_run else cast.largest,
     )
 
 
@@ -597,10 +681,10 @@ def _state_bytes(checkpoint: Checkpoint, settings: Settings) -> tuple[int, int]:
     """Counts the recurrent state of one sequence, in float32, of the source and of the converted
     model."""
     sizes = checkpoint.family.symbols(checkpoint.config)
-    spec = load(checkpoint.family.spec)
+    spec = checkpoint.family.source_spec(checkpoint.config)
     per_layer = [
         4 * sizes["H"] * lower(s).state_floats(sizes["K"], sizes["V"])
-        for s in (spec, settings.metaplastic_spec())
+        for s in (spec, settings.metaplastic_spec(spec))
     ]
     n, converted = len(checkpoint.layers), len(settings.layers)
     return n * per_layer[0], (n - converted) * per_layer[0] + converted * per_layer[1]
@@ -612,6 +696,7 @@ def _convert_files(
     new: list[NewTensor],
     destination: Path,
     *,
+    cast: Cast | None,
     link: bool,
     remote_code: bool,
     dry_run: bool,
@@ -642,24 +727,38 @@ def _convert_files(
             f"files of {folder} would overwrite those of the conversion: {sorted(clashes)}"
         )
     paths = [folder / name for name, _, _ in originals]
-    lengths = [p.stat().st_size for p in paths]
+    # Files that are written anew rather than taken over, by their names in the source.
+    anew = {s.path.name: s for s in checkpoint.shards if cast is not None and cast.changes(s)}
+    lengths = [
+        cast.size(anew[name])
+        if cast is not None and name in anew
+        else (folder / name).stat().st_size
+        for name, _, _ in originals
+    ]
     if dry_run:
         return tuple(
             FileRecord(name, stored, length, None, "planned")
             for (name, stored, _), length in zip(originals, lengths, strict=True)
         )
     added_bytes = sum(t.nbytes for t in new)
-    copied = [p for p, (_, _, may_link) in zip(paths, originals, strict=True) if not may_link]
-    linked = [p for p, (_, _, may_link) in zip(paths, originals, strict=True) if may_link]
+    taken = [(folder / n, may_link) for n, _, may_link in originals if n not in anew]
+    copied = [p for p, may_link in taken if not may_link]
+    linked = [p for p, may_link in taken if may_link]
+    cast_bytes = sum(n for n, (name, _, _) in zip(lengths, originals, strict=True) if name in anew)
     _check_space(
         destination,
         added_bytes
+        + cast_bytes
         + _needed_bytes(copied, destination, link=False)
         + _needed_bytes(linked, destination, link=True),
     )
     weight_map = {key: moves[name] for key, name in checkpoint.weight_map.items()}
     weight_map |= {t.name: last for t in new}
-    base_bytes = sum(s.data_bytes for s in checkpoint.shards)
+    expected = {
+        s.path.name: cast.tensors(s) if cast is not None else dict(s.tensors)
+        for s in checkpoint.shards
+    }
+    base_bytes = sum(t.nbytes for tensors in expected.values() for t in tensors.values())
     index = dict(checkpoint.index or {})
     head = dict(index.get("metadata") or {})
     head["total_size"] = base_bytes + added_bytes
@@ -672,18 +771,31 @@ def _convert_files(
         "model_type": checkpoint.family.converted_model_type,
         "metaplastic": settings.to_block(),
     }
+    if cast is not None:
+        config = with_dtype(config, cast.dtype)
     family, architecture = checkpoint.family, checkpoint.architecture
     if remote_code:
         config["auto_map"] = remote_map(family, architecture)
     old_card = folder / CARD
     text = old_card.read_text("utf-8", errors="replace") if old_card.is_file() else None
-    card = model_card(folder, settings, family, text)
+    card = model_card(
+        folder,
+        settings,
+        family,
+        text,
+        remote_code=remote_code,
+        dtype=cast.dtype if cast is not None and anew else None,
+    )
 
     before = _snapshot(paths)
     records: list[FileRecord] = []
     total = sum(lengths) + added_bytes
     with Staging(destination, force=force, total=total, progress=progress) as stage:
         for (name, stored, may_link), length in zip(originals, lengths, strict=True):
+            if cast is not None and name in anew:
+                write = functools.partial(cast.write, shard=anew[name])
+                records.append(FileRecord(name, stored, length, stage.make(stored, write), "cast"))
+                continue
             digest, how = stage.take(folder / name, stored, link=may_link)
             records.append(FileRecord(name, stored, length, digest, how))
         stage.write(last, lambda f: write_shard(f, new))
@@ -693,6 +805,8 @@ def _convert_files(
             "settings": settings.to_block(),
             "files": [{k: v for k, v in asdict(r).items() if k != "how"} for r in records],
         }
+        if cast is not None and anew:
+            manifest["dtype"] = cast.dtype
         stage.write(MANIFEST, _dump(manifest))
         stage.write(CARD, card.encode())
         if remote_code:
@@ -701,7 +815,7 @@ def _convert_files(
         # Read once more as loaders will, and compared with what was checked before the first byte
         # was written.
         for old, shard in zip([*moves.values()], checkpoint.shards, strict=True):
-            if dict(read_shard(stage.folder / old).tensors) != dict(shard.tensors):
+            if dict(read_shard(stage.folder / old).tensors) != expected[shard.path.name]:
                 raise ConversionError(f"{shard.path.name} changed while it was being converted")
         read_shard(stage.folder / last)
         if _snapshot(paths) != before:
@@ -722,6 +836,9 @@ def revert_checkpoint(
     progress: Progress | None = None,
 ) -> RevertReport:
     """Gives back, byte for byte, the folder that a converted one was made from.
+
+    If the conversion was asked to cast the weights, they come back as they were cast, under their
+    old names, and configuration and index say so.
 
     Args:
         src: a folder that `convert_checkpoint` wrote; it is not changed.
@@ -747,6 +864,7 @@ def revert_checkpoint(
         )
     _check_apart(source, destination)
     entries = _manifest_entries(source)
+    dtype = _read_json(source / MANIFEST, MANIFEST).get("dtype")
     records: list[FileRecord] = []
     try:
         Staging.check(destination, force=force)
@@ -769,7 +887,13 @@ def revert_checkpoint(
         with Staging(destination, force=force, total=total, progress=progress) as stage:
             for name, stored, length, expected in entries:
                 may_link = link and stored in weights
-                digest, how = stage.take(source / stored, name, link=may_link)
+                how: Literal["linked", "copied", "cast"]
+                if dtype is not None and stored in (f"{KEPT}/{CONFIG}", f"{KEPT}/{INDEX}"):
+                    content = _recast(source / stored, entries, source, dtype)
+                    stage.write(name, content)
+                    digest, how, length = checksum(source / stored), "cast", len(content)
+                else:
+                    digest, how = stage.take(source / stored, name, link=may_link)
                 if digest != expected:
                     raise ConversionError(
                         f"{stored} was changed since the conversion: {name} cannot be given back"
@@ -782,7 +906,20 @@ def revert_checkpoint(
         destination=str(dst),
         files=tuple(records),
         seconds=time.monotonic() - begun,
+        dtype=dtype,
     )
+
+
+def _recast(
+    kept: Path, entries: Sequence[tuple[str, str, int, str]], source: Path, dtype: str
+) -> bytes:
+    """Gives the source's configuration or index as it is for weights in another dtype."""
+    data = _read_json(kept, kept.name)
+    if kept.name == CONFIG:
+        return _dump(with_dtype(data, dtype))
+    names = {*data["weight_map"].values()}
+    total = sum(read_shard(source / s).data_bytes for n, s, _, _ in entries if n in names)
+    return _dump({**data, "metadata": {**(data.get("metadata") or {}), "total_size": total}})
 
 
 def _manifest_entries(source: Path) -> list[tuple[str, str, int, str]]:

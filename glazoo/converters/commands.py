@@ -19,6 +19,11 @@ from glazoo.terminal import AsJson, bytes_progress, console, print_json
 
 __all__ = ["convert", "inspect", "tune"]
 
+Column = Annotated[str, typer.Option(help="The data set's column with the text.")]
+Split = Annotated[
+    str | None, typer.Option(help="The data set's split. Default: train, or the only one.")
+]
+
 
 def convert(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the model to convert.")],
@@ -49,6 +54,10 @@ def convert(
         typer.Option(help="Learning rate of a delta rule; both start at the source."),
     ] = "first_order",
     seed: Annotated[int, typer.Option(help="Seed of the importance gate's projection.")] = 0,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Write the source's weights in this dtype. Default: as they are."),
+    ] = None,
     link: Annotated[
         bool,
         typer.Option("--link/--copy", help="Hard-link the source's weights if possible, or copy."),
@@ -77,8 +86,8 @@ def convert(
         bool,
         typer.Option(
             "--import",
-            help="SRC is a checkpoint of the original state-spaces/mamba code: write it as a "
-            "transformers folder, which is not converted yet.",
+            help="SRC is a checkpoint of the original state-spaces/mamba code or of "
+            "flash-linear-attention: write it as a folder that loads here, not converted yet.",
         ),
     ] = False,
     force: Annotated[
@@ -100,7 +109,7 @@ def convert(
     if import_:
         from glazoo.converters.families.original import import_original
 
-        if dry_run or verify or revert or report is not None:
+        if dry_run or verify or revert or report is not None or dtype is not None:
             raise ConversionError("--import goes with --force only")
         import_original(src, dst, force=force)
         if as_json:
@@ -112,8 +121,8 @@ def convert(
     passed = True
     with bytes_progress(quiet=as_json) as progress:
         if revert:
-            if dry_run or verify:
-                raise ConversionError("--revert goes with neither --dry-run nor --verify")
+            if dry_run or verify or dtype is not None:
+                raise ConversionError("--revert goes with none of --dry-run, --verify and --dtype")
             results.append(revert_checkpoint(src, dst, link=link, force=force, progress=progress))
         else:
             results.append(
@@ -126,6 +135,7 @@ def convert(
                     layers=_layers(layers),
                     seed=seed,
                     gain=gain,
+                    dtype=dtype,
                     link=link,
                     remote_code=remote_code,
                     dry_run=dry_run,
@@ -175,7 +185,14 @@ def _layers(text: str) -> list[int] | None:
 def tune(
     src: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a converted model.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
-    texts: Annotated[list[Path], typer.Argument(metavar="TEXT...", help="UTF-8 text files.")],
+    texts: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="TEXT...",
+            help="UTF-8 text files, or one folder with a Hugging Face data set (save_to_disk, or "
+            "parquet, JSON, CSV or text files).",
+        ),
+    ],
     *,
     everything: Annotated[
         bool, typer.Option("--all", help="Train every parameter, not only gates and priors.")
@@ -189,6 +206,14 @@ def tune(
     validation: Annotated[
         float, typer.Option(help="Share of the examples that is kept for evaluation.")
     ] = 0.05,
+    column: Column = "text",
+    split: Split = None,
+    validation_split: Annotated[
+        str | None,
+        typer.Option(
+            help="The data set's split for evaluation. Default: validation, or the end of the text."
+        ),
+    ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder with a tokenizer, or bytes. Default: the model's.")
     ] = None,
@@ -212,7 +237,7 @@ def tune(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train the importance gates of a converted model on text files, and write a new folder."""
+    """Train the importance gates of a converted model on texts, and write a new folder."""
     from glazoo.converters.tune import tune_checkpoint
 
     result = tune_checkpoint(
@@ -225,6 +250,9 @@ def tune(
         length=length,
         learning_rate=learning_rate,
         validation=validation,
+        column=column,
+        split=split,
+        validation_split=validation_split,
         tokenizer=tokenizer,
         checkpoint_every=checkpoint_every,
         resume=resume,
@@ -246,13 +274,26 @@ def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a converted model.")],
     texts: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[TEXT]...", help="UTF-8 text files to measure on."),
+        typer.Argument(
+            metavar="[TEXT]...",
+            help="UTF-8 text files, or one folder with a data set, to measure on.",
+        ),
     ] = None,
     *,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder with a tokenizer, or bytes. Default: the model's.")
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the texts that are read at most.")] = 2048,
+    column: Column = "text",
+    split: Split = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png",
+            help="Draw heat maps, layers by heads, into this file; their numbers go into a CSV "
+            "beside it.",
+        ),
+    ] = None,
     report: Annotated[
         Path | None,
         typer.Option(help="Write the report to this file: JSON, or Markdown if it ends in .md."),
@@ -265,10 +306,16 @@ def inspect(
     the prior.
     """
     from glazoo.converters.examine import inspect_model
+    from glazoo.converters.picture import check_plot, write_plot
 
-    result = inspect_model(folder, texts or (), tokenizer=tokenizer, tokens=tokens)
+    if plot is not None:
+        check_plot(plot)
+    result = inspect_model(
+        folder, texts or (), tokenizer=tokenizer, tokens=tokens, column=column, split=split
+    )
     if report is not None:
         result.write(report)
+    table = None if plot is None else write_plot(result, plot)
     if as_json:
         print_json(result.to_json())
         return
@@ -280,6 +327,8 @@ def inspect(
         maps.append(("share of synapses above the prior", shares, 1.0))
     for title, rows, top in maps:
         out.print(_heat_map(title, rows, top))
+    if plot is not None:
+        out.print(Text(f"heat maps: {plot}, their numbers: {table}"))
 
 
 _SHADES = " .:-=+*#%@"

@@ -126,6 +126,8 @@ def inspect_model(
     *,
     tokenizer: str | None = None,
     tokens: int = 2048,
+    column: str = "text",
+    split: str | None = None,
     device: str | torch.device = "cpu",
 ) -> InspectReport:
     """Says, for every layer and head of a converted folder, where it sits between its source and
@@ -133,10 +135,13 @@ def inspect_model(
 
     Args:
         folder: a converted folder.
-        texts: UTF-8 text files on which effective window, importance gate and the share of
-            consolidated synapses are measured; none leaves that out.
+        texts: UTF-8 text files, or one folder with a Hugging Face data set, on which effective
+            window, importance gate and the share of consolidated synapses are measured; none leaves
+            that out.
         tokenizer: a folder with a tokenizer, or "bytes"; default the model's own.
         tokens: how many tokens of the texts are read at most.
+        column: the data set's column with the text.
+        split: the data set's split; default `train`, or the only one.
         device: where the model runs.
 
     Returns:
@@ -146,7 +151,7 @@ def inspect_model(
         ConversionError: the folder is not a converted one or does not load, or a text cannot be
             read.
     """
-    from glazoo.converters.tune import read_tokens
+    from glazoo.converters.texts import read_tokens
 
     begun = time.monotonic()
     if tokens < 1:
@@ -155,7 +160,14 @@ def inspect_model(
     use: tuple[LayerUse, ...] = ()
     count = 0
     if texts:
-        ids = read_tokens(texts, tokenizer or str(folder), vocabulary=_vocabulary(model))[:tokens]
+        ids = read_tokens(
+            texts,
+            tokenizer or str(folder),
+            vocabulary=_vocabulary(model),
+            column=column,
+            split=split,
+            limit=tokens,
+        )[:tokens]
         count = len(ids)
         model.to(device)
         use = measure_use(model, torch.from_numpy(ids.astype("int64"))[None])

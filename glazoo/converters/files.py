@@ -255,6 +255,15 @@ class Staging:
         self._advance(name, path.stat().st_size)
         return path
 
+    def make(self, name: str, content: Callable[[BinaryIO], None]) -> str:
+        """Writes a new large file and syncs it; gives its SHA-256."""
+        path = self._target(name)
+        with path.open("xb") as f:
+            content(f)
+            f.flush()
+            os.fsync(f.fileno())
+        return checksum(path, lambda n: self._advance(name, n))
+
     def take(
         self, source: Path, name: str, *, link: bool
     ) -> tuple[str, Literal["linked", "copied"]]:

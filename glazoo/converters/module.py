@@ -66,7 +66,7 @@ def metaplasticize_model(
     settings = Settings.make(
         base_model_type=family.model_type,
         base_architectures=(type(model).__name__,),
-        spec=family.spec,
+        spec=family.source_spec(config),
         hidden_size=family.symbols(config)["D"],
         convertible=family.layers(config),
         plasticity=plasticity,
@@ -89,11 +89,13 @@ def _family_of(model: nn.Module) -> Family:
         raise ConversionError(f"model: this {type(model).__name__} is converted already")
     family = find_family(getattr(config, "model_type", None))
     cls = type(model)
-    if not cls.__module__.startswith("transformers.models."):
+    # Copies that compute in float64 have a longer name.
+    if not cls.__module__.startswith(family.modeling):
+        package = family.modeling.partition(".")[0]
         raise ConversionError(
-            f"model: this {cls.__name__} comes from {cls.__module__}, which replaces transformers' "
-            "class of the same "
-            f"model_type; load the model with transformers.{family.architectures[0]}"
+            f"model: this {cls.__name__} comes from {cls.__module__}, which takes the place of "
+            f"another class of the same model_type; load the model with {package}."
+            f"{family.architectures[0]}"
         )
     if cls.__name__ not in family.architectures:
         raise ConversionError(

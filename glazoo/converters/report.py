@@ -114,7 +114,8 @@ class FileRecord:
     bytes: int
     sha256: str | None
     """None in a dry run, which reads no data."""
-    how: Literal["linked", "copied", "planned"]
+    how: Literal["linked", "copied", "cast", "planned"]
+    """`cast` files were written anew, with another dtype; `bytes` and `sha256` are the new ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +148,12 @@ class ConversionReport(Report):
     """Entries of the source that are not carried over: hidden folders."""
     warnings: tuple[str, ...]
     seconds: float
+    dtype: str | None = None
+    """dtype that the source's weights were cast to; None where they stay as they are."""
+    kept_wide: tuple[str, ...] = ()
+    """Tensors that stay wider than that dtype."""
+    largest_change: float | None = None
+    """Largest difference of a weight from the source's; None in a dry run."""
     versions: dict[str, str] = field(default_factory=versions)
 
     def to_markdown(self) -> str:
@@ -170,6 +177,7 @@ class ConversionReport(Report):
                         f"{self.base_parameters:,} + {self.added_parameters:,} ({percent:.2f} %)",
                     ),
                     ("weights", f"{_size(self.base_bytes)} + {_size(self.added_bytes)}"),
+                    *self._cast_rows(),
                     (
                         "state of one sequence",
                         f"{_size(self.state_bytes_source)} -> {_size(self.state_bytes_converted)}",
@@ -179,6 +187,21 @@ class ConversionReport(Report):
                 ],
             ),
         ]
+        if self.dtype is not None:
+            what = (
+                "rounds where it has to"
+                if self.largest_change is None
+                else "changes no number"
+                if self.largest_change == 0
+                else "rounds: a weight differs from the source's by up to "
+                f"{self.largest_change:.3g}"
+            )
+            lines += [
+                "",
+                f"Casting to {self.dtype} {what}. The source's own files are not in the converted "
+                "folder: `glazoo convert --revert` gives them back with the weights in "
+                f"{self.dtype}.",
+            ]
         if self.skipped_layers:
             lines += ["", "## Layers left as they are", ""]
             lines += [f"- {i}: {reason}" for i, reason in self.skipped_layers.items()]
@@ -206,6 +229,12 @@ class ConversionReport(Report):
             lines += ["", "## Warnings", "", *(f"- {w}" for w in self.warnings)]
         return "\n".join(lines) + "\n"
 
+    def _cast_rows(self) -> list[tuple[str, str]]:
+        if self.dtype is None:
+            return []
+        kept = f"; {len(self.kept_wide)} tensors stay wider" if self.kept_wide else ""
+        return [("cast to", f"{self.dtype}{kept}")]
+
 
 @dataclass(frozen=True, slots=True)
 class RevertReport(Report):
@@ -215,14 +244,16 @@ class RevertReport(Report):
     destination: str
     files: tuple[FileRecord, ...]
     seconds: float
+    dtype: str | None = None
+    """dtype that the conversion cast the weights to: they come back in it. None where every file is
+    byte for byte the source's."""
     versions: dict[str, str] = field(default_factory=versions)
 
     def to_markdown(self) -> str:
         lines = [
             f"# The source of {self.source}, in {self.destination}",
             "",
-            f"{len(self.files)} files, byte for byte those that were converted ({self.seconds:.1f} "
-            "s).",
+            f"{len(self.files)} files, {self._likeness()} ({self.seconds:.1f} s).",
             "",
             *_table(
                 ("file", "size", "how", "SHA-256"),
@@ -230,6 +261,14 @@ class RevertReport(Report):
             ),
         ]
         return "\n".join(lines) + "\n"
+
+    def _likeness(self) -> str:
+        if self.dtype is None:
+            return "byte for byte those that were converted"
+        return (
+            f"not byte for byte those that were converted: the conversion cast the weights to "
+            f"{self.dtype}, and they come back in it"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +308,10 @@ class VerifyReport(Report):
     new_tokens: int
     seed: int
     seconds: float
+    dtype: str | None = None
+    """dtype that the conversion cast the weights to; the source is compared after the same cast."""
+    cast_shift: float | None = None
+    """Largest absolute difference of a logit that this cast alone makes in the source."""
     versions: dict[str, str] = field(default_factory=versions)
 
     @property
@@ -330,6 +373,13 @@ class VerifyReport(Report):
                 f"The stored gates are not at the source: kappa from {low:g} to {high:g}; "
                 f"as stored, logits differ by up to {number(self.shift)}, as they should."
             )
+        if self.dtype is not None:
+            lines += [
+                "",
+                f"The conversion cast the weights to {self.dtype}: both models were compared with "
+                f"the weights after it. The cast alone moves the source's logits by up to "
+                f"{number(self.cast_shift)}.",
+            ]
         lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in self.versions.items()) + "."]
         return "\n".join(lines) + "\n"
 

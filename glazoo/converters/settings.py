@@ -55,7 +55,7 @@ class Settings:
         *,
         base_model_type: str,
         base_architectures: Sequence[str],
-        spec: str,
+        spec: str | Spec,
         hidden_size: int,
         convertible: Sequence[int],
         plasticity: float,
@@ -71,9 +71,10 @@ class Settings:
             raise ConversionError(f"plasticity: got {plasticity!r}, expected a number in [0, 1]")
         if not 0.0 <= plasticity <= 1.0:
             raise ConversionError(f"plasticity: got {plasticity!r}, accepted are numbers in [0, 1]")
+        source = load(spec)
         if gate is None:
             # Per synapse, a rule that subtracts a prediction has no form in matrix products.
-            gate = "value" if load(spec).posterior.correction == "none" else "head"
+            gate = "value" if source.posterior.correction == "none" else "head"
         if gate not in ("head", "value"):
             raise ConversionError(f"gate: got {gate!r}, accepted are 'head' and 'value'")
         if gain not in ("first_order", "exact"):
@@ -97,7 +98,7 @@ class Settings:
         return cls(
             base_model_type=base_model_type,
             base_architectures=tuple(base_architectures),
-            spec=spec,
+            spec=source.name,
             gate=cast(GateShape, gate),
             rank=rank,
             plasticity=float(plasticity),
@@ -106,9 +107,9 @@ class Settings:
             gain=cast(Gain, gain),
         )
 
-    def metaplastic_spec(self) -> Spec:
-        """Gives the spec that the converted mixers follow."""
-        spec = metaplasticize(load(self.spec), gate=self.gate, rank=self.rank)
+    def metaplastic_spec(self, source: Spec) -> Spec:
+        """Gives the spec that the converted mixers follow, from that of the source's."""
+        spec = metaplasticize(source, gate=self.gate, rank=self.rank)
         posterior = spec.posterior.model_copy(update={"gain": self.gain})
         return Spec.model_validate(spec.model_copy(update={"posterior": posterior}).model_dump())
 

@@ -1,17 +1,17 @@
-"""Fine-tuning converted checkpoints on text files."""
+"""Fine-tuning converted checkpoints on text files and data sets."""
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from glazoo.converters.checkpoint import (
@@ -29,49 +29,12 @@ from glazoo.converters.module import gates
 from glazoo.converters.report import TuneReport
 from glazoo.converters.settings import Settings
 from glazoo.converters.tensors import NewTensor, write_shard
+from glazoo.converters.texts import read_splits
 
-__all__ = ["read_tokens", "save_gates", "tune_checkpoint"]
+if TYPE_CHECKING:
+    from glazoo.models.training import Blocks
 
-
-def read_tokens(
-    texts: Sequence[str | Path], tokenizer: str, *, vocabulary: int | None = None
-) -> NDArray[Any]:
-    """Gives all token ids of text files, one axis; texts are separated by the end of text.
-
-    Args:
-        texts: UTF-8 text files.
-        tokenizer: a folder with a tokenizer, or "bytes".
-        vocabulary: size of the model's vocabulary, which must hold every id.
-
-    Raises:
-        ConversionError: a file cannot be read, or the tokenizer does not fit.
-    """
-    from transformers import AutoTokenizer
-
-    from glazoo.models.training import Data, byte_tokenizer, tokens_of
-
-    if not texts:
-        raise ConversionError("texts: got no file, expected at least one")
-    try:
-        if tokenizer == "bytes":
-            made: Any = byte_tokenizer()
-        else:
-            made = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    except Exception as e:
-        raise ConversionError(
-            f"cannot load a tokenizer from {tokenizer}: {' '.join(str(e).split())}"
-        ) from e
-    try:
-        ids = tokens_of(Data(files=tuple(Path(t) for t in texts), tokenizer=tokenizer), made)
-    except OSError as e:
-        raise ConversionError(f"cannot read {one_line(e)}") from e
-    except UnicodeDecodeError as e:
-        raise ConversionError(f"texts: a file is no UTF-8 text: {e}") from e
-    if vocabulary is not None and len(ids) and int(ids.max()) >= vocabulary:
-        raise ConversionError(
-            f"tokenizer: it gives id {int(ids.max())}, the model has {vocabulary} tokens"
-        )
-    return ids
+__all__ = ["save_gates", "tune_checkpoint"]
 
 
 def save_gates(
@@ -155,6 +118,42 @@ def _only_gates(model: nn.Module) -> None:
         gate.requires_grad_(True)
 
 
+def _examples(
+    texts: Sequence[str | Path],
+    tokenizer: str,
+    *,
+    needed: int,
+    length: int,
+    validation: float,
+    **options: Any,
+) -> tuple[Blocks, Blocks]:
+    """Gives the examples for training and for evaluation, which are apart."""
+    from glazoo.models.training import Blocks
+
+    # The end of the text is kept for evaluation: so much more is to be read.
+    most = math.ceil(needed / (1 - validation)) + 1
+    share = max(1, round(most * validation))
+    ids, other = read_splits(
+        texts, tokenizer, limit=most * length, validation_limit=share * length, **options
+    )
+    count = len(ids) // length
+    if other is not None:
+        held = min(len(other) // length, max(1, round(count * validation)))
+        if count < 1 or held < 1:
+            raise ConversionError(
+                f"texts: {len(ids)} tokens for training and {len(other)} for evaluation; both need "
+                f"at least {length}, the length of an example"
+            )
+        return Blocks(ids, length, 0, count), Blocks(other, length, 0, held)
+    held = max(1, round(count * validation))
+    if count - held < 1:
+        raise ConversionError(
+            f"texts: {len(ids)} tokens make {count} examples of length {length}; training and "
+            "evaluation need one each"
+        )
+    return Blocks(ids, length, 0, count - held), Blocks(ids, length, count - held, count)
+
+
 def tune_checkpoint(
     folder: str | Path,
     dst: str | Path,
@@ -166,6 +165,9 @@ def tune_checkpoint(
     length: int = 512,
     learning_rate: float | None = None,
     validation: float = 0.05,
+    column: str = "text",
+    split: str | None = None,
+    validation_split: str | None = None,
     tokenizer: str | None = None,
     checkpoint_every: int = 0,
     resume: bool = False,
@@ -175,19 +177,26 @@ def tune_checkpoint(
     force: bool = False,
     quiet: bool = False,
 ) -> TuneReport:
-    """Trains the importance gates of a converted folder, or all of it, on text files.
+    """Trains the importance gates of a converted folder, or all of it, on texts.
 
     Args:
         folder: a folder that `convert_checkpoint` wrote; it is not changed.
         dst: the folder to make. It appears complete or not at all; checkpoints of the training are
             in `dst` + ".checkpoints" meanwhile.
-        texts: UTF-8 text files.
+        texts: UTF-8 text files, or one folder with a Hugging Face data set: written by
+            `save_to_disk`, or one of parquet, JSON, CSV or text files. Of a data set no more rows
+            are read than the steps need.
         everything: train every parameter instead of the gates and priors only.
         steps: optimiser steps.
         batch: examples per step and device.
         length: tokens per example.
         learning_rate: of AdamW, with linear decay; default 1e-2 for gates and 1e-5 for everything.
-        validation: share of the examples, at the end of the text, that is kept for evaluation.
+        validation: share of the examples, at the end of the text, that is kept for evaluation; of
+            a split for evaluation, at most this share of what is trained on is used.
+        column: the data set's column with the text.
+        split: the data set's split for training; default `train`, or the only one.
+        validation_split: the data set's split for evaluation; default `validation` if there,
+            otherwise the end of the text.
         tokenizer: a folder with a tokenizer, or "bytes"; default the model's own.
         checkpoint_every: steps between checkpoints; 0 for none.
         resume: continue from the last checkpoint.
@@ -205,8 +214,6 @@ def tune_checkpoint(
     """
     from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
     from transformers.trainer_utils import get_last_checkpoint
-
-    from glazoo.models.training import Blocks
 
     begun = time.monotonic()
     source, destination = Path(folder), Path(os.path.abspath(dst))
@@ -235,14 +242,17 @@ def tune_checkpoint(
         raise ConversionError(f"{work} has checkpoints: --resume continues, or remove the folder")
     model, _ = load_converted(source, dtype=getattr(torch, dtype))
     apart = _gates_apart(source)
-    ids = read_tokens(texts, tokenizer or str(source), vocabulary=_vocabulary(model))
-    count = len(ids) // length
-    held = max(1, round(count * validation))
-    if count - held < 1:
-        raise ConversionError(
-            f"texts: {len(ids)} tokens make {count} examples of length {length}; training and "
-            "evaluation need one each"
-        )
+    train, evaluation = _examples(
+        texts,
+        tokenizer or str(source),
+        vocabulary=_vocabulary(model),
+        column=column,
+        split=split,
+        validation_split=validation_split,
+        needed=steps * batch,
+        length=length,
+        validation=validation,
+    )
     if everything:
         model.requires_grad_(True)
     else:
@@ -270,8 +280,8 @@ def tune_checkpoint(
                 remove_unused_columns=False,
                 dataloader_pin_memory=False,
             ),
-            train_dataset=Blocks(ids, length, 0, count - held),
-            eval_dataset=Blocks(ids, length, count - held, count),
+            train_dataset=train,
+            eval_dataset=evaluation,
         )
         # It prints to standard output, which belongs to the report.
         trainer.remove_callback(PrinterCallback)
@@ -296,7 +306,7 @@ def tune_checkpoint(
         trained_parameters=learned,
         parameters=sum(p.numel() for p in model.parameters()),
         training_tokens=steps * batch * length,
-        evaluation_tokens=held * length,
+        evaluation_tokens=len(evaluation) * length,
         steps=steps,
         loss_before=float(before),
         loss_after=float(after),

@@ -7,6 +7,7 @@ import functools
 import gc
 import importlib.util
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -315,6 +316,9 @@ def verify_checkpoint(
     """Loads a source folder and its converted form in float32 and compares them, as `verify_models`
     does.
 
+    If the conversion cast the weights, every tensor is compared with the source's after the same
+    cast, bit for bit, and both models are compared with those weights.
+
     Args:
         src: the source folder.
         dst: the converted folder.
@@ -338,8 +342,148 @@ def verify_checkpoint(
     say = progress if progress is not None else (lambda _line: None)
     source, destination = Path(src), Path(dst)
     family, architecture, settings = _pair(source, destination)
+    dtype = _cast_dtype(destination)
+    if dtype is None:
+        return _verify(
+            source,
+            destination,
+            source,
+            family,
+            architecture,
+            settings,
+            batch=batch,
+            tokens=tokens,
+            new_tokens=new_tokens,
+            seed=seed,
+            float64=float64,
+            impl=impl,
+            device=device,
+            say=say,
+            begun=begun,
+        )
+    say(f"comparing the weights with the source's, cast to {dtype}")
+    rounded = _check_cast(source, destination, dtype)
+    # What is to be equal is the source with these weights.
+    with tempfile.TemporaryDirectory() as scratch:
+        _cast_source(destination, Path(scratch))
+        report = _verify(
+            source,
+            destination,
+            Path(scratch),
+            family,
+            architecture,
+            settings,
+            batch=batch,
+            tokens=tokens,
+            new_tokens=new_tokens,
+            seed=seed,
+            float64=float64,
+            impl=impl,
+            device=device,
+            say=say,
+            begun=begun,
+        )
+        say("measuring what the cast alone does")
+        shift = _distance(
+            family.source_model(architecture),
+            source,
+            Path(scratch),
+            family,
+            batch=batch,
+            tokens=tokens,
+            seed=seed,
+            device=device,
+        )
+    return replace(
+        report,
+        checks=(rounded, *report.checks),
+        dtype=dtype,
+        cast_shift=shift,
+        seconds=time.monotonic() - begun,
+    )
+
+
+def _cast_dtype(folder: Path) -> str | None:
+    """Gives the dtype that a conversion cast the source's weights to, None if it did not."""
+    from glazoo.converters.checkpoint import MANIFEST, _read_json
+
+    if not (folder / MANIFEST).is_file():
+        return None
+    found = _read_json(folder / MANIFEST, MANIFEST).get("dtype")
+    return found if isinstance(found, str) else None
+
+
+def _check_cast(source: Path, destination: Path, dtype: str) -> Check:
+    from glazoo.converters.casting import is_cast_of
+    from glazoo.converters.checkpoint import _read_shards
+
+    strange, rounded = is_cast_of(_read_shards(source)[1], _read_shards(destination)[1], dtype)
+    detail = f"the source's tensors, {rounded} of them cast to {dtype}, bit for bit"
+    if strange is not None:
+        detail += f"; {strange} is not"
+    return Check("cast", strange is None, None, None, None, None, detail)
+
+
+def _cast_source(converted: Path, scratch: Path) -> None:
+    """Makes a folder that holds the source with the weights that a conversion cast: links, and its
+    own configuration and index."""
+    from glazoo.converters.checkpoint import CONFIG, INDEX, KEPT, _dump, _read_json, _read_shards
+
+    _, shards = _read_shards(converted)
+    weight_map: dict[str, str] = {}
+    for shard in shards:
+        keys = [key for key in shard.tensors if ".metaplastic." not in key]
+        if keys:
+            (scratch / shard.path.name).symlink_to(shard.path.resolve())
+            weight_map |= dict.fromkeys(keys, shard.path.name)
+    config = _read_json(converted / KEPT / CONFIG, CONFIG)
+    (scratch / CONFIG).write_bytes(_dump(config))
+    (scratch / INDEX).write_bytes(_dump({"metadata": {}, "weight_map": weight_map}))
+
+
+@torch.no_grad()
+def _distance(
+    cls: type[Any],
+    one: Path,
+    other: Path,
+    family: Family,
+    *,
+    batch: int,
+    tokens: int,
+    seed: int,
+    device: str | torch.device,
+) -> float:
+    """Gives the largest difference of two folders' logits, loaded one after the other."""
+    found: list[Tensor] = []
+    for folder in (one, other):
+        model: Any = _load(cls, folder, torch.float32).to(device).eval()
+        ids, _ = _prompts(family.text_config(model.config), batch, tokens, 0, seed)
+        with _quiet():
+            found.append(model(ids.to(device)).logits)
+    return float((found[0] - found[1]).abs().max())
+
+
+def _verify(
+    source: Path,
+    destination: Path,
+    weights: Path,
+    family: Family,
+    architecture: str,
+    settings: Settings,
+    *,
+    batch: int,
+    tokens: int,
+    new_tokens: int,
+    seed: int,
+    float64: bool,
+    impl: str,
+    device: str | torch.device,
+    say: Callable[[str], None],
+    begun: float,
+) -> VerifyReport:
+    """Compares the source, with the weights of a folder, and the converted model."""
     say("loading both models in float32")
-    old = _load(family.source_model(architecture), source, torch.float32)
+    old = _load(family.source_model(architecture), weights, torch.float32)
     new = _load_converted(family, architecture, destination, torch.float32)
     set_impl(new, impl)
     old.to(device)
@@ -352,8 +496,8 @@ def verify_checkpoint(
         gc.collect()
         say("comparing in float64")
         clean = clean_float64_model(family, architecture)
-        old = _load(clean, source, torch.float64).to(device)
-        twin = _load(clean, source, torch.float64)
+        old = _load(clean, weights, torch.float64).to(device)
+        twin = _load(clean, weights, torch.float64)
         for model in (old, twin):
             _exact(model, family)
         wide = _load_converted(family, architecture, destination, torch.float64)
@@ -402,6 +546,9 @@ def _load(cls: type[Any], folder: Path, dtype: torch.dtype) -> nn.Module:
                 # Fused products of experts know no float64, and round on their own.
                 experts_implementation="eager",
             )
+            # What a quantised checkpoint is unpacked to may have a dtype of its own.
+            if any(p.is_floating_point() and p.dtype != dtype for p in model.parameters()):
+                model.to(dtype)
     except ConversionError:
         raise
     except Exception as e:

@@ -2,11 +2,14 @@
 and state.
 
 `chunked` and `triton` share this module; they differ in the core operations that they hand to
-`run`.
+`run`, and in the dtype in which these take their tokens (q, k, v and what follows from them). What
+follows from several operands is computed in the compute dtype and rounded once, where it is handed
+over; gates, states and normalisers are never rounded.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -15,15 +18,20 @@ import torch
 from torch import Tensor
 
 from glazoo.engines.call import Call, Result
+from glazoo.engines.posterior import forgetting, over
 from glazoo.program import Kernel
 from glazoo.spec import Preconditioner
 from glazoo.state import State
 
-__all__ = ["Core", "run"]
+__all__ = ["Core", "run", "token_dtype"]
 
 
 class Core(Protocol):
-    """The core operations of an engine, one per kernel class, and the importance scan."""
+    """The core operations of an engine, one per kernel class, and the importance scan.
+
+    An engine may have one more, `posterior_step`: a token of decoding of the classes whose
+    importance is one vector over keys, in one piece and without gradients.
+    """
 
     linear: Any
     delta: Any
@@ -31,6 +39,63 @@ class Core(Protocol):
     synapse: Any
     synapse_delta: Any
     full: Any
+
+
+class _Rounded:
+    """Core operations that get their tokens in one dtype, and their gates as they are."""
+
+    def __init__(self, core: Core, dtype: torch.dtype) -> None:
+        self.core, self.dtype = core, dtype
+        # Not every engine has it.
+        self.one_step: Any = getattr(core, "posterior_step", None)
+
+    def linear(self, q: Tensor, k: Tensor, w: Tensor, *gates: Tensor | None, **options: Any) -> Any:
+        return self.core.linear(*self.round(q, k, w), *gates, **options)
+
+    def delta(
+        self, q: Tensor, e: Tensor, k: Tensor, w: Tensor, g: Tensor | None, **options: Any
+    ) -> Any:
+        return self.core.delta(*self.round(q, e, k, w), g, **options)
+
+    def importance(self, k: Tensor, *gates: Tensor | None, **options: Any) -> Any:
+        return self.core.importance(*self.round(k), *gates, **options)
+
+    def synapse(
+        self, q: Tensor, k: Tensor, w: Tensor, *gates: Tensor | None, **options: Any
+    ) -> Any:
+        return self.core.synapse(*self.round(q, k, w), *gates, **options)
+
+    def synapse_delta(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *gates: Tensor | None,
+        e: Tensor | None,
+        evidence: Tensor | None,
+        **options: Any,
+    ) -> Any:
+        e, evidence = (None if x is None else x.to(self.dtype) for x in (e, evidence))
+        tokens = self.round(q, k, v)
+        return self.core.synapse_delta(*tokens, *gates, e=e, evidence=evidence, **options)
+
+    def posterior_step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *gates: Tensor | None,
+        e: Tensor | None,
+        **options: Any,
+    ) -> Any:
+        e = None if e is None else e.to(self.dtype)
+        return self.one_step(*self.round(q, k, v), *gates, e=e, **options)
+
+    def full(self, q: Tensor, k: Tensor, w: Tensor, *gates: Tensor | None, **options: Any) -> Any:
+        return self.core.full(*self.round(q, k, w), *gates, **options)
+
+    def round(self, *tokens: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.to(self.dtype) for x in tokens)
 
 
 class _Tokens(NamedTuple):
@@ -59,25 +124,39 @@ class _Core(NamedTuple):
     uncertainty: Tensor | None = None
 
 
-def run(call: Call, core: Core) -> Result:
+# The operands of which every token has one and that the kernels multiply: all others are gates.
+_TOKENS = ("q", "k", "v", "p")
+
+
+def token_dtype(call: Call) -> torch.dtype:
+    """Gives the narrowest dtype that holds the tokens of a call as they came."""
+    given = [call.operands[name].dtype for name in _TOKENS if name in call.operands]
+    return functools.reduce(torch.promote_types, given)
+
+
+def run(call: Call, core: Core, dtype: torch.dtype | None = None) -> Result:
     """Runs a program on the given core operations.
 
     Args:
         call: the validated call.
         core: the engine's core operations.
+        dtype: dtype in which these take their tokens; the compute dtype if None.
 
     Returns:
         Output [B, T, HV, V], state, and uncertainty if asked for.
     """
-    spec, state = call.program.spec, call.initial_state
-    call = replace(
-        call, operands={name: x.to(call.compute_dtype) for name, x in call.operands.items()}
-    )
+    spec, state, wide = call.program.spec, call.initial_state, call.compute_dtype
+    narrow = wide if dtype is None else dtype
+    operands = {
+        name: x.to(narrow if name in _TOKENS else wide) for name, x in call.operands.items()
+    }
+    call = replace(call, operands=operands)
+    rounded = _Rounded(core, narrow)
     kernel = call.program.kernel
     with torch.autocast(device_type=call.operands["q"].device.type, enabled=False):
         x, lag = _sub_tokens(call)
         forms = {Kernel.SYNAPSE: _synapse, Kernel.SYNAPSE_DELTA: _synapse_delta, Kernel.FULL: _full}
-        part = forms.get(kernel, _key_importance)(call, core, x)
+        part = forms.get(kernel, _key_importance)(call, rounded, x)
         count = x.v.shape[1] // max(call.operands["q"].shape[1], 1)
         if count > 1:
             last = slice(count - 1, None, count)
@@ -97,19 +176,25 @@ def run(call: Call, core: Core) -> Result:
             start = (
                 None if state is None or state.normalizer is None else state.normalizer[..., None]
             )
-            mass, sums = core.linear(
+            mass, sums = rounded.linear(
                 x.q, x.k, ones, x.g, initial_state=start, cu_seqlens=x.cu_seqlens
             )
-            normalizer = sums[..., 0]
+            normalizer, mass = sums[..., 0], mass.to(wide)
             output = output / (
                 mass + spec.read.eps if spec.read.normalizer == "sum" else mass.abs().clamp(min=1)
             )
-    return Result(output, State(part.memory, part.importance, normalizer, *lag), part.uncertainty)
+        uncertainty = None if part.uncertainty is None else part.uncertainty.to(wide)
+    return Result(output, State(part.memory, part.importance, normalizer, *lag), uncertainty)
 
 
 def _to_value_heads(x: Tensor, groups: int) -> Tensor:
     """Repeats the query/key heads of [B, T, H, ...] for the value heads that read them."""
     return x if groups == 1 else x.repeat_interleave(groups, 2)
+
+
+def _squares(q: Tensor, call: Call) -> Tensor:
+    """Gives q^2 as the value heads see it, in the compute dtype: [B, T, HV, K]."""
+    return _to_value_heads(q, call.groups).to(call.compute_dtype).square()
 
 
 def _times(gate: Tensor | None, x: Tensor) -> Tensor:
@@ -148,18 +233,18 @@ def _previous(x: Tensor, first: Tensor | None, cu_seqlens: Tensor | None) -> Ten
     return torch.where(is_first.view(1, -1, *[1] * (x.ndim - 2)), start[sequence][None], shifted)
 
 
-def _last(x: Tensor, first: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Gives each sequence's last token [N, ...], or `first` where the sequence is empty."""
-    if cu_seqlens is None:
-        if x.shape[1] > 0:
-            return x[:, -1]
-        return x.new_zeros(x.shape[:1] + x.shape[2:]) if first is None else first
-    n = len(cu_seqlens) - 1
-    start = x.new_zeros(n, *x.shape[2:]) if first is None else first.to(x.dtype)
+def _last(x: Tensor, first: Tensor | None, cu_seqlens: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Gives each sequence's last token [N, ...], or `first` where the sequence is empty, in the
+    dtype of a state."""
+    n = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    zeros = x.new_zeros(n, *x.shape[2:], dtype=dtype)
+    start = zeros if first is None else first.to(dtype)
     if x.shape[1] == 0:
         return start
+    if cu_seqlens is None:
+        return x[:, -1].to(dtype)
     empty = (cu_seqlens[1:] == cu_seqlens[:-1]).view(-1, *[1] * (x.ndim - 2))
-    return torch.where(empty, start, x[0, (cu_seqlens[1:] - 1).clamp(min=0)])
+    return torch.where(empty, start, x[0, (cu_seqlens[1:] - 1).clamp(min=0)].to(dtype))
 
 
 def _sub_tokens(call: Call) -> tuple[_Tokens, tuple[Tensor | None, Tensor | None]]:
@@ -172,7 +257,7 @@ def _sub_tokens(call: Call) -> tuple[_Tokens, tuple[Tensor | None, Tensor | None
         g = g.expand(*q.shape[:2], g.shape[0])
     if spec.key == "one_minus_decay":
         assert g is not None
-        k = -torch.expm1(g)
+        k = -torch.expm1(g).to(q.dtype)
     else:
         k = ops["k"]
     beta, b = ops.get("beta"), ops.get("b")
@@ -213,7 +298,9 @@ def _sub_tokens(call: Call) -> tuple[_Tokens, tuple[Tensor | None, Tensor | None
         b=None if b is None else taps(b),
         cu_seqlens=cu,
     )
-    return expanded, (_last(k, lag_key, call.cu_seqlens), _last(v, lag_value, call.cu_seqlens))
+    dtype = call.compute_dtype
+    last_key = _last(k, lag_key, call.cu_seqlens, dtype)
+    return expanded, (last_key, _last(v, lag_value, call.cu_seqlens, dtype))
 
 
 def _memory(call: Call) -> Tensor | None:
@@ -237,8 +324,8 @@ def _pair(call: Call) -> tuple[Tensor, Tensor] | None:
 def _log_evidence(call: Call, x: _Tokens) -> tuple[Tensor, Tensor, Tensor]:
     """Accumulates log sum exp of the keys: z_t, z_{t-1} and z at each sequence's end, over key
     heads."""
-    groups, start = call.groups, _importance(call)
-    k = _to_value_heads(x.k, groups)
+    groups, start, dtype = call.groups, _importance(call), call.compute_dtype
+    k = _to_value_heads(x.k, groups).to(dtype)
     if start is None:
         n = k.shape[0] if x.cu_seqlens is None else len(x.cu_seqlens) - 1
         start = k.new_full((n, *k.shape[2:]), -torch.inf)
@@ -260,17 +347,17 @@ def _log_evidence(call: Call, x: _Tokens) -> tuple[Tensor, Tensor, Tensor]:
             z = torch.logaddexp(z, moved.masked_fill(~same[None, :, None, None], -torch.inf))
             reach *= 2
         z = torch.logaddexp(z, start[sequence][None])
-    return z, _previous(z, start, x.cu_seqlens), _last(z, start, x.cu_seqlens)
+    return z, _previous(z, start, x.cu_seqlens), _last(z, start, x.cu_seqlens, dtype)
 
 
-def _key_importance(call: Call, core: Core, x: _Tokens) -> _Core:
+def _key_importance(call: Call, core: _Rounded, x: _Tokens) -> _Core:
     """Programs whose importance, if any, is one vector over keys: the matmul classes `linear` and
     `delta`."""
     spec, groups = call.program.spec, call.groups
     imp = spec.importance
     start, q, k, g = _memory(call), x.q, x.k, x.g
     if imp is None:
-        unc = _to_value_heads(q, groups).square().sum(-1) if call.uncertainty else None
+        unc = _squares(q, call).sum(-1) if call.uncertainty else None
         return _corrected(call, core, x, k, None, g, None)._replace(uncertainty=unc)
     if imp.evidence == "exp_key":
         z, before, last = _log_evidence(call, x)
@@ -278,10 +365,10 @@ def _key_importance(call: Call, core: Core, x: _Tokens) -> _Core:
         o, memory = core.linear(
             q, written, x.v, before - z, initial_state=start, cu_seqlens=x.cu_seqlens
         )
-        unc = (
-            (_to_value_heads(q, groups).square() * (-z).exp()).sum(-1) if call.uncertainty else None
-        )
+        unc = (_squares(q, call) * (-z).exp()).sum(-1) if call.uncertainty else None
         return _Core(o, memory, last, unc)
+    if imp.preconditioner is None and _is_step(call, core, x):
+        return _step(call, core, x)
     own = g if x.g_importance is None else x.g_importance
     total, last = core.importance(
         k, x.b, own, initial_state=_importance(call), cu_seqlens=x.cu_seqlens
@@ -290,14 +377,15 @@ def _key_importance(call: Call, core: Core, x: _Tokens) -> _Core:
         factor = _precondition(imp.preconditioner, total, call.operands["center"])
         part = _corrected(call, core, x, factor * _to_value_heads(k, groups), None, g, None)
         return part._replace(importance=last)
-    prior = call.operands["prior"]
-    after = total + prior
-    if spec.read.when == "pre":
-        after = _previous(total, _importance(call), x.cu_seqlens) + prior
-    unc = (_to_value_heads(q, groups).square() / after).sum(-1) if call.uncertainty else None
-    if spec.posterior.correction == "diagonal" and spec.posterior.gain == "first_order":
+    prior, p = call.operands["prior"], spec.posterior
+    previous = None
+    if spec.read.when == "pre" or g is not None or p.gain == "exact":
+        previous = _previous(total, _importance(call), x.cu_seqlens)
+    read = total if spec.read.when == "post" or previous is None else previous
+    unc = (_squares(q, call) / (read + prior)).sum(-1) if call.uncertainty else None
+    if p.correction == "diagonal" and p.gain == "first_order":
         o, memory = core.linear(
-            _to_value_heads(q, groups) / after,
+            over(_to_value_heads(q, groups), read, prior),
             k,
             _times(x.beta, x.v),
             g,
@@ -306,27 +394,61 @@ def _key_importance(call: Call, core: Core, x: _Tokens) -> _Core:
             cu_seqlens=x.cu_seqlens,
         )
         return _Core(o, memory, last, unc)
-    old = _previous(total, _importance(call), x.cu_seqlens) + prior
-    before, forget = old, None
-    if g is not None:
-        decay = g.exp() if g.ndim == 4 else g.exp()[..., None]
-        before = decay * (old - prior) + prior
-        forget = (g if g.ndim == 4 else g[..., None]) + (old.log() - before.log())
-    part = _corrected(call, core, x, k, after, forget, before)
+    found: Tensor | None = None
+    forget: Tensor | None = None
+    if previous is not None and g is not None:
+        forget, found = forgetting(previous, g if g.ndim == 4 else g[..., None], prior)
+    elif previous is not None:
+        found = previous + prior
+    part = _corrected(call, core, x, k, (total, prior), forget, found)
     return part._replace(importance=last, uncertainty=unc)
+
+
+def _is_step(call: Call, core: _Rounded, x: _Tokens) -> bool:
+    """Whether this is a token of decoding that the engine has in one piece, wanted without
+    gradients."""
+    if x.v.shape[1] != 1 or x.cu_seqlens is not None or x.removal is not None:
+        return False
+    given = [*x, *(call.initial_state or ()), call.operands["prior"]]
+    wanted = any(y is not None and y.requires_grad for y in given)
+    return core.one_step is not None and not (wanted and torch.is_grad_enabled())
+
+
+def _step(call: Call, core: _Rounded, x: _Tokens) -> _Core:
+    spec, memory, importance = call.program.spec, _memory(call), _importance(call)
+    hebbian = (spec.posterior.correction, spec.posterior.gain) == ("diagonal", "first_order")
+    assert x.b is not None
+    o, (memory, importance), unc = core.posterior_step(
+        x.q,
+        x.k,
+        x.v,
+        x.beta,
+        x.b,
+        x.g,
+        e=x.p,
+        prior=call.operands["prior"],
+        initial_state=None if memory is None or importance is None else (memory, importance),
+        correction="none" if hebbian else spec.posterior.correction,
+        gain=spec.posterior.gain,
+        read=spec.read.when,
+        base=spec.erase.base,
+        own=spec.erase.strength == "own",
+        uncertainty=call.uncertainty,
+    )
+    return _Core(o, memory, importance, unc)
 
 
 def _corrected(
     call: Call,
-    core: Core,
+    core: _Rounded,
     x: _Tokens,
     k: Tensor,
-    after: Tensor | None,
+    after: tuple[Tensor, Tensor] | None,
     g: Tensor | None,
     before: Tensor | None,
 ) -> _Core:
-    """Runs a program on `linear` or `delta`, given importance after (I) and before (I') the token's
-    own evidence."""
+    """Runs a program on `linear` or `delta`, given importance after the token's own evidence (J and
+    the prior) and before it (I')."""
     spec, groups, start = call.program.spec, call.groups, _memory(call)
     p, cu = spec.posterior, x.cu_seqlens
     if p.correction == "none":
@@ -356,7 +478,7 @@ def _corrected(
     if x.removal is not None:
         return _remove_then_write(call, core, x, e, w, after, g)
     if after is not None:
-        k = _to_value_heads(k, groups) / after
+        k = over(_to_value_heads(k, groups), *after)
     o, memory = core.delta(
         x.q, e, k, w, g, initial_state=start, base=spec.erase.base, cu_seqlens=cu
     )
@@ -364,13 +486,19 @@ def _corrected(
 
 
 def _remove_then_write(
-    call: Call, core: Core, x: _Tokens, e: Tensor, w: Tensor, after: Tensor | None, g: Tensor | None
+    call: Call,
+    core: _Rounded,
+    x: _Tokens,
+    e: Tensor,
+    w: Tensor,
+    after: tuple[Tensor, Tensor] | None,
+    g: Tensor | None,
 ) -> _Core:
     """Removal and write along different keys: two sub-tokens, of which only the second is read."""
     assert x.removal is not None
     removal, k = x.removal, _to_value_heads(x.k, call.groups)
     if after is not None:
-        removal, k = removal / after, k / after
+        removal, k = over(removal, *after), over(k, *after)
     o, memory = core.delta(
         _interleave(torch.zeros_like(x.q), x.q),
         _interleave(e, torch.zeros_like(e)),
@@ -390,7 +518,7 @@ def _precondition(p: Preconditioner, importance: Tensor, center: Tensor) -> Tens
     return (-math.log(p.base) * x / (1 + x.abs())).exp()
 
 
-def _synapse(call: Call, core: Core, x: _Tokens) -> _Core:
+def _synapse(call: Call, core: _Rounded, x: _Tokens) -> _Core:
     o, (memory, importance), unc = core.synapse(
         x.q,
         x.k,
@@ -406,7 +534,7 @@ def _synapse(call: Call, core: Core, x: _Tokens) -> _Core:
     return _Core(o, memory, importance, unc)
 
 
-def _synapse_delta(call: Call, core: Core, x: _Tokens) -> _Core:
+def _synapse_delta(call: Call, core: _Rounded, x: _Tokens) -> _Core:
     spec = call.program.spec
     k, v, beta, p, q, g, cu = x.k, x.v, x.beta, x.p, x.q, x.g, x.cu_seqlens
     evidence, removes = None, x.removal is not None
@@ -429,7 +557,7 @@ def _synapse_delta(call: Call, core: Core, x: _Tokens) -> _Core:
         )
         cu = None if cu is None else 2 * cu
     if beta is None:
-        beta = v.new_ones(v.shape[:3])
+        beta = v.new_ones(v.shape[:3], dtype=call.compute_dtype)
     b = x.b if x.b is None or not removes else _interleave(x.b, x.b)
     # The class keeps one importance per synapse; a head-shaped one is equal for all value channels.
     shared = b is not None and b.ndim == 3
@@ -447,7 +575,7 @@ def _synapse_delta(call: Call, core: Core, x: _Tokens) -> _Core:
         g,
         e=p,
         evidence=evidence,
-        prior=k.new_ones(v.shape[2], k.shape[-1])
+        prior=k.new_ones(v.shape[2], k.shape[-1], dtype=call.compute_dtype)
         if prior is None
         else prior.expand(-1, k.shape[-1]),
         gain=spec.posterior.gain,
@@ -462,11 +590,11 @@ def _synapse_delta(call: Call, core: Core, x: _Tokens) -> _Core:
     if shared:
         importance, unc = importance[..., 0], None if unc is None else unc[..., 0]
     if call.uncertainty and not spec.metaplastic:
-        unc = _to_value_heads(x.q, call.groups).square().sum(-1)
+        unc = _squares(x.q, call).sum(-1)
     return _Core(o, memory, importance if spec.metaplastic else None, unc)
 
 
-def _full(call: Call, core: Core, x: _Tokens) -> _Core:
+def _full(call: Call, core: _Rounded, x: _Tokens) -> _Core:
     o, (memory, importance), unc = core.full(
         x.q,
         x.k,

@@ -1,7 +1,8 @@
 """What a posterior's importance does to keys, queries and decays, with few passes over memory.
 
 These are elementwise, so arithmetic is free and memory is not: autograd through their formulas
-would keep and move several tensors of the size of all keys where one does.
+would keep and move several tensors of the size of all keys where one does. A compiler fuses the
+formulas itself, so it is given them.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class _Over(torch.autograd.Function):
 def over(
     x: Float[Tensor, "B T HV K"],
     importance: Float[Tensor, "B T HV K"],
-    prior: Float[Tensor, "HV K"],
+    prior: Float[Tensor, "HV K"] | Float[Tensor, "HV 1"],
 ) -> Float[Tensor, "B T HV K"]:
     """Divides keys or queries by the importance: x / (J + prior).
 
@@ -47,7 +48,10 @@ def over(
     Returns:
         The quotient, differentiable once in every argument.
     """
-    out: Tensor = _Over.apply(x, importance, prior.expand(x.shape[2:]))
+    if torch.compiler.is_compiling():
+        return x / (importance + prior)
+    priors = prior.expand(x.shape[2:])
+    out: Tensor = _Over.apply(x, importance, priors)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -78,7 +82,7 @@ class _Forgetting(torch.autograd.Function):
 def forgetting(
     importance: Float[Tensor, "B T HV K"],
     g: Float[Tensor, "B T HV K"] | Float[Tensor, "B T HV 1"],
-    prior: Float[Tensor, "HV K"],
+    prior: Float[Tensor, "HV K"] | Float[Tensor, "HV 1"],
 ) -> tuple[Float[Tensor, "B T HV K"], Float[Tensor, "B T HV K"]]:
     """How a mean is forgotten when its importance decays to the prior.
 
@@ -93,7 +97,9 @@ def forgetting(
         f, the log decay of the mean (g <= f <= 0), and the importance I' that the token finds;
         differentiable once in every argument.
     """
-    out: tuple[Tensor, Tensor] = _Forgetting.apply(
-        importance, g, prior.expand(importance.shape[2:])
-    )
+    if torch.compiler.is_compiling():
+        before = g.exp() * importance + prior
+        return g + ((importance + prior) / before).log(), before
+    priors = prior.expand(importance.shape[2:])
+    out: tuple[Tensor, Tensor] = _Forgetting.apply(importance, g, priors)  # type: ignore[no-untyped-call]
     return out

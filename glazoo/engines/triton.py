@@ -40,4 +40,21 @@ def run(call: Call) -> Result:
         kernels: Any = importlib.import_module("glazoo.kernels")
     except ImportError as e:
         raise ValueError("impl='triton': Triton is not installed; pip install triton") from e
-    return lowered.run(call, kernels)
+    return lowered.run(call, kernels, _tokens(call))
+
+
+def _tokens(call: Call) -> torch.dtype:
+    """Gives the dtype in which kernels take the tokens: that in which they came, if it can be.
+
+    Kernels accumulate in float32 and keep float32 states whatever the tokens' dtype.
+    """
+    dtype = lowered.token_dtype(call)
+    interpreted = call.operands["q"].device.type == "cpu"
+    if dtype == torch.bfloat16 and interpreted:
+        # Triton's interpreter computes bfloat16 wrongly, and silently so.
+        return torch.float32
+    if dtype == torch.float16 and call.program.spec.read.normalizer != "none":
+        # Numerator and normaliser grow with the tokens beyond float16, and only their quotient is
+        # bounded.
+        return torch.float32
+    return dtype

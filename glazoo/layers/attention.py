@@ -619,6 +619,8 @@ class GatedLinearAttention(KeepsWide):
             return GateValue(g.to(inputs.hidden.device, wide_dtype(inputs.hidden)))
         bound = lower_bound if self.needs_lower_bound else None
         value: GateValue = self.decay(inputs.of("decay", gate.input), bound)
+        if gate.minimum is not None:
+            value = value._replace(value=value.value.clamp(min=gate.minimum))
         return value
 
     def _streams(

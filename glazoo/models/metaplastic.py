@@ -16,6 +16,7 @@ from torch import nn
 
 from glazoo.converters.errors import ConversionError
 from glazoo.converters.families import FAMILIES, Block, Family
+from glazoo.converters.families.mixer import MetaplasticMixer
 from glazoo.converters.gate import ImportanceGate
 from glazoo.converters.settings import Settings
 
@@ -194,7 +195,7 @@ def attach(model: nn.Module, family: Family, settings: Settings) -> None:
     """
     config: Any = model.config
     sizes = family.symbols(config)
-    spec = settings.metaplastic_spec()
+    spec = settings.metaplastic_spec(family.source_spec(config))
     mixers = find_mixers(model, family)
     if absent := sorted(set(settings.layers) - set(mixers)):
         raise ConversionError(f"the model has no {family.mixer} in the layers {absent}")
@@ -226,6 +227,8 @@ def attach(model: nn.Module, family: Family, settings: Settings) -> None:
         mixer.metaplastic_spec = spec  # type: ignore[assignment]
         mixer.metaplastic_impl = "auto"  # type: ignore[assignment]
         mixer.__class__ = _mixer_class(type(mixer), family)
+        assert isinstance(mixer, MetaplasticMixer)
+        mixer.attached()
 
 
 def convert_in_place(model: nn.Module, family: Family, settings: Settings) -> None:

@@ -23,6 +23,7 @@ from glazoo.layers.parts import (
     fill,
     frequencies,
     rotate,
+    wide_dtype,
     wide_parameter,
 )
 from glazoo.models.cache import recurrent_layer
@@ -61,7 +62,8 @@ class SoftmaxAttention(nn.Module):
         q = self.q_proj(x).unflatten(-1, (self.heads, self.size))
         k = self.k_proj(x).unflatten(-1, (self.kv_heads, self.size))
         v = self.v_proj(x).unflatten(-1, (self.kv_heads, self.size))
-        angles = positions[..., None, None] * frequencies(self.size, self.theta, x.device)
+        base = frequencies(self.size, self.theta, x.device).to(wide_dtype(x))
+        angles = positions[..., None, None] * base
         q, k = rotate(q, angles).transpose(1, 2), rotate(k, angles).transpose(1, 2)
         v = v.transpose(1, 2)
         if cache is not None:

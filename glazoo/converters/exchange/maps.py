@@ -30,6 +30,9 @@ class Entry:
     key head."""
     shape: tuple[int, ...] | None = None
     """Their shape where it is not ours; -1 as in `reshape`."""
+    beside: str | None = None
+    """Key of ours without which theirs has another name, that of the next entry of the same
+    tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,44 @@ def _local(mixer: Any, size: str = "conv_size", bias: str = "conv_bias") -> dict
         "layer.local.size": getattr(mixer, size),
         "layer.local.bias": bool(getattr(mixer, bias, False)),
     }
+
+
+def _short_convolution(m: Any, *, q: str, v: str) -> dict[str, Any]:
+    """Gives the changes for convolutions on q, k and v, or for none, and for the activations after
+    them: `q` of q and k, and `v`."""
+    used = bool(m.use_short_conv)
+    shared = q if used and q == v else "none"
+    changes: dict[str, Any] = {"layer.local.kind": "convolution" if used else "none"}
+    changes["layer.local.activation"] = shared if used else "silu"
+    for stream, activation in (("q", q), ("k", q), ("v", v)):
+        changes[f"layer.{stream}.local"] = used
+        changes[f"layer.{stream}.activation"] = "none" if activation == shared else activation
+    return changes | (_local(m) if used else {})
+
+
+def _named(mixer: Any, attribute: str, known: Mapping[str, str]) -> str:
+    """Gives our name of a function that a mixer holds: itself, its class, or its name."""
+    value = getattr(mixer, attribute)
+    name = getattr(value, "__name__", type(value).__name__)
+    if value is None or isinstance(value, str):
+        name = str(value)
+    if name not in known:
+        raise ConversionError(
+            f"{type(mixer).__name__}.{attribute}: got {name!r}, accepted are {', '.join(known)}"
+        )
+    return known[name]
+
+
+_ACTIVATIONS = {
+    "None": "none",
+    "identity": "none",
+    "relu": "relu",
+    "ReLU": "relu",
+    "elu": "elu",
+    "silu": "silu",
+    "swish": "silu",
+    "SiLU": "silu",
+}
 
 
 def _eps(module: Any) -> float:
@@ -176,7 +217,7 @@ _QKV = {f"{s}_proj.weight": f"{s}_proj.weight" for s in "qkvo"}
 _CONV = {f"{s}_conv1d.weight": f"{s}_conv.weight" for s in "qkv"} | {
     f"{s}_conv1d.bias": f"{s}_conv.bias" for s in "qkv"
 }
-_CONV_BIAS = tuple(f"{s}_conv1d.bias" for s in "qkv")
+_OWN_CONV = tuple(_CONV)
 
 
 def _grouped_query(m: Any) -> dict[str, int]:
@@ -199,55 +240,127 @@ def _grouped_value(m: Any) -> dict[str, int]:
     }
 
 
-def _gate(m: Any) -> dict[str, Any]:
-    return {"layer.output.gate": "silu" if m.use_gate else "none"}
+def _norm_and_gate(m: Any) -> dict[str, Any]:
+    """Gives the changes for an output norm that is one module with the gate, or is not."""
+    fused = bool(m.fuse_norm_and_gate)
+    gate = "none"
+    if m.use_output_gate:
+        gate = "silu" if fused else _named(m, "gate_fn", {"swish": "silu", "silu": "silu"})
+    norm = m.g_norm_swish_gate if fused else m.g_norm
+    return {"layer.output.gate": gate, "layer.output.eps": _eps(norm)}
+
+
+def _fla_mamba2(m: Any) -> Options:
+    _need(m, "activation", _either(m, "activation", "silu", "swish"))
+    limit = "dt_limit" if hasattr(m, "dt_limit") else "time_step_limit"
+    _need(m, limit, (0.0, math.inf), (0.0, math.inf))
+    _need(m, "rmsnorm", True, True)
+    _need(m, "norm_before_gate", False, False)
+    _need(m, "D_has_hdim", False, False)
+    _need(m, "use_bias", False, False)
+    eps = m.norm_eps if hasattr(m, "norm_eps") else m.layer_norm_epsilon
+    sizes = {
+        "hidden_size": m.hidden_size,
+        "num_heads": m.num_heads,
+        "num_key_heads": m.n_groups,
+        "head_k_dim": m.ssm_state_size,
+        "head_v_dim": m.head_dim,
+    }
+    changes = _local(m, "conv_kernel_size", "use_conv_bias")
+    return Options(sizes, changes | {"layer.output.eps": float(eps)})
+
+
+def _either(mixer: Any, name: str, *accepted: Any) -> Any:
+    """Gives an option's value if it is one of several that mean the same, else the first."""
+    value = getattr(mixer, name)
+    return value if value in accepted else accepted[0]
 
 
 def _fla_gla(m: Any) -> Options:
-    _need(m, "use_short_conv", False)
-    _need(m, "feature_map_fn", None)
-    _need(m, "clamp_min", None)
-    _need(m, "use_output_gate", True)
-    _need(m, "fuse_norm_and_gate", True)
+    feature = _named(m, "feature_map_fn", _FEATURES)
     changes = {
         "decay.divisor": float(m.gate_logit_normalizer),
         "decay.rank": m.gk_proj[0].out_features,
-        "layer.output.eps": _eps(m.g_norm_swish_gate),
+        "decay.minimum": None if m.clamp_min is None else float(m.clamp_min),
     }
-    return Options(_grouped_query(m), changes)
+    changes |= _short_convolution(m, q=feature, v="none") | {"layer.local.activation": "silu"}
+    return Options(_grouped_query(m), changes | _norm_and_gate(m))
 
 
 def _fla_retnet(m: Any) -> Options:
     _need(m, "use_short_conv", False)
-    _need(m, "feature_map_fn", None)
-    _need(m, "use_output_gate", True)
-    _need(m, "fuse_norm_and_gate", True)
-    return Options(_grouped_query(m), {"layer.output.eps": _eps(m.g_norm_swish_gate)})
+    feature = _named(m, "feature_map_fn", _FEATURES)
+    changes = {"layer.q.activation": feature, "layer.k.activation": feature}
+    return Options(_grouped_query(m), changes | _norm_and_gate(m))
+
+
+_FEATURES = {name: _ACTIVATIONS[name] for name in ("None", "relu", "silu", "swish")}
+
+
+def _fla_linear_attn(m: Any) -> Options:
+    known = {
+        "elementwise_product": ("hadamard", "none"),
+        "HadamardFeatureMap": ("hadamard", "none"),
+        "elu": ("none", "elu"),
+        "elu_p1": ("none", "elu"),
+        "relu": ("none", "relu"),
+        "ReLU": ("none", "relu"),
+        "identity": ("none", "none"),
+        "Identity": ("none", "none"),
+    }
+    names = {name: name for name in known}
+    _need(m, "norm_q", False, False)
+    _need(m, "norm_k", False, False)
+    changes: dict[str, Any] = {"layer.output.eps": _eps(m.norm)}
+    for stream in "qk":
+        kind = known[_named(m, f"feature_map_{stream}", names)]
+        changes[f"layer.{stream}.feature_map"], changes[f"layer.{stream}.activation"] = kind
+    if m.do_feature_map_norm:
+        changes |= {"read.normalizer": "sum", "read.eps": 1e-10}
+    return Options(_grouped_query(m), changes)
 
 
 def _fla_delta_net(m: Any) -> Options:
-    _need(m, "qk_activation", "silu")
-    _need(m, "qk_norm", "l2")
-    _need(m, "use_beta", True)
-    _need(m, "use_short_conv", True)
-    changes = {
+    activation = _named(m, "qk_activation", _ACTIVATIONS)
+    changes = _short_convolution(m, q=activation, v="silu")
+    if m.qk_norm != "l2":
+        # Sums of absolute values are sums where nothing is negative.
+        if m.qk_norm != "sum" or activation not in ("relu", "elu"):
+            raise ConversionError(
+                f"{type(m).__name__}.qk_norm: got {m.qk_norm!r} with qk_activation = "
+                f"{m.qk_activation!r}, accepted are 'l2', and 'sum' with 'relu' or 'elu'"
+            )
+        changes |= {"layer.q.norm": "sum", "layer.k.norm": "sum"}
+    if not m.use_beta:
+        _need(m, "allow_neg_eigval", False)
+        changes |= {"write.shape": "none"}
+    changes |= {
         "write.factor": 2.0 if m.allow_neg_eigval else 1.0,
+        "layer.output.gate": "silu" if m.use_gate else "none",
         "layer.output.eps": _eps(m.o_norm),
     }
-    return Options(_grouped_value(m), changes | _local(m) | _gate(m))
+    return Options(_grouped_value(m), changes)
 
 
 def _fla_gated_deltanet(m: Any) -> Options:
-    _need(m, "use_short_conv", True)
+    gate = "none"
+    if m.use_gate:
+        # Named by the fused norm, and swish where it has no choice.
+        norm = m.o_norm if hasattr(m.o_norm, "activation") else _Swish()
+        gate = _named(norm, "activation", {"swish": "silu", "silu": "silu", "sigmoid": "sigmoid"})
     changes = {
         "write.factor": 2.0 if m.allow_neg_eigval else 1.0,
+        "layer.output.gate": gate,
         "layer.output.eps": _eps(m.o_norm),
     }
-    return Options(_grouped_value(m), changes | _local(m) | _gate(m))
+    return Options(_grouped_value(m), changes | _short_convolution(m, q="silu", v="silu"))
+
+
+class _Swish:
+    activation = "swish"
 
 
 def _fla_kda(m: Any) -> Options:
-    _need(m, "use_short_conv", True)
     sizes = _grouped_value(m)
     changes: dict[str, Any] = {
         "write.factor": 2.0 if m.allow_neg_eigval else 1.0,
@@ -256,11 +369,15 @@ def _fla_kda(m: Any) -> Options:
     bound = getattr(m, "lower_bound", None)
     if bound is not None:
         changes |= {"decay.parameterization": "bounded_sigmoid", "decay.bound": float(bound)}
-    return Options(sizes, changes | _local(m))
+    return Options(sizes, changes | _short_convolution(m, q="silu", v="silu"))
 
 
 def _fla_hgrn2(m: Any) -> Options:
     _need(m, "use_short_conv", False)
+    # One function of norm and projection takes the norm's weight, and an epsilon of its own.
+    changes: dict[str, Any] = {"layer.output.eps": 1e-5}
+    if not getattr(m, "use_lower_bound", True):
+        changes |= {"decay.parameterization": "log_sigmoid", "decay.divisor": 1.0}
     sizes = {
         "hidden_size": m.hidden_size,
         "num_heads": m.num_heads,
@@ -268,8 +385,21 @@ def _fla_hgrn2(m: Any) -> Options:
         "head_k_dim": m.head_f_dim,
         "head_v_dim": m.head_i_dim,
     }
-    return Options(sizes, {"layer.output.eps": _eps(m.g_norm)})
+    return Options(sizes, changes)
 
+
+# One module with the gate, or one of its own: with the gate, or without.
+_OUTPUT_NORM = (
+    Entry("g_norm_swish_gate.weight", ("norm.weight",), beside="g_proj.weight"),
+    Entry("g_norm.weight", ("norm.weight",)),
+)
+_OWN_NORM = ("g_proj.weight", *(e.theirs for e in _OUTPUT_NORM))
+_HADAMARD = {
+    f"feature_map_{s}.layer{i}.{part}": f"{s}_map.{side}.{part}"
+    for s in "qk"
+    for i, side in ((1, "left"), (2, "right"))
+    for part in ("weight", "bias")
+}
 
 _ALL = (
     KeyMap(
@@ -344,7 +474,7 @@ _ALL = (
         "fla.layers.mamba2",
         "Mamba2",
         _MAMBA2,
-        _mamba2,
+        _fla_mamba2,
         optional=("conv1d.bias",),
     ),
     KeyMap(
@@ -352,27 +482,39 @@ _ALL = (
         "gla",
         "fla.layers.gla",
         "GatedLinearAttention",
-        _entries(
-            _QKV
-            | {
-                "g_proj.weight": "g_proj.weight",
-                "gk_proj.0.weight": "decay.proj.down.weight",
-                "gk_proj.1.weight": "decay.proj.up.weight",
-                "gk_proj.1.bias": "decay.proj.up.bias",
-                "g_norm_swish_gate.weight": "norm.weight",
-            }
+        (
+            *_entries(
+                _QKV
+                | _CONV
+                | {
+                    "g_proj.weight": "g_proj.weight",
+                    "gk_proj.0.weight": "decay.proj.down.weight",
+                    "gk_proj.1.weight": "decay.proj.up.weight",
+                    "gk_proj.1.bias": "decay.proj.up.bias",
+                }
+            ),
+            *_OUTPUT_NORM,
         ),
         _fla_gla,
+        optional=(*_OWN_CONV, *_OWN_NORM),
     ),
     KeyMap(
         "fla.retnet",
         "retnet",
         "fla.layers.multiscale_retention",
         "MultiScaleRetention",
-        _entries(
-            _QKV | {"g_proj.weight": "g_proj.weight", "g_norm_swish_gate.weight": "norm.weight"}
-        ),
+        (*_entries(_QKV | {"g_proj.weight": "g_proj.weight"}), *_OUTPUT_NORM),
         _fla_retnet,
+        optional=_OWN_NORM,
+    ),
+    KeyMap(
+        "fla.linear_attn",
+        "linear_attention",
+        "fla.layers.linear_attn",
+        "LinearAttention",
+        _entries(_QKV | {"norm.weight": "norm.weight"} | _HADAMARD),
+        _fla_linear_attn,
+        optional=tuple(_HADAMARD),
     ),
     KeyMap(
         "fla.delta_net",
@@ -389,7 +531,7 @@ _ALL = (
             }
         ),
         _fla_delta_net,
-        optional=("g_proj.weight", *_CONV_BIAS),
+        optional=("g_proj.weight", "b_proj.weight", *_OWN_CONV),
     ),
     KeyMap(
         "fla.gated_deltanet",
@@ -409,7 +551,7 @@ _ALL = (
             }
         ),
         _fla_gated_deltanet,
-        optional=("g_proj.weight", *_CONV_BIAS),
+        optional=("g_proj.weight", *_OWN_CONV),
     ),
     KeyMap(
         "fla.kda",
@@ -432,7 +574,7 @@ _ALL = (
             }
         ),
         _fla_kda,
-        optional=_CONV_BIAS,
+        optional=_OWN_CONV,
     ),
     KeyMap(
         "fla.hgrn2",

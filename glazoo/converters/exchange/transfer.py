@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from glazoo.converters.errors import ConversionError
-from glazoo.converters.exchange.maps import KINDS, Entry, KeyMap
+from glazoo.converters.exchange.maps import KINDS, Entry, KeyMap, Options
 from glazoo.layers import GatedLinearAttention
 from glazoo.spec import Spec
 from glazoo.zoo import load as load_spec
 
-__all__ = ["dump", "from_mixer", "kind_of", "load"]
+__all__ = ["dump", "from_mixer", "kind_of", "load", "spec_of", "translated"]
 
 
 def kind_of(mixer: nn.Module) -> str:
@@ -54,7 +54,7 @@ def from_mixer(
     read = m.options(mixer)
     index = getattr(mixer, "layer_idx", None)
     given: dict[str, Any] = {"layer_idx": index or 0} | read.sizes | options
-    layer = GatedLinearAttention(_changed(load_spec(m.spec), read.changes), **given)
+    layer = GatedLinearAttention(spec_of(m, read), **given)
     first = next(mixer.parameters())
     matrix = next((p for p in mixer.parameters() if p.ndim == 2), first)
     layer.to(device=matrix.device, dtype=matrix.dtype)
@@ -73,22 +73,50 @@ def load(layer: GatedLinearAttention, state: Mapping[str, Tensor], kind: str) ->
     Raises:
         ConversionError: a tensor of either side has no place on the other, or a wrong shape.
     """
+    ours = layer.state_dict()
+    with torch.no_grad():
+        for key, value in translated(layer, state, kind).items():
+            ours[key].copy_(value)
+
+
+def translated(
+    layer: GatedLinearAttention, state: Mapping[str, Tensor], kind: str, *, where: str = ""
+) -> dict[str, Tensor]:
+    """Gives the tensors of a mixer of another package under our layer's names.
+
+    Args:
+        layer: a layer of the sizes of the mixer; its tensors may have no data.
+        state: the mixer's state dict.
+        kind: which map to use; `KINDS` lists them.
+        where: what messages put in front of the mixer's names.
+
+    Returns:
+        One tensor for each of the layer's, as views where possible, in the dtype that it came in.
+
+    Raises:
+        ConversionError: a tensor of either side has no place on the other, or a wrong shape.
+    """
     m = _map(kind)
     ours = layer.state_dict()
     unmapped = sorted(set(state) - {e.theirs for e in m.entries})
     if unmapped:
-        raise ConversionError(f"{kind}: no place for {', '.join(unmapped)}")
+        raise ConversionError(f"{kind}: no place for {', '.join(where + n for n in unmapped)}")
     found: dict[str, Tensor] = {}
     for entry in m.entries:
         if entry.theirs in state:
-            found |= _split(entry, state[entry.theirs], ours, layer, kind)
+            if again := sorted(set(entry.ours) & set(found)):
+                raise ConversionError(
+                    f"{kind}: {where}{entry.theirs} is a second tensor for our {again[0]}"
+                )
+            found |= _split(entry, state[entry.theirs], ours, layer, kind, where)
         elif entry.theirs not in m.optional:
-            raise ConversionError(f"{kind}: {entry.theirs} is missing")
+            raise ConversionError(f"{kind}: {where}{entry.theirs} is missing")
     if absent := sorted(set(ours) - set(found)):
-        raise ConversionError(f"{kind}: nothing for our {', '.join(absent)}")
-    with torch.no_grad():
-        for key, value in found.items():
-            ours[key].copy_(value)
+        wanted = [e for e in m.entries if set(e.ours) & set(absent)]
+        if not wanted:
+            raise ConversionError(f"{kind}: nothing for our {', '.join(absent)}")
+        raise ConversionError(f"{kind}: {where}{wanted[0].theirs} is missing")
+    return found
 
 
 def dump(layer: GatedLinearAttention, kind: str) -> dict[str, Tensor]:
@@ -110,11 +138,15 @@ def dump(layer: GatedLinearAttention, kind: str) -> dict[str, Tensor]:
     if unmapped:
         raise ConversionError(f"{kind}: no place for our {', '.join(unmapped)}")
     state: dict[str, Tensor] = {}
+    given: set[str] = set()
     for entry in m.entries:
+        if given.issuperset(entry.ours) or not (entry.beside is None or entry.beside in ours):
+            continue
         missing = [key for key in entry.ours if key not in ours]
         if missing and entry.theirs not in m.optional:
             raise ConversionError(f"{kind}: our layer has no {', '.join(missing)}")
         if not missing:
+            given |= set(entry.ours)
             state[entry.theirs] = _stack(entry, [ours[key] for key in entry.ours], layer)
     return state
 
@@ -141,9 +173,12 @@ def _split(
     ours: Mapping[str, Tensor],
     layer: GatedLinearAttention,
     kind: str,
+    where: str,
 ) -> dict[str, Tensor]:
     if missing := [key for key in entry.ours if key not in ours]:
-        raise ConversionError(f"{kind}: {entry.theirs} goes to our {', '.join(missing)}, absent")
+        raise ConversionError(
+            f"{kind}: {where}{entry.theirs} goes to our {', '.join(missing)}, absent"
+        )
     shapes = [ours[key].shape for key in entry.ours]
     rows = sum(s[0] for s in shapes)
     expected = torch.Size((rows, *shapes[0][1:]))
@@ -152,17 +187,19 @@ def _split(
         flat = theirs.reshape(expected)
     if flat.shape != expected:
         raise ConversionError(
-            f"{kind}: {entry.theirs} has shape {list(theirs.shape)}, expected {list(expected)}"
+            f"{kind}: {where}{entry.theirs} has shape {list(theirs.shape)}, expected "
+            f"{list(expected)}"
         )
     n = _groups(entry, layer)
     parts = flat.unflatten(0, (n, -1)).split([s[0] // n for s in shapes], 1)
     return {key: part.flatten(0, 1) for key, part in zip(entry.ours, parts, strict=True)}
 
 
-def _changed(spec: Spec, changes: Mapping[str, Any]) -> Spec:
-    """Gives the spec with other values at dotted paths."""
-    data = spec.model_dump()
-    for path, value in changes.items():
+def spec_of(m: KeyMap, read: Options) -> Spec:
+    """Gives the spec that a mixer follows: that of its map, with the values that its options
+    change."""
+    data = load_spec(m.spec).model_dump()
+    for path, value in read.changes.items():
         *parents, leaf = path.split(".")
         at = data
         for part in parents:

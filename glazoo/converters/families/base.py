@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from glazoo.converters.errors import ConversionError
+from glazoo.spec import Spec
 from glazoo.zoo import load
 
 __all__ = ["Block", "Family", "Sizes", "TensorRule"]
@@ -153,8 +154,13 @@ class Family:
             values[symbol] = total
         return values
 
-    def mixer_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
-        """Gives the tensors that every mixer must have, with their shapes."""
+    def source_spec(self, config: Any) -> Spec:
+        """Gives the spec that the mixers follow."""
+        return load(self.spec)
+
+    def mixer_shapes(self, config: Any, layer: int | None = None) -> dict[str, tuple[int, ...]]:
+        """Gives the tensors that the mixer of a layer, default any, must have, with their
+        shapes."""
         values = self.symbols(config)
         return {
             rule.name: tuple(int(d) if d.isdigit() else values[d] for d in rule.shape)
@@ -177,8 +183,9 @@ class Family:
 
     def no_exact_gain(self, config: Any) -> str | None:
         """Says why the mixers cannot have the exact gain, or gives None if they can."""
-        if load(self.spec).posterior.correction != "full":
-            return f"{self.spec!r} subtracts no prediction"
+        spec = self.source_spec(config)
+        if spec.posterior.correction != "full":
+            return f"{spec.name!r} subtracts no prediction"
         field = self.write_above_one
         if field is not None and getattr(self.text_config(config), field):
             return f"{field} lets the write gate exceed 1, which no exact gain can"

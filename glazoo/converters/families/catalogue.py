@@ -15,6 +15,7 @@ from glazoo.converters.families.delta import (
     SPLIT_DELTA,
 )
 from glazoo.converters.families.lightning import LIGHTNING
+from glazoo.converters.families.own import OWN
 from glazoo.converters.families.ssd import SCALED_SSD, SSD
 
 __all__ = ["FAMILIES", "NOT_CONVERTIBLE"]
@@ -325,6 +326,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
             KIMI_LINEAR,
             BAILING_HYBRID,
             GLM5_NEXT,
+            OWN,
         )
     }
 )

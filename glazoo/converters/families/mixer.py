@@ -108,6 +108,9 @@ class MetaplasticMixer(nn.Module):
     # What the source's class gives.
     layer_idx: int
 
+    def attached(self) -> None:
+        """Called once, when the mixer has its gate and spec."""
+
     def _scan(
         self,
         q: Float[Tensor, "B T H K"],

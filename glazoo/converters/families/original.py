@@ -1,24 +1,33 @@
-"""Importing checkpoints in the layout of the original state-spaces/mamba code."""
+"""Importing checkpoints in the layouts of other packages: the original state-spaces/mamba code and
+flash-linear-attention."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from glazoo.converters.checkpoint import CONFIG, SINGLE, _read_json, inspect_checkpoint
+from glazoo.converters.checkpoint import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    _read_json,
+    _read_shards,
+    inspect_checkpoint,
+)
 from glazoo.converters.errors import ConversionError
+from glazoo.converters.families.fla import read_fla
+from glazoo.converters.families.layouts import FLA, STATE_SPACES, layout_of
 from glazoo.converters.files import Staging, one_line
 
-__all__ = ["import_original", "is_original"]
+__all__ = ["import_original"]
 
 PICKLE = "pytorch_model.bin"
-_WEIGHTS = (PICKLE, SINGLE)
 _KEPT = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -30,12 +39,6 @@ _KEPT = (
     "LICENSE",
 )
 """Further files that are taken over."""
-
-
-def is_original(config: Mapping[str, Any]) -> bool:
-    """Says whether a config.json is of the original code: it names a state space layer and no
-    model_type."""
-    return "model_type" not in config and "d_model" in config and "n_layer" in config
 
 
 def _translated(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,74 +92,124 @@ def _translated(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _renamed(state: Mapping[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise ConversionError(f"{key} holds {type(value).__name__}, expected a tensor")
-        out["backbone.embeddings.weight" if key == "backbone.embedding.weight" else key] = value
-    head, table = out.get("lm_head.weight"), out.get("backbone.embeddings.weight")
+def _read_state_spaces(
+    raw: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> tuple[Any, dict[str, Tensor], str]:
+    """Gives transformers' configuration and tensors, and the name of the table of embeddings."""
+    import transformers
+
+    table = "backbone.embeddings.weight"
+    tensors = {table if key == "backbone.embedding.weight" else key: x for key, x in state.items()}
+    return transformers.Mamba2Config(**_translated(raw)), tensors, table
+
+
+_READERS: Mapping[
+    str,
+    Callable[[Mapping[str, Any], Mapping[str, Tensor]], tuple[Any, dict[str, Tensor], str]],
+] = {STATE_SPACES: _read_state_spaces, FLA: read_fla}
+
+
+def _settle_head(tensors: dict[str, Tensor], table: str, *, tied: bool) -> None:
+    """Leaves out a head that is the table of embeddings.
+
+    Raises:
+        ConversionError: they should be one and differ.
+    """
+    head, embeddings = tensors.get("lm_head.weight"), tensors.get(table)
     if tied and head is not None:
-        if table is None or not torch.equal(head, table):
+        if embeddings is None or not torch.equal(head, embeddings):
             raise ConversionError(
-                "tie_embeddings is set, but lm_head.weight and backbone.embedding.weight differ"
+                "the configuration ties the embeddings, but lm_head.weight and the table of "
+                "embeddings differ"
             )
-        del out["lm_head.weight"]
-    elif head is not None and table is not None and head.data_ptr() == table.data_ptr():
-        # Shared in the file, and two tensors from now on.
-        out["lm_head.weight"] = head.clone()
+        del tensors["lm_head.weight"]
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gives contiguous tensors, of which none shares its memory with another: tensors that a pickle
+    shares are two from now on."""
+    seen: set[int] = set()
+    out: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        shared = value.data_ptr() in seen
+        seen.add(value.data_ptr())
+        out[key] = value.clone() if shared else value.contiguous()
     return out
 
 
-def import_original(src: str | Path, dst: str | Path, *, force: bool = False) -> None:
-    """Writes a checkpoint of the original state-spaces/mamba code as a transformers folder.
+def _load(folder: Path) -> dict[str, Tensor]:
+    """Reads all tensors of a folder."""
+    from safetensors.torch import load_file
 
-    Tensors keep their values and dtype; one is renamed, and the configuration is translated.
-    `convert_checkpoint` takes the result.
+    if not any((folder / name).is_file() for name in (PICKLE, SINGLE, INDEX)):
+        raise ConversionError(f"{folder} has neither {PICKLE} nor {SINGLE} nor {INDEX}")
+    state: Any = {}
+    name = PICKLE
+    try:
+        if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+            for shard in _read_shards(folder)[1]:
+                name = shard.path.name
+                state |= load_file(shard.path)
+        else:
+            # Tensors only: a pickle may run code otherwise. Mapped: memory does not hold a copy.
+            state = torch.load(folder / PICKLE, map_location="cpu", weights_only=True, mmap=True)
+    except ConversionError:
+        raise
+    except Exception as e:
+        raise ConversionError(f"cannot read {name}: {' '.join(str(e).split())}") from e
+    if not isinstance(state, dict):
+        raise ConversionError(f"{name} holds {type(state).__name__}, expected tensors")
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ConversionError(f"{key} holds {type(value).__name__}, expected a tensor")
+    return state
+
+
+def import_original(src: str | Path, dst: str | Path, *, force: bool = False) -> None:
+    """Writes a checkpoint of another package as a folder that `from_pretrained` loads.
+
+    Mamba2 checkpoints of the original state-spaces/mamba code become transformers' Mamba2.
+    Checkpoints of flash-linear-attention (mamba2, gla, retnet, linear_attn, hgrn2, delta_net,
+    gated_deltanet, kda) become a `glazoo.models.GlazooForCausalLM`. The result computes the same
+    function. Tensors keep their values and dtype; they are renamed and cut, and the configuration
+    is translated. `convert_checkpoint` takes the result.
 
     Args:
-        src: a folder with the original config.json, and pytorch_model.bin or model.safetensors.
+        src: a folder with the package's config.json, and pytorch_model.bin, model.safetensors or
+            shards with an index.
         dst: the folder to make. It appears complete or not at all.
         force: replace a model's folder that is already at `dst`.
 
     Raises:
-        ConversionError: it is no Mamba2 checkpoint of that code, has parts that transformers'
-            Mamba2 lacks, or its tensors do not fit its configuration.
+        ConversionError: it is of neither package, has parts that the new model lacks, or its
+            tensors do not fit its configuration.
     """
-    import transformers
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     source, destination = Path(src), Path(os.path.abspath(dst))
     if not source.is_dir():
         raise ConversionError(f"{source}: there is no such folder")
     raw = _read_json(source / CONFIG, CONFIG)
-    if not is_original(raw):
+    layout = layout_of(raw)
+    if layout is None:
         raise ConversionError(
-            f"{source / CONFIG} is not of the original code: it needs d_model and n_layer, and no "
-            "model_type"
+            f"{source / CONFIG} is not of {STATE_SPACES}, which has d_model and n_layer and no "
+            f"model_type, and not of {FLA}"
         )
+    if "quantization_config" in raw:
+        raise ConversionError(f"{source} is quantised; import the unquantised checkpoint")
+    state = _load(source)
     try:
-        config = transformers.Mamba2Config(**_translated(raw))
-    except (KeyError, TypeError) as e:
-        raise ConversionError(f"config.json is damaged: {e}") from e
-    weights = next((source / name for name in _WEIGHTS if (source / name).is_file()), None)
-    if weights is None:
-        raise ConversionError(f"{source} has neither {' nor '.join(_WEIGHTS)}")
-    try:
-        if weights.name == PICKLE:
-            # Tensors only: a pickle may run code otherwise. Mapped: memory does not hold a copy.
-            state = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
-        else:
-            state = load_file(weights)
-    except Exception as e:
-        raise ConversionError(f"cannot read {weights.name}: {' '.join(str(e).split())}") from e
-    if not isinstance(state, dict):
-        raise ConversionError(f"{weights.name} holds {type(state).__name__}, expected tensors")
-    tensors = _renamed(state, tied=config.tie_word_embeddings)
+        config, tensors, table = _READERS[layout](raw, state)
+    except ConversionError:
+        raise
+    except (KeyError, TypeError, ValueError) as e:
+        raise ConversionError(f"config.json is damaged: {' '.join(str(e).split())}") from e
+    _settle_head(tensors, table, tied=config.tie_word_embeddings)
     try:
         with Staging(destination, force=force, total=1, progress=None) as stage:
             save_file(
-                {key: t.contiguous() for key, t in tensors.items()},
+                _apart(tensors),
                 stage.folder / SINGLE,
                 metadata={"format": "pt"},
             )

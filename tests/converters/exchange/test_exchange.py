@@ -156,11 +156,12 @@ class Gla(Mixer):
     feature_map_fn = clamp_min = None
     use_output_gate = fuse_norm_and_gate = True
     gate_logit_normalizer = 8
+    convolved = False
 
     def __init__(self) -> None:
         super().__init__()
         keys, values = self.num_kv_heads * self.head_k_dim, self.num_kv_heads * self.head_v_dim
-        self.projections(self.num_heads * self.head_k_dim, keys, values, conv=False)
+        self.projections(self.num_heads * self.head_k_dim, keys, values, conv=self.convolved)
         width = self.num_heads * self.head_v_dim
         self.g_proj, self.o_proj = linear(HIDDEN, width), linear(width, HIDDEN)
         self.gk_proj = nn.Sequential(linear(HIDDEN, 5), linear(5, keys, bias=True))
@@ -176,6 +177,10 @@ class Gla(Mixer):
         o = o * F.silu(heads(self.g_proj(x), self.head_v_dim))
         y: Tensor = self.o_proj(o.flatten(2))
         return y
+
+
+class ConvolvedGla(Gla):
+    convolved = True
 
 
 class Retention(Mixer):
@@ -304,6 +309,47 @@ class SafeKda(Kda):
     lower_bound = -5.0
 
 
+class HadamardFeatureMap(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.layer1, self.layer2 = linear(size, size, bias=True), linear(size, size, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer1(x) * self.layer2(x)
+        return y
+
+
+class LinearAttention(Mixer):
+    num_kv_heads = 2
+    norm_q = norm_k = do_feature_map_norm = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        keys, values = self.num_kv_heads * self.head_k_dim, self.num_kv_heads * self.head_v_dim
+        self.projections(self.num_heads * self.head_k_dim, keys, values, conv=False)
+        self.feature_map_q, self.feature_map_k = self.maps()
+        self.norm = Norm(self.head_v_dim, self.eps)
+        self.o_proj = linear(self.num_heads * self.head_v_dim, HIDDEN)
+
+    def maps(self) -> tuple[nn.Module, nn.Module]:
+        return HadamardFeatureMap(self.head_k_dim), HadamardFeatureMap(self.head_k_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x)
+        group = self.num_heads // self.num_kv_heads
+        q = self.feature_map_q(heads(q, self.head_k_dim))
+        k = self.feature_map_k(heads(k, self.head_k_dim, group))
+        v = heads(v, self.head_v_dim, group)
+        o = rms(additive(q, k, v, torch.zeros_like(q)), self.norm.weight, self.eps)
+        y: Tensor = self.o_proj(o.flatten(2))
+        return y
+
+
+class ReluLinearAttention(LinearAttention):
+    def maps(self) -> tuple[nn.Module, nn.Module]:
+        return nn.ReLU(), nn.ReLU()
+
+
 class Hgrn2(Mixer):
     head_f_dim, head_i_dim = 4, HIDDEN // 4
 
@@ -318,13 +364,17 @@ class Hgrn2(Mixer):
         f = heads(torch.sigmoid(self.f_proj(x)), self.head_f_dim)
         q = heads(F.silu(self.q_proj(x)), self.head_f_dim)
         o = additive(q, 1 - f, heads(self.i_proj(x), self.head_i_dim), f.log())
-        y: Tensor = self.o_proj(rms(o.flatten(2), self.g_norm.weight, self.eps))
+        # The package's layer does not pass its epsilon on.
+        y: Tensor = self.o_proj(rms(o.flatten(2), self.g_norm.weight, 1e-5))
         return y
 
 
 FLA: dict[str, tuple[str, Callable[[], Mixer]]] = {
     "gla": ("fla.gla", Gla),
     "retnet": ("fla.retnet", Retention),
+    "gla_convolution": ("fla.gla", ConvolvedGla),
+    "linear_attn": ("fla.linear_attn", LinearAttention),
+    "linear_attn_relu": ("fla.linear_attn", ReluLinearAttention),
     "delta_net": ("fla.delta_net", DeltaNet),
     "delta_net_gate": ("fla.delta_net", GatedOutputDeltaNet),
     "gated_deltanet": ("fla.gated_deltanet", GatedDeltaNet),
@@ -420,7 +470,7 @@ def test_nothing_is_dropped() -> None:
     with pytest.raises(ConversionError, match=r"no place for our decay\.proj\.down\.weight"):
         exchange.dump(layer, "fla.retnet")
     gated = exchange.from_mixer(fla_mixer("delta_net_gate"), kind="fla.delta_net")
-    with pytest.raises(ConversionError, match=r"nothing for our g_proj\.weight"):
+    with pytest.raises(ConversionError, match=r"g_proj\.weight is missing"):
         exchange.load(gated, fla_mixer("delta_net").state_dict(), "fla.delta_net")
 
 
