@@ -3,6 +3,7 @@
     python benchmarks/census.py                          every kernel, sm_90, K/V = 128/128
     python benchmarks/census.py --target gfx942 --shape 96/192
     python benchmarks/census.py --opcodes delta_state    its main loop by opcode
+    python benchmarks/census.py --sum                    sums over passes, against their goals
     python benchmarks/census.py --check [--quick]        compare with benchmarks/budgets.toml
     python benchmarks/census.py --write-budgets          measure the matrix, write budgets
 
@@ -10,13 +11,19 @@ No GPU is needed. The host code runs on meta tensors and records what it would l
 signatures, tiles and pointer alignment are those of a real call. `work` is instructions of the main
 loop, times threads, per unit of work of one iteration: per token x key x value of a program's tile
 (per token x key where the kernel has no values, per state entry in a decode step). Without a loop
-it is the whole kernel's.
+it is the whole kernel's. Of a kernel with several loops the longest that holds no other counts.
+
+The class with an importance for every synapse has a goal: the work of its passes that touch every
+synapse and token, one after the other, is at most GOALS. Passes over every key and token alone are
+left out; `--sum` lists them, divided by V. Approximate reciprocals, as they are the default.
 """
 
 import argparse
 import collections
 import dataclasses
 import functools
+import itertools
+import math
 import os
 import pathlib
 import re
@@ -24,7 +31,8 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
@@ -36,9 +44,21 @@ from triton.compiler import ASTSource
 
 from glazoo.kernels.common import Launch, interpreting, record_launches
 from glazoo.kernels.delta import run_delta_backward, run_delta_forward
+from glazoo.kernels.full import run_full_solve
 from glazoo.kernels.importance import run_importance_backward, run_importance_forward
 from glazoo.kernels.linear import run_linear_backward, run_linear_forward
-from glazoo.kernels.step import run_delta_step, run_importance_step, run_linear_step
+from glazoo.kernels.step import (
+    run_delta_step,
+    run_importance_step,
+    run_linear_step,
+    run_posterior_step,
+)
+from glazoo.kernels.synapse import run_synapse_backward, run_synapse_forward, run_synapse_step
+from glazoo.kernels.synapse_delta import (
+    run_synapse_delta_backward,
+    run_synapse_delta_forward,
+    run_synapse_delta_step,
+)
 
 BUDGETS = pathlib.Path(__file__).with_name("budgets.toml")
 TARGETS = {
@@ -53,6 +73,93 @@ SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gf
 # Room that a budget leaves for instructions: another Triton schedules a little differently.
 ROOM = 1.05
 GATES = ("none", "head", "key")
+# Arguments whose product is the units of work in one iteration of a kernel's main loop; 1 where a
+# kernel has no such argument. synapse_local's loop is unrolled by two.
+UNIT = ("BT", "BK", "BV", "BH")
+UNITS: dict[str, tuple[str | int, ...]] = {
+    "importance_carry": ("BC", "BK"),
+    "synapse_keep": ("BS", "BK"),
+    "synapse_state": ("BS", "BK", "BV"),
+    "synapse_output": ("BK", "BV"),
+    "synapse_local": (2, "BK", "BV"),
+    "synapse_carry": ("SUB", "BK", "BV"),
+    "synapse_columns": ("SUB", "BK"),
+    "synapse_gradient": ("SUB", "BV"),
+    "synapse_finish": ("SUB", "BK"),
+    "full_solve": ("BR", "K"),
+}
+# Kernels whose machine code no V decides, and K by little but a tile that all shapes share.
+PLAIN = ("importance", "chunk_gate", "chunk_table")
+
+
+def given(arguments: Mapping[str, Any], name: str) -> bool:
+    """Whether a kernel got an optional operand."""
+    return arguments.get(name) is not None
+
+
+# What else tells apart launches of one kernel, and its place in their name.
+VARIANTS: dict[str, Callable[[str, Mapping[str, Any]], object]] = {
+    "has_e": lambda _, x: x.get("HAS_E"),
+    "reverse": lambda _, x: x.get("REVERSE"),
+    "has_state": lambda _, x: x.get("HAS_STATE"),
+    "pre": lambda _, x: x.get("PRE"),
+    "prev": lambda _, x: x.get("PREV"),
+    "delta": lambda _, x: x.get("DELTA"),
+    "exact": lambda _, x: x.get("EXACT"),
+    "diagonal": lambda _, x: x.get("DIAGONAL"),
+    "uncertainty": lambda name, x: (
+        name.startswith(("synapse", "posterior"))
+        and (x.get("DOUBT") or given(x, "u") or given(x, "du"))
+    ),
+    "backward": lambda name, x: name.startswith("importance") and given(x, "dj"),
+    "frozen": lambda name, x: name.startswith("synapse_delta") and not given(x, "b"),
+    "one_state": lambda name, x: name == "synapse_state" and not given(x, "b"),
+    "kept": lambda name, x: name == "synapse_delta" and given(x, "kept"),
+    "{BV}_values": lambda name, x: name in ("delta_state", "delta_dstate"),
+    "no_score": lambda name, x: name == "chunk_intra" and not given(x, "score"),
+}
+# Forms of synapse, the default first: read before the write; uncertainty.
+READS = ((False, False), (True, False), (False, True))
+# Forms of synapse_delta, the default first: frozen; exact gain, diagonal correction, base "prev";
+# uncertainty.
+RULES = (
+    (False, (False, False, False), False),
+    (False, (False, False, False), True),
+    (False, (False, False, True), False),
+    (False, (True, False, False), False),
+    (False, (True, True, False), False),
+    (True, (True, True, False), False),
+)
+# Forms of posterior_step, the default first: delta rule, exact gain, diagonal correction, read
+# before the write, base "prev", erase gate of its own; uncertainty.
+POSTERIORS = (
+    (False, False, False, False, False, False, False),
+    (False, False, False, False, False, False, True),
+    (True, False, False, False, False, False, False),
+    (True, True, False, False, False, False, False),
+    (True, True, True, False, False, False, False),
+)
+
+
+class Direction(NamedTuple):
+    """Passes of a class in one direction: over every synapse and token, whose work has a goal, and
+    over every key and token alone."""
+
+    passes: tuple[str, ...]
+    keyed: tuple[str, ...]
+    goal: float
+
+
+GOALS = {
+    "synapse": {
+        "forward": Direction(("synapse_state", "synapse_output"), ("synapse_keep",), 12.0),
+        "backward": Direction(
+            ("synapse_state", "synapse_local", "synapse_carry", "synapse_gradient"),
+            ("synapse_keep", "synapse_columns", "synapse_finish"),
+            45.0,
+        ),
+    }
+}
 POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -85,7 +192,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def _calls(K: int, V: int, gate: str, B: int, T: int) -> Iterator[Callable[[], object]]:
-    """The host functions behind every public operation, at one gate's shape."""
+    """The host functions behind every public operation and its options, at one gate's shape."""
     H, HV = 8, 16
     q, k, e, w = (_meta(B, T, h, d) for h, d in ((H, K), (H, K), (H, K), (HV, V)))
     shapes = {"none": None, "head": (B, T, HV), "key": (B, T, HV, K)}
@@ -93,11 +200,9 @@ def _calls(K: int, V: int, gate: str, B: int, T: int) -> Iterator[Callable[[], o
     state = _meta(B, HV, K, V, dtype=torch.float32)
     importance = _meta(B, HV, K, dtype=torch.float32)
     b = _meta(B, T, HV, dtype=torch.float32)
-    if T == 1:
-        yield lambda: run_linear_step(q, k, w, g, state, False)
-        yield lambda: run_delta_step(q, e, k, w, g, state, False)
-        yield lambda: run_importance_step(k, b, g, importance)
-        return
+    value_b = _meta(B, T, HV, V)
+    prior = _meta(HV, K, dtype=torch.float32)
+    matrix = _meta(B, HV, K, K, dtype=torch.float32)
 
     def linear() -> None:
         o, final = run_linear_forward(q, k, w, g, state, None, False)
@@ -111,7 +216,39 @@ def _calls(K: int, V: int, gate: str, B: int, T: int) -> Iterator[Callable[[], o
         j, final = run_importance_forward(k, b, g, importance, None)
         run_importance_backward(j, final, j, k, b, g, importance, None)
 
+    def synapse(pre: bool, uncertainty: bool) -> None:
+        given = (q, k, w, value_b, g, prior, state, state)
+        if T == 1:
+            run_synapse_step(*given, pre, uncertainty, False)
+            return
+        o, h, j, _ = run_synapse_forward(*given, None, pre, uncertainty, False)
+        run_synapse_backward(o, h, j, o if uncertainty else None, *given, None, pre, False)
+
+    def synapse_delta(frozen: bool, rule: tuple[bool, bool, bool], uncertainty: bool) -> None:
+        given = (q, k, e, k, w, value_b, None if frozen else value_b, g, prior, state, state)
+        if T == 1:
+            run_synapse_delta_step(*given, *rule, uncertainty, False)
+            return
+        o, m, j, _ = run_synapse_delta_forward(*given, None, *rule, uncertainty, False)
+        du = o if uncertainty else None
+        run_synapse_delta_backward(o, m, j, du, *given, None, *rule, False)
+
+    # Other forms than the default: with a gate, which takes more than none.
+    for pre, uncertainty in READS[: 1 if gate == "none" else None]:
+        yield functools.partial(synapse, pre, uncertainty)
+    for frozen, rule, uncertainty in RULES[: 1 if gate == "none" else None]:
+        yield functools.partial(synapse_delta, frozen, rule, uncertainty)
+    if T == 1:
+        yield lambda: run_linear_step(q, k, w, g, state, False)
+        yield lambda: run_delta_step(q, e, k, w, g, state, False)
+        yield lambda: run_importance_step(k, b, g, importance)
+        given = (q, k, e, w, b, b, g, prior, state, importance)
+        for flags in POSTERIORS[: 1 if gate == "none" else None]:
+            yield functools.partial(run_posterior_step, *given, *flags)
+        return
     yield from (linear, delta, scan)
+    if gate != "key":
+        yield lambda: run_full_solve(q, k, b, g, prior, matrix, None)
 
 
 def _identity(launch: Launch) -> str:
@@ -119,42 +256,36 @@ def _identity(launch: Launch) -> str:
     constants = {
         name: str(x.dtype) if isinstance(x, Tensor) else x
         for name, x in launch.arguments.items()
-        if name not in ("T", "dg_stride")
+        if name not in ("T", "dg_stride", "c_first", "c_end")
     }
     return f"{launch.kernel.__name__} {sorted(constants.items(), key=str)} {launch.tiles}"
 
 
-def launches(target: str, K: int, V: int) -> Iterator[tuple[str, Launch]]:
-    """Every distinct launch of the operations, with a name: kernel, gate, variant."""
+def _kernel(launch: Launch) -> str:
+    return launch.kernel.__name__.removesuffix("_kernel")
+
+
+def launches(
+    target: str, K: int, V: int, pattern: str = "", gates: Iterable[str] = GATES
+) -> Iterator[tuple[str, Launch]]:
+    """Every distinct launch of the operations, with a name: kernel, gate, variants."""
     seen = set()
-    for gate in GATES:
-        for batch, tokens in ((1, 4096), (16, 2048), (64, 1)):
-            for call in _calls(K, V, gate, batch, tokens):
-                with record_launches(target) as recorded:
-                    call()
-                for launch in recorded:
-                    # What no shape but K decides is measured at one shape.
-                    plain = launch.kernel.__name__.startswith(
-                        ("importance", "chunk_gate", "chunk_table")
-                    )
-                    if plain and (K, V) != (128, 128):
-                        continue
-                    if (identity := _identity(launch)) in seen:
-                        continue
-                    seen.add(identity)
-                    flags = [
-                        name.lower()
-                        for name in ("HAS_E", "REVERSE", "HAS_STATE", "DIAGONAL")
-                        if launch.arguments.get(name)
-                    ]
-                    kernel = launch.kernel.__name__.removesuffix("_kernel")
-                    if "dj" in launch.arguments and launch.arguments["dj"] is not None:
-                        flags.append("backward")
-                    if kernel in ("delta_state", "delta_dstate"):
-                        flags.append(f"{launch.tiles.BV}_values")
-                    if kernel == "chunk_intra" and launch.arguments["score"] is None:
-                        flags.append("no_score")
-                    yield "/".join([kernel, gate, *flags]), launch
+    for gate, (batch, tokens) in itertools.product(gates, ((1, 4096), (16, 2048), (64, 1))):
+        for call in _calls(K, V, gate, batch, tokens):
+            with record_launches(target) as recorded:
+                call()
+            for launch in recorded:
+                kernel, arguments = _kernel(launch), launch.arguments
+                # What no shape but K decides is measured at one shape.
+                if kernel.startswith(PLAIN) and (K, V) != (128, 128):
+                    continue
+                if (identity := _identity(launch)) in seen:
+                    continue
+                seen.add(identity)
+                labels = [x for x, has in VARIANTS.items() if has(kernel, arguments)]
+                name = "/".join([kernel, gate, *(x.format_map(arguments) for x in labels)])
+                if re.search(pattern, name):
+                    yield name, launch
 
 
 def compile_launch(launch: Launch, target: str) -> "triton.compiler.CompiledKernel":
@@ -225,10 +356,8 @@ def main_loop(assembly: str, pattern: re.Pattern[str]) -> list[str]:
 
 def _unit(launch: Launch) -> int:
     """Units of work of one iteration of a program."""
-    size = {name: launch.arguments.get(name, 1) for name in ("BT", "BK", "BV", "BC", "BH")}
-    if "BC" in launch.arguments:
-        return size["BC"] * size["BK"]
-    return size["BT"] * size["BK"] * size["BV"] * size["BH"]
+    factors = UNITS.get(_kernel(launch), UNIT)
+    return math.prod(x if isinstance(x, int) else launch.arguments.get(x, 1) for x in factors)
 
 
 def measure(name: str, launch: Launch, target: str, shape: tuple[int, int]) -> Measurement:
@@ -255,16 +384,52 @@ def measure(name: str, launch: Launch, target: str, shape: tuple[int, int]) -> M
 
 
 def matrix(
-    targets: list[str], shapes: list[tuple[int, int]], pattern: str = ""
+    targets: Iterable[str],
+    shapes: Iterable[tuple[int, int]],
+    pattern: str = "",
+    gates: Iterable[str] = GATES,
 ) -> Iterator[Measurement]:
-    """Measurements of every kernel whose name contains `pattern`."""
+    """Measurements of every kernel in whose name `pattern`, a regular expression, is found."""
     if interpreting():
         raise RuntimeError("TRITON_INTERPRET is set: kernels cannot be compiled in this process")
-    for target in targets:
-        for shape in shapes:
-            for name, launch in launches(target, *shape):
-                if pattern in name:
-                    yield measure(name, launch, target, shape)
+    for target, shape in itertools.product(targets, shapes):
+        for name, launch in launches(target, *shape, pattern, gates):
+            yield measure(name, launch, target, shape)
+
+
+class Total(NamedTuple):
+    """Work of a class in one direction, per synapse and token, and what its kernels spill."""
+
+    target: str
+    shape: tuple[int, int]
+    name: str
+    work: float
+    keyed: float
+    goal: float
+    spill: int
+
+
+def totals(target: str, shape: tuple[int, int]) -> Iterator[Total]:
+    """Every sum that has a goal, of the default form of its class: a read after the write, no
+    uncertainty."""
+    for (name, directions), gate in itertools.product(GOALS.items(), ("head", "key")):
+        names = {x for of in directions.values() for x in (*of.passes, *of.keyed)}
+        found: dict[str, Measurement] = {}
+        for x in matrix([target], [shape], rf"^({'|'.join(sorted(names))})/{gate}$", [gate]):
+            kernel = x.name.split("/")[0]
+            # Forward and backward differ in how far apart they store states.
+            found[kernel] = max(x, found.get(kernel, x), key=lambda y: y.work)
+        for direction, of in directions.items():
+            yield Total(
+                target,
+                shape,
+                f"{name} {gate} {direction}",
+                sum(found[x].work for x in of.passes),
+                # Only a gate of every key needs all of these.
+                sum(found[x].work for x in of.keyed if x in found) / shape[1],
+                of.goal,
+                sum(found[x].spill for x in (*of.passes, *of.keyed) if x in found),
+            )
 
 
 def violations(found: Measurement, budget: dict[str, float] | None) -> list[str]:
@@ -342,13 +507,30 @@ def _print(found: list[Measurement], opcodes: bool) -> None:
         console.print(table)
 
 
+def _print_totals(found: list[Total]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="instructions per synapse and token, summed over passes")
+    for column in ("class, gate, direction", "target", "K/V"):
+        table.add_column(column, overflow="fold")
+    for column in ("work", "goal", "passes over keys, / V", "spilled B"):
+        table.add_column(column, justify="right")
+    for x in found:
+        shape = f"{x.shape[0]}/{x.shape[1]}"
+        work, goal, keyed = (f"{y:.2f}" for y in (x.work, x.goal, x.keyed))
+        table.add_row(x.name, x.target, shape, work, goal, keyed, str(x.spill))
+    Console().print(table)
+
+
 # What --quick compiles: a part of the kernels where most users are, and where limits are tight.
 QUICK = (
-    ("sm_90", (128, 128), "/head"),
+    ("sm_90", (128, 128), r"^(?!synapse|full).*/head"),
+    ("sm_90", (128, 128), r"^synapse_(?!.*/one_state)\w+/head$"),
     ("sm_90", (128, 128), "keyed"),
-    ("sm_80", (128, 128), "delta_dstate"),
+    ("sm_80", (128, 128), r"^delta_dstate|^synapse_(local|gradient)/key$|^full_solve/head$"),
     ("sm_100", (128, 128), "dkey"),
-    ("gfx942", (128, 128), "delta_state"),
+    ("gfx942", (128, 128), r"^delta_state|^synapse_output/head$"),
 )
 
 
@@ -362,14 +544,21 @@ def main() -> int:
         "--shape", help="K/V; default: 128/128; all with --check or --write-budgets"
     )
     parser.add_argument("--opcodes", metavar="KERNEL", help="census by opcode of kernels so named")
+    parser.add_argument(
+        "--sum", action="store_true", help="sums of work that have goals; 1 if one is over"
+    )
     parser.add_argument("--check", action="store_true", help="compare with the budgets; 1 if over")
     parser.add_argument("--quick", action="store_true", help="with --check: a part of the matrix")
     parser.add_argument("--write-budgets", action="store_true")
     options = parser.parse_args()
     shape = tuple(map(int, options.shape.split("/"))) if options.shape else None
+    one = [options.target or "sm_90"], [shape or (128, 128)]
+    if options.sum:
+        sums = [x for target, at in itertools.product(*one) for x in totals(target, at)]
+        _print_totals(sums)
+        return 1 if any(x.work > x.goal or x.spill for x in sums) else 0
     if not (options.check or options.write_budgets):
-        found = matrix([options.target or "sm_90"], [shape or (128, 128)], options.opcodes or "")
-        _print(list(found), options.opcodes is not None)
+        _print(list(matrix(*one, options.opcodes or "")), options.opcodes is not None)
         return 0
     parts = [
         (target, at, "")

@@ -4,7 +4,7 @@ from .delta import delta
 from .full import full
 from .importance import importance
 from .linear import linear
-from .step import delta_step, importance_step, linear_step
+from .step import delta_step, importance_step, linear_step, posterior_step
 from .synapse import synapse, synapse_step
 from .synapse_delta import synapse_delta, synapse_delta_step
 
@@ -16,6 +16,7 @@ __all__ = [
     "importance_step",
     "linear",
     "linear_step",
+    "posterior_step",
     "synapse",
     "synapse_delta",
     "synapse_delta_step",

@@ -140,6 +140,17 @@ def full_solve_kernel(r, k, beta, g, prior, state, room, x, cu_seqlens, chunk_id
     tl.store(x + ((row0 + o_r) * HV + i_h)[:, None] * K + o_k[None, :], b_y, mask=m_rk)
 
 
+def solve_sizes(K: int, dtype: torch.dtype) -> tuple[Tiles, int, int]:
+    """Configuration, keys of a slice and tokens between two stored matrices, such that no register
+    spills; exact products of float32 take three times as many."""
+    BK = power_of_two(K)
+    if dtype != torch.float32:
+        return Tiles(BK, BK, 4 if BK <= 64 else 8, 1), BK if BK <= 64 else 32, BORDER
+    if BK <= 128:
+        return Tiles(BK, BK, 4 if BK <= 32 else 8, 1), min(BK, 32), BORDER
+    return Tiles(BK, BK, 8, 1), 16, min(BORDER, 32)
+
+
 def run_full_solve(
     r: Tensor,
     k: Tensor,
@@ -155,19 +166,19 @@ def run_full_solve(
     matrix = None if matrix is None else matrix.contiguous()
     B, T, HV = beta.shape
     HK, K = k.shape[2:]
-    chunks = make_chunks(B, T, cu_seqlens, BORDER)
+    tiles, BC, border = solve_sizes(K, k.dtype)
+    chunks = make_chunks(B, T, cu_seqlens, border)
     w = _weighted(k, beta)
     state, _, final, _ = border_states(k, w, None, g, matrix, None, chunks)
-    BK = power_of_two(K)
-    room = r.new_empty(chunks.count, HV, BORDER, BK, dtype=torch.float32)
+    BK = tiles.BK
+    room = r.new_empty(chunks.count, HV, border, BK, dtype=torch.float32)
     x = r.new_empty(B, T, HV, K, dtype=torch.float32)
-    tiles = Tiles(BK, BK, min(16, max(4, BK // 16)), 1)
     launch(
-        full_solve_kernel, (chunks.count * HV, BORDER // BLOCK), tiles,
+        full_solve_kernel, (chunks.count * HV, border // BLOCK), tiles,
         r=r, k=k, beta=beta, g=g, prior=prior, state=state, room=room, x=x, T=T,
         **chunks.arguments(), ROUNDS=ROUNDS,
         TOLERANCE=TOLERANCE, HR=r.shape[2], HK=HK, HV=HV, K=K, BR=BLOCK, BK=BK,
-        BC=min(32, BK), PREC=dot_precision(k.dtype),
+        BC=BC, PREC=dot_precision(k.dtype),
     )  # fmt: skip
     return x, final
 

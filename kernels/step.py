@@ -1,4 +1,11 @@
-"""One token of decoding per class, the state updated in place."""
+"""One token of decoding per class.
+
+The steps of one recurrence update its state in place. `posterior_step` runs two, the importance and
+what it preconditions, in one launch; several programs read the importance that one of them writes,
+so it gives new states instead, and copies none.
+"""
+
+from typing import Any
 
 import torch
 import triton
@@ -7,6 +14,7 @@ from torch import Tensor
 
 from .common import (
     Tiles,
+    check_device,
     check_importance,
     check_operands,
     check_step,
@@ -140,6 +148,116 @@ def importance_step_kernel(
     tl.store(j + row * K + o_k, b_j, mask=m_k)
 
 
+@triton.jit
+def load_step_gate(x, row, o, m, KIND: tl.constexpr, SIZE: tl.constexpr):
+    """A gate as a vector: one number for all channels if KIND is 1, one for each if 2, 1 if 0."""
+    b_x = tl.where(m, 1.0, 1.0)
+    if KIND == 1:
+        b_x *= tl.load(x + row).to(tl.float32)
+    if KIND == 2:
+        b_x *= tl.load(x + row * SIZE + o, mask=m, other=1.0).to(tl.float32)
+    return b_x
+
+
+@triton.jit
+def posterior_step_kernel(
+    q,
+    k,
+    e,
+    v,
+    beta,
+    b,
+    g,
+    prior,
+    memory,
+    importance,
+    o,
+    u,
+    new_memory,
+    new_importance,
+    DELTA: tl.constexpr,
+    EXACT: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    PRE: tl.constexpr,
+    PREV: tl.constexpr,
+    OWN: tl.constexpr,
+    GATE: tl.constexpr,
+    BETA: tl.constexpr,
+    PRIOR: tl.constexpr,
+    HQ: tl.constexpr,
+    HK: tl.constexpr,
+    HE: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    """Importance, then the memory that it preconditions, then the read, of one token."""
+    i_n = (tl.program_id(0) // HV).to(tl.int64)
+    i_h = tl.program_id(0) % HV
+    row = i_n * HV + i_h
+    o_k = tl.arange(0, BK)
+    o_v = tl.program_id(1) * BV + tl.arange(0, BV)
+    m_k = o_k < K
+    m_v = o_v < V
+    m_kv = m_k[:, None] & m_v[None, :]
+    p_s = row * (K * V) + o_k[:, None] * V + o_v[None, :]
+    b_s = tl.zeros([BK, BV], tl.float32)
+    b_j = tl.zeros([BK], tl.float32)
+    if memory is not None:
+        b_s += tl.load(memory + p_s, mask=m_kv, other=0.0)
+    if importance is not None:
+        b_j += tl.load(importance + row * K + o_k, mask=m_k, other=0.0)
+    b_q = tl.load(q + (i_n * HQ + i_h // (HV // HQ)) * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    b_k = tl.load(k + (i_n * HK + i_h // (HV // HK)) * K + o_k, mask=m_k, other=0.0).to(tl.float32)
+    b_v = tl.load(v + row * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+    b_p = load_step_gate(prior, i_h, o_k, m_k, PRIOR, K)
+    b_a = load_step_gate(g, row, o_k, m_k, GATE, K)
+    if GATE != 0:
+        b_a = tl.exp(b_a)
+    b_old = b_j + b_p
+    b_j *= b_a
+    b_before = b_j + b_p
+    b_j += tl.load(b + row).to(tl.float32) * b_k * b_k
+    b_after = b_j + b_p
+    if tl.program_id(1) == 0:
+        tl.store(new_importance + row * K + o_k, b_j, mask=m_k)
+        if u is not None:
+            b_i = b_old if PRE else b_after
+            tl.store(u + row, tl.sum(b_q * b_q / b_i, 0))
+    if DELTA:
+        b_x = b_s
+        b_s *= (b_a * b_old / b_before)[:, None]
+        if EXACT:
+            b_r = tl.load(beta + row).to(tl.float32) if BETA == 1 else 1.0
+            b_c = b_k / b_before
+            b_r /= 1.0 + b_r * tl.sum(b_k * b_c, 0)
+            if DIAGONAL:
+                b_s += (b_r * b_c)[:, None] * (b_v[None, :] - b_k[:, None] * b_s)
+            else:
+                b_s += b_c[:, None] * (b_r * (b_v - tl.sum(b_s * b_k[:, None], 0)))[None, :]
+        else:
+            b_e = b_k
+            if e is not None:
+                p_e = e + (i_n * HE + i_h // (HV // HE)) * K + o_k
+                b_e = tl.load(p_e, mask=m_k, other=0.0).to(tl.float32)
+            b_x = tl.sum((b_x if PREV else b_s) * b_e[:, None], 0)
+            b_w = load_step_gate(beta, row, o_v, m_v, BETA, V)
+            b_w = b_w * b_v - b_x if OWN else b_w * (b_v - b_x)
+            b_s += (b_k / b_after)[:, None] * b_w[None, :]
+    else:
+        b_q /= b_old if PRE else b_after
+        b_x = b_s
+        b_w = b_v * load_step_gate(beta, row, o_v, m_v, BETA, V)
+        b_s = b_a[:, None] * b_s + b_k[:, None] * b_w[None, :]
+    tl.store(new_memory + p_s, b_s, mask=m_kv)
+    if PRE:
+        b_s = b_x
+    b_o = tl.sum(b_s * b_q[:, None], 0)
+    tl.store(o + row * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
+
+
 def step_tiles(K: int, V: int) -> Tiles:
     """A program holds 4096 numbers of the state, all keys of some values."""
     BK = power_of_two(K)
@@ -261,6 +379,94 @@ def _(k, b, g, state):  # type: ignore[no-untyped-def]
     return b.new_empty(b.shape[0], 1, b.shape[2], k.shape[3], dtype=torch.float32)
 
 
+def _kind(x: Tensor | None, per_row: int) -> int:
+    """0 without a gate, 1 where it has one number for all channels, 2 where one for each."""
+    return 0 if x is None else 1 if x.ndim == per_row else 2
+
+
+def run_posterior_step(
+    q: Tensor,
+    k: Tensor,
+    e: Tensor | None,
+    v: Tensor,
+    beta: Tensor | None,
+    b: Tensor,
+    g: Tensor | None,
+    prior: Tensor,
+    memory: Tensor | None,
+    importance: Tensor | None,
+    delta: bool,
+    exact: bool,
+    diagonal: bool,
+    pre: bool,
+    prev: bool,
+    own: bool,
+    uncertainty: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, new memory, new importance, uncertainty (empty if not asked for)."""
+    q, k, v, b, prior = (x.contiguous() for x in (q, k, v, b, prior))
+    e, beta, g, memory, importance = (
+        None if x is None else x.contiguous() for x in (e, beta, g, memory, importance)
+    )
+    B, _, HV, V = v.shape
+    K = k.shape[3]
+    tiles = step_tiles(K, V)
+    o = torch.empty_like(v)
+    u = v.new_empty(B, 1, HV, dtype=torch.float32) if uncertainty else None
+    new_memory = v.new_empty(B, HV, K, V, dtype=torch.float32)
+    new_importance = v.new_empty(B, HV, K, dtype=torch.float32)
+    launch(
+        posterior_step_kernel,
+        (B * HV, -(-V // tiles.BV)),
+        tiles,
+        q=q,
+        k=k,
+        e=e,
+        v=v,
+        beta=beta,
+        b=b,
+        g=g,
+        prior=prior,
+        memory=memory,
+        importance=importance,
+        o=o,
+        u=u,
+        new_memory=new_memory,
+        new_importance=new_importance,
+        DELTA=delta,
+        EXACT=exact,
+        DIAGONAL=diagonal,
+        PRE=pre,
+        PREV=prev,
+        OWN=own,
+        GATE=_kind(g, 3),
+        BETA=_kind(beta, 3),
+        PRIOR=_kind(prior, 1),
+        HQ=q.shape[2],
+        HK=k.shape[2],
+        HE=1 if e is None else e.shape[2],
+        HV=HV,
+        K=K,
+        V=V,
+        BK=tiles.BK,
+        BV=tiles.BV,
+    )
+    return o, new_memory, new_importance, v.new_empty(0, dtype=torch.float32) if u is None else u
+
+
+_posterior_step = torch.library.custom_op(
+    "glazoo::posterior_step", run_posterior_step, mutates_args=()
+)
+
+
+@_posterior_step.register_fake
+def _(q, k, e, v, *rest):  # type: ignore[no-untyped-def]
+    B, _, HV, V = v.shape
+    shapes = (B, HV, k.shape[3], V), (B, HV, k.shape[3]), (B, 1, HV) if rest[-1] else (0,)
+    o = torch.empty_like(v, memory_format=torch.contiguous_format)
+    return o, *(v.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
 def is_step(tokens: int, cu_seqlens: Tensor | None, *operands: Tensor | None) -> bool:
     """Whether a call is one token of decoding, of which nobody wants a gradient."""
     return (
@@ -357,3 +563,121 @@ def importance_step(k: Tensor, b: Tensor, g: Tensor | None = None, *, state: Ten
     check_importance(k, b, g, None, None)
     check_step(state, (b.shape[0], b.shape[2], k.shape[3]))
     return _importance_step(k, b, g, state)
+
+
+def posterior_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    b: Tensor,
+    g: Tensor | None = None,
+    *,
+    prior: Tensor,
+    e: Tensor | None = None,
+    initial_state: tuple[Tensor, Tensor] | None = None,
+    correction: str = "none",
+    gain: str = "first_order",
+    read: str = "post",
+    base: str = "decayed",
+    own: bool = False,
+    uncertainty: bool = False,
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
+    """One token of a memory with an importance over keys, in one launch and without gradients.
+
+        J' = a J, I' = J' + prior, J = J' + b k^2, I = J + prior
+        none:               h = Diag(a) h + k (beta v)^T,  o = (h / I)^T q  (read "pre": old h, I)
+        otherwise:          mu' = (a I_{t-1} / I') mu_{t-1},  o = mu^T q
+        full, first_order:  mu = mu' + (k / I) (beta (v - x^T e))^T  (own: beta v - x^T e)
+        full, exact:        mu = mu' + G (v - mu'^T k)^T
+        diagonal, exact:    mu = mu' (1 - k G) + G v^T
+        u = sum_k q_k^2 / I_k, the uncertainty
+
+    with a = exp(g), x = mu' (base "decayed") or mu_{t-1} ("prev") and
+    G = beta (k / I') / (1 + beta sum k^2 / I').
+
+    Args:
+        q: queries, scaled, [B, 1, H or HV, K].
+        k: keys, [B, 1, H or HV, K].
+        v: values, [B, 1, HV, V]; float32, float16 or bfloat16.
+        beta: write gate, [B, 1, HV], without the exact gain also [B, 1, HV, V]; None is 1.
+        b: importance gate, >= 0, [B, 1, HV].
+        g: natural log decay, <= 0, -inf allowed; [B, 1, HV] or [B, 1, HV, K]; None is no decay.
+        prior: importance before the first token, > 0, [HV], [HV, 1] or [HV, K].
+        e: erase keys of the first-order delta rule, [B, 1, H or HV, K]; None is k.
+        initial_state: memory [B, HV, K, V] and J [B, HV, K]; zeros if None.
+        correction: "none", "full" or, with the exact gain, "diagonal".
+        gain: "first_order" or "exact".
+        read: "post" or, without a correction, "pre".
+        base: the mean that the first-order delta rule predicts from, "decayed" or "prev".
+        own: whether e holds the erase gate, so that beta acts on v alone.
+        uncertainty: whether to return u.
+
+    Returns:
+        o [B, 1, HV, V] in v's dtype, the new memory and J in float32, and u [B, 1, HV] in float32
+            or None.
+
+    Raises:
+        ValueError: a shape or an option is not one of the above, or v is on no GPU.
+        TypeError: a dtype that the kernels do not accept.
+
+    Reference: Bonnet et al., Learning to Remember, Learn, and Forget in Attention-Based Models
+    (arXiv:2602.09075), predict and correct steps.
+    """
+    for name, choice, accepted in (
+        ("correction", correction, ("none", "full", "diagonal")),
+        ("gain", gain, ("first_order", "exact")),
+        ("read", read, ("post", "pre")),
+        ("base", base, ("decayed", "prev")),
+    ):
+        if choice not in accepted:
+            raise ValueError(
+                f"{name}: got {choice!r}; accepted are {', '.join(map(repr, accepted))}"
+            )
+    gains = {"none": ("first_order",), "diagonal": ("exact",)}
+    if gain not in gains.get(correction, (gain,)):
+        raise ValueError(
+            f"gain: got {gain!r} with correction {correction!r}; "
+            f"accepted with it is {gains[correction][0]!r}"
+        )
+    if read == "pre" and correction != "none":
+        raise ValueError(f"read: got 'pre' with correction {correction!r}; accepted is 'post'")
+    _one_token("v", v)
+    keys = {"q": q, "k": k} | ({} if e is None else {"e": e})
+    start = (None, None) if initial_state is None else initial_state
+    check_operands(v, keys, g, start[0], None)
+    B, _, HV, V = v.shape
+    K = k.shape[3]
+    if tuple(b.shape) != (B, 1, HV):
+        raise ValueError(f"b: got shape {tuple(b.shape)}; expected {(B, 1, HV)}")
+    check_importance(k, b, g, start[1], None)
+    wide = [(B, 1, HV)] if gain == "exact" else [(B, 1, HV), (B, 1, HV, V)]
+    if beta is not None and tuple(beta.shape) not in wide:
+        raise ValueError(
+            f"beta: got shape {tuple(beta.shape)}; expected {' or '.join(map(str, wide))}"
+        )
+    if tuple(prior.shape) not in ((HV,), (HV, 1), (HV, K)):
+        raise ValueError(f"prior: got shape {tuple(prior.shape)}; expected {(HV,)} or {(HV, K)}")
+    for name, x in (keys | {"b": b, "beta": beta, "g": g, "prior": prior}).items():
+        if x is not None:
+            check_device(name, x)
+    states: list[Any] = [None if x is None else x.to(torch.float32) for x in start]
+    o, *state, u = _posterior_step(
+        q,
+        k,
+        e,
+        v,
+        beta,
+        b,
+        g,
+        prior[:, 0] if tuple(prior.shape) == (HV, 1) else prior,
+        *states,
+        correction != "none",
+        gain == "exact",
+        correction == "diagonal",
+        read == "pre",
+        base == "prev",
+        own,
+        uncertainty,
+    )
+    return o, (state[0], state[1]), u if uncertainty else None

@@ -949,10 +949,13 @@ def reciprocal_kind(exact: bool) -> int:
     return 1 if target.startswith("sm_") else 2
 
 
-def state_tiles(K: int, V: int, dtype: torch.dtype) -> Tiles:
+def state_tiles(K: int, V: int, dtype: torch.dtype, gate: int) -> Tiles:
     """Exact products of float32 take three times the registers."""
-    BK = min(64 if dtype != torch.float32 else 32, power_of_two(K))
-    return Tiles(BK, min(32, power_of_two(V)), 4, 2 if dtype != torch.float32 else 1)
+    wide = dtype != torch.float32
+    BK = min(64 if wide else 32, power_of_two(K))
+    # Triton 3.9 cannot pipeline accumulators that nothing but products changes on sm_100.
+    stages = 2 if wide and (gate or not current_target().startswith("sm_10")) else 1
+    return Tiles(BK, min(32, power_of_two(V)), 4, stages)
 
 
 def walk_tiles(K: int, V: int, crowded: bool) -> Tiles:
@@ -966,15 +969,18 @@ def walk_tiles(K: int, V: int, crowded: bool) -> Tiles:
 def local_tiles(K: int, V: int, crowded: bool) -> Tiles:
     """32 synapses a thread, four states of each live in registers; 16 where a read keeps more
     alive."""
-    return Tiles(min(32, power_of_two(K)), 16 if crowded else 32, 1, 1)
+    return Tiles(16 if crowded else min(32, power_of_two(K)), 32, 1, 1)
 
 
 def carry_tiles(K: int, V: int) -> Tiles:
     return Tiles(min(16, power_of_two(K)), min(64, power_of_two(V)), 2, 1)
 
 
-def gradient_tiles(V: int, dtype: torch.dtype) -> Tiles:
-    return Tiles(1, 16 if dtype == torch.float32 else min(32, power_of_two(V)), 1, 1)
+def gradient_tiles(V: int, dtype: torch.dtype, crowded: bool) -> Tiles:
+    if dtype == torch.float32:
+        return Tiles(1, 16, 1, 1)
+    # Two warps have no fewer values each, but ptxas finds registers for them.
+    return Tiles(1, min(64 if crowded else 32, power_of_two(V)), 2 if crowded else 1, 1)
 
 
 def step_tiles(K: int, V: int) -> Tiles:
@@ -994,7 +1000,7 @@ def border_states(
     """h and J at the start of every chunk, and the final ones; no J without b."""
     HV, V = w.shape[2:]
     K = k.shape[3]
-    tiles = state_tiles(K, V, w.dtype)
+    tiles = state_tiles(K, V, w.dtype, gate_kind(g))
     rows = min(STATE_ROWS if w.dtype != torch.float32 else STATE_ROWS // 2, chunks.size)
     state_h = w.new_empty(chunks.count, HV, K, V, dtype=torch.float32)
     final_h = w.new_empty(chunks.sequences, HV, K, V, dtype=torch.float32)
@@ -1076,7 +1082,8 @@ def run_synapse_forward(
     state_h, state_j, final_h, final_j = border_states(k, w, b, g, h, j, chunks)
     o = torch.empty_like(w)
     u = torch.empty_like(w) if uncertainty else None
-    tiles = walk_tiles(K, V, uncertainty)
+    # A read before the write keeps one more vector alive: too much where registers are scarce.
+    tiles = walk_tiles(K, V, uncertainty or (pre and current_target().startswith("sm_10")))
     launch(
         synapse_output_kernel,
         (chunks.count * HV, -(-V // tiles.BV)),
@@ -1161,11 +1168,13 @@ def run_synapse_backward(
     state_h, state_j, final_h, final_j = border_states(k, w, b, g, h, j, chunks)
     carry_h = dh.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     carry_j = dj.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    # A read before the write keeps one more vector alive, which sm_80's register allocation
-    # has no room for.
-    crowded = du is not None or (pre and gate == 2 and current_target() == "sm_80")
+    # A read before the write keeps one more vector alive, which the register allocation of some
+    # targets has no room for.
+    target = current_target()
+    blackwell = target.startswith("sm_10")
+    crowded = du is not None or (pre and (blackwell or (gate == 2 and target == "sm_80")))
     walk = local_tiles(K, V, crowded)
-    carry, grad = carry_tiles(K, V), gradient_tiles(V, w.dtype)
+    carry, grad = carry_tiles(K, V), gradient_tiles(V, w.dtype, blackwell and du is not None)
     NK, NV, NZ = -(-K // walk.BK), -(-V // grad.BV), -(-V // carry.BV)
     kept = torch.bfloat16 if w.dtype == torch.bfloat16 else torch.float32
     rows, sums_ = 2 * K + (0, 6, 6 * K)[gate], 4 if du is None else 5

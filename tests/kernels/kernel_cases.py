@@ -180,7 +180,7 @@ def assert_matches_loop(
     sides differentiate the same function. A gate of -inf must get a gradient of exactly zero.
     """
     given = {k: None if x is None else x.to(device) for k, x in in_dtype(operands, dtype).items()}
-    exact = {k: None if x is None else x.cpu().double() for k, x in given.items()}
+    exact = {k: None if x is None else x.double() for k, x in given.items()}
     _, weights = values_and_gradients(loop, exact)
     weights = [weights[0].to(dtype).double(), weights[1].float().double()]
     truth, _ = values_and_gradients(loop, exact, weights)
@@ -190,17 +190,15 @@ def assert_matches_loop(
     def plain(*xs: Tensor) -> list[Tensor]:
         absent = {k: None for k in exact if k not in names}
         low = [x.to(torch.float32) for x in weights]
-        return list(
-            values_and_gradients(loop, dict(zip(names, xs, strict=True)) | absent, low)[0].values()
-        )
+        given = dict(zip(names, (x.to(device) for x in xs), strict=True)) | absent
+        return list(values_and_gradients(loop, given, low)[0].values())
 
-    seen = [
-        dict(zip(truth, run, strict=True)) for run in witnesses(plain, [exact[k] for k in names])
-    ]
-    found, _ = values_and_gradients(kernel, given, [x.to(device) for x in weights])
+    runs = witnesses(plain, [exact[k].cpu() for k in names])
+    seen = [dict(zip(truth, run, strict=True)) for run in runs]
+    found, _ = values_and_gradients(kernel, given, weights)
     for name, x in found.items():
         if name == "gradient of g":
             reset = torch.isinf(exact["g"])
-            assert (x.cpu()[reset] == 0).all(), "a decay of exactly zero has a gradient"
+            assert (x[reset] == 0).all(), "a decay of exactly zero has a gradient"
         witness = [run[name] for run in seen]
-        assert_within_budget(x.cpu(), truth[name], dtype, witness=witness, name=name)
+        assert_within_budget(x, truth[name], dtype, witness=witness, name=name)

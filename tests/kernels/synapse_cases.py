@@ -120,25 +120,24 @@ def assert_matches(
         k: None if x is None else x.to(device, torch.float32 if k in WIDE else dtype)
         for k, x in operands.items()
     }
-    exact = {k: None if x is None else x.cpu().double() for k, x in given.items()}
+    exact = {k: None if x is None else x.double() for k, x in given.items()}
     _, weights = values_and_gradients(loop, exact)
     weights = [x.to(dtype).double() for x in weights]
     truth, _ = values_and_gradients(loop, exact, weights)
     names = [k for k, x in exact.items() if x is not None]
 
     def plain(*xs: Tensor) -> list[Tensor]:
-        low = dict.fromkeys(exact) | dict(zip(names, xs, strict=True))
+        low = dict.fromkeys(exact) | dict(zip(names, (x.to(device) for x in xs), strict=True))
         return list(values_and_gradients(loop, low, weights)[0].values())
 
-    seen = [
-        dict(zip(truth, run, strict=True)) for run in witnesses(plain, [exact[k] for k in names])
-    ]
-    found, _ = values_and_gradients(kernel, given, [x.to(device) for x in weights])
+    runs = witnesses(plain, [exact[k].cpu() for k in names])
+    seen = [dict(zip(truth, run, strict=True)) for run in runs]
+    found, _ = values_and_gradients(kernel, given, weights)
     for name, x in found.items():
         if name == "gradient of g":
-            assert (x.cpu()[torch.isinf(exact["g"])] == 0).all(), "a decay of zero has a gradient"
+            assert (x[torch.isinf(exact["g"])] == 0).all(), "a decay of zero has a gradient"
         witness = [run[name] for run in seen]
-        assert_within_budget(x.cpu(), truth[name], dtype, witness=witness, name=name)
+        assert_within_budget(x, truth[name], dtype, witness=witness, name=name)
 
 
 def synapse_delta_loop(
@@ -213,3 +212,54 @@ def synapse_delta_operands(
         if found["j"] is not None:
             found["j"] = found["j"] * 0
     return found
+
+
+def full_loop(q, k, w, beta, prior, g=None, h=None, j=None, *, cu_seqlens=None, uncertainty=False):
+    """G = a G + k w^T, Hm = a Hm + beta k k^T, o = G^T (Hm + Lambda)^-1 q; h is G, j is Hm."""
+    HV, K = w.shape[2], k.shape[3]
+    q, k = per_head(q, HV), per_head(k, HV)
+    prior = torch.diag_embed(spread_prior(prior).squeeze(2).expand(HV, K))
+    if h is None:
+        sequences = w.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        h = w.new_zeros(sequences, HV, K, w.shape[3])
+        j = w.new_zeros(sequences, HV, K, K)
+
+    def step(i, t, memory, matrix):
+        key = k[i, t][..., None]
+        a = decay(g, i, t, memory)
+        memory = a * memory + key * w[i, t][:, None]
+        matrix = a * matrix + beta[i, t][:, None, None] * key * key.mT
+        x = torch.linalg.solve(matrix + prior, q[i, t])
+        u = (q[i, t] * x).sum(1)
+        return memory, matrix, ((memory * x[..., None]).sum(1), u[:, None].expand(w.shape[2:]))
+
+    (o, u), memory, matrix = walk_two(w, None, h, j, cu_seqlens, step)
+    found = {"output": o, "final G": memory, "final H": matrix}
+    return found | {"uncertainty": u[..., 0]} if uncertainty else found
+
+
+def full_operands(B, T, H, HV, K, V, *, gate="head", resets=False, sequences=None, state=True):
+    """Random float64 operands with keys of about length one and a well-conditioned matrix."""
+    torch.manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, dtype=torch.float64)
+
+    found = {"q": normal(B, T, H, K), "k": normal(B, T, H, K) / K**0.5, "w": normal(B, T, HV, V)}
+    found["beta"] = torch.rand(B, T, HV, dtype=torch.float64)
+    found["prior"] = 0.5 + torch.rand(HV, K, dtype=torch.float64)
+    found["g"] = make_gate(gate, (B, T, HV, K), resets, False)
+    root = normal(sequences or B, HV, K, K)
+    found["h"] = normal(sequences or B, HV, K, V) if state else None
+    found["j"] = root @ root.mT / K if state else None
+    return found
+
+
+def symmetric(function):
+    """The initial matrix as a symmetric function of a leaf: only then do its gradients mean the
+    same."""
+
+    def of_leaf(j=None, **x):
+        return function(j=None if j is None else (j + j.mT) / 2, **x)
+
+    return of_leaf
