@@ -24,6 +24,8 @@ _PACKAGES = (
     "typer",
     "hypothesis",
     "accelerate",
+    "datasets",
+    "lm-eval",
     "matplotlib",
     "flash-linear-attention",
     "mamba-ssm",

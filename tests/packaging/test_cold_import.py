@@ -10,7 +10,16 @@ import glazoo
 
 # triton exists for Linux only; transformers is a dependency of models and converters alone; the
 # rest are the extras' packages, which an installation without extras does not have.
-ABSENT = ("triton", "transformers", "accelerate", "hypothesis", "matplotlib", "pytest")
+ABSENT = (
+    "triton",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "lm_eval",
+    "hypothesis",
+    "matplotlib",
+    "pytest",
+)
 
 # Filters every finder, so that an absent package looks absent to `import` and to `find_spec` alike:
 # a finder that raised from `find_spec` would also break code which only asks what is installed.
