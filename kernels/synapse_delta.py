@@ -465,10 +465,12 @@ def synapse_delta_backward_kernel(
 PIECE = 64
 
 
-def forward_tiles(K: int, V: int, warps: int = 1) -> Tiles:
+def forward_tiles(K: int, V: int, frozen_gate: bool = False) -> Tiles:
     """All keys of some values, 32 synapses a thread, one warp where that suffices: sums over keys
-    stay in it."""
+    stay in it. frozen_gate: a walk over tokens with a gate but no importance."""
     BK = power_of_two(K)
+    # In one warp sm_80's register allocation spills.
+    warps = 2 if frozen_gate and current_target() == "sm_80" else 1
     BV = min(max(8, warps * 1024 // BK), power_of_two(V))
     return Tiles(BK, BV, max(1, BK * BV // 1024), 1)
 
@@ -508,7 +510,7 @@ def run_synapse_delta_forward(
     u = torch.empty_like(v) if uncertainty else None
     final_m = v.new_empty(sequences, HV, K, V, dtype=torch.float32)
     final_j = torch.empty_like(final_m)
-    tiles = forward_tiles(K, V)
+    tiles = forward_tiles(K, V, b is None and g is not None)
     launch(
         synapse_delta_kernel,
         (sequences * HV, -(-V // tiles.BV)),
@@ -623,9 +625,7 @@ def run_synapse_delta_backward(
         "RECIP": reciprocal_kind(exact),
     }
     kept = v.new_empty(chunks.count, HV, 2, K, V, dtype=torch.float32)
-    # In one warp sm_80's register allocation spills.
-    spills = b is None and gate == 2 and current_target() == "sm_80"
-    tiles = forward_tiles(K, V, 2 if spills else 1)
+    tiles = forward_tiles(K, V, b is None and g is not None)
     launch(
         synapse_delta_kernel,
         (chunks.sequences * HV, -(-V // tiles.BV)),

@@ -40,7 +40,7 @@ _ENGINES: dict[str, Engine] = {
 def available() -> tuple[str, ...]:
     """Gives the names of the engines that run everywhere and in every precision.
 
-    `triton` needs a GPU, or its interpreter, and computes in float32.
+    `triton` needs a GPU, or its interpreter, and has no float64.
     """
     return tuple(name for name in _ENGINES if name != "triton")
 
