@@ -37,10 +37,10 @@ PRESETS: dict[str, Preset] = {
     "quick": Preset(
         "four variants in less than 15 minutes on two CPU cores",
         vocab=128,
-        length=144,
-        load=36,
+        length=112,
+        load=28,
         model=ModelConfig(state_bytes=1680),
-        training=Training(steps=500),
+        training=Training(),
         rates=(3e-3, 8e-3),
         seeds=4,
     ),
