@@ -83,9 +83,16 @@ def _serve(connection: Connection, threads: int, work: Callable[..., dict[str, A
                 connection.send(("moved", share, loss))
 
         try:
-            connection.send(("finished", work(run, report)))
-        except Exception as e:
-            connection.send(("failed", f"{type(e).__name__}: {e}"))
+            try:
+                answer: tuple[str, Any] = "finished", work(run, report)
+            except ConnectionError:
+                raise
+            except Exception as e:
+                answer = "failed", f"{type(e).__name__}: {e}"
+            connection.send(answer)
+        except ConnectionError:
+            # The parent is gone; nobody waits for the rest.
+            return
 
 
 def run_all(
