@@ -467,8 +467,10 @@ def write_budgets(found: list[Measurement], keep: bool) -> None:
         seen = most.get(x.key, (0, 0, 0.0))
         most[x.key] = (max(seen[0], x.registers), max(seen[1], x.shared), max(seen[2], x.work))
     lines = [
-        "# Largest need of each kernel over K/V = 64/64, 128/128, 128/256, 96/192 in bfloat16.",
+        "# Largest need of each kernel over K/V = 64/64, 128/128, 128/256, 96/192 in bfloat16;",
+        f"# of {', '.join(f'{x}*' for x in PLAIN)} at 128/128: no V decides them, K by little.",
         "# registers per thread, bytes of shared memory, work: see census.py. Spill: none.",
+        f"# Work has {ROOM - 1:.0%} of room.",
         f"# Written by `python benchmarks/census.py --write-budgets`, Triton {triton.__version__}.",
     ]
     for target in TARGETS:

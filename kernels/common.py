@@ -238,6 +238,9 @@ def chunk_tiles(kernel: str, K: int, V: int, dtype: torch.dtype) -> Tiles:
         # With a single tile of values the loop over them is unrolled, and registers spill.
         BV = BV if V > 64 else min(BV, 32)
         return Tiles(BK, BV, 8, 2) if hopper else Tiles(min(BK, 32), min(BV, 32), 8, 2)
+    if kernel == "chunk_dscore_kernel" and V <= 64 and current_target().startswith("sm_10"):
+        # Likewise; more threads cost less than narrower tiles.
+        return Tiles(BK, BV, 8, 2)
     if kernel in ("chunk_output_kernel", "chunk_dvalue_kernel") and V % 128 == 0 and hopper:
         return Tiles(BK, 128, 8, 2)
     if kernel == "chunk_solve_kernel" and not hopper:
@@ -253,7 +256,8 @@ def state_tiles(kernel: str, K: int, V: int, dtype: torch.dtype, programs: int =
     target = current_target()
     BK, BV = power_of_two(K), power_of_two(V)
     if not kernel.startswith("delta"):
-        deep = target.startswith("sm_8") and kernel == "linear_state_kernel"
+        # On sm_100 not for speed: with two stages its register allocation may spill.
+        deep = target.startswith(("sm_8", "sm_10")) and kernel == "linear_state_kernel"
         return Tiles(min(64, BK), min(64, BV), 4, 3 if deep else 2)
     if dtype == torch.float32 or K > 128:
         return Tiles(BK, 16, 8, 1)
