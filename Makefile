@@ -39,11 +39,11 @@ demo: $(READY) ## convert, verify and fine-tune a small Mamba2 model; prints one
 
 test: $(READY) ## the tests that run in minutes on two CPU cores (no slow, no GPU tests)
 	@echo "== test: pytest on $(JOBS) processes, without the tests marked slow or gpu"
-	$(BIN)/pytest -n $(JOBS) -m "not slow and not gpu"
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu"
 
 test-all: $(READY) ## every test that needs no GPU
 	@echo "== test-all: pytest on $(JOBS) processes, without the tests marked gpu"
-	$(BIN)/pytest -n $(JOBS) -m "not gpu"
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not gpu"
 
 lint: $(READY) build/tree ## ruff (lint and format) and mypy --strict
 	@echo "== lint: ruff check, ruff format --check, mypy --strict"

@@ -309,8 +309,16 @@ def test_force_replaces_and_failure_keeps_what_was_there(source: Path, tmp_path:
 )
 @pytest.mark.parametrize("at", [0, 3, -1])
 def test_signals_leave_nothing_behind(
-    source: Path, tmp_path: Path, number: signal.Signals, error: type[BaseException], at: int
+    source: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    number: signal.Signals,
+    error: type[BaseException],
+    at: int,
 ) -> None:
+    # A shell starts background jobs with SIGINT ignored, and Python then leaves it so.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, inherited))
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     counted: list[str] = []
     convert_checkpoint(source, tmp_path / "count", progress=lambda name, *_: counted.append(name))
