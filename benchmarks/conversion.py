@@ -1,6 +1,6 @@
 """Is conversion worth it? Train a source, convert it, tune it, against the source trained on.
 
-    python benchmarks/conversion.py            # two sources, five seeds, about half an hour
+    python benchmarks/conversion.py            # two sources, five seeds
     python benchmarks/conversion.py --quick    # one source, two seeds, short: shows that it works
 
 The task is recall (mqar) at a load that the source's state cannot hold entirely; the model is that

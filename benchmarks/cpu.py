@@ -1,6 +1,6 @@
 """Times the chunked engine on a CPU against the PyTorch fallbacks that transformers ships.
 
-    python benchmarks/cpu.py            # the whole table, about ten minutes on two cores
+    python benchmarks/cpu.py            # the whole table, eleven minutes on two cores
     python benchmarks/cpu.py --quick    # two sizes, about two minutes
     python benchmarks/cpu.py --output FILE    # goes on where a run that was stopped left FILE
 

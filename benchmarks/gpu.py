@@ -733,7 +733,9 @@ def worker(
             synchronize(sizes.device)
             if sizes.device == "cuda":
                 torch.cuda.empty_cache()
-        except Exception:
+        except Exception as error:
+            # The parent starts another process for the cases that are left.
+            print(f"the GPU is unusable to this process: {message(error)}", file=sys.stderr)
             return 3
     return 0
 
