@@ -3,8 +3,6 @@ layer."""
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -15,6 +13,7 @@ from glazoo.compare.errors import CompareError
 from glazoo.compare.probe import key_size_for, mapped_size
 from glazoo.layers import GatedLinearAttention
 from glazoo.layers.gates import GateModule
+from glazoo.layers.parts import LowRank
 from glazoo.program import lower
 from glazoo.spec import Spec
 
@@ -35,9 +34,8 @@ class ModelConfig(BaseModel):
     state_bytes: int = Field(default=4096, ge=4)
     """Budget of one layer's recurrent state, in float32."""
     aligned: bool = True
-    """Whether a query starts as the key of the same token written one place later, so that recall
-    works from the first step and training measures memory rather than luck in finding the
-    circuit."""
+    """Whether layers start as working associative memories (see `align`), so that training measures
+    what they hold rather than luck in finding the circuit."""
     mlp: int = Field(default=64, ge=0)
     """Inner channels of the position-wise part; 0 for none."""
 
@@ -113,7 +111,7 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(tokens, width)
         self.mix = nn.Linear(2 * width, width, bias=False)
         self.norms = nn.ModuleList(nn.RMSNorm(width, eps=1e-5) for _ in range(config.layers))
-        self.attention = nn.ModuleList(
+        layers = [
             GatedLinearAttention(
                 spec,
                 width,
@@ -126,7 +124,8 @@ class Model(nn.Module):
                 impl=impl,
             )
             for i in range(config.layers)
-        )
+        ]
+        self.attention = nn.ModuleList(layers)
         self.mlp_norms = nn.ModuleList(
             nn.RMSNorm(width, eps=1e-5) for _ in range(config.layers if inner else 0)
         )
@@ -141,8 +140,10 @@ class Model(nn.Module):
             self.mix.weight.zero_()
             self.mix.weight[:half, :half] = torch.eye(half)
             self.mix.weight[half:, width : 2 * width - half] = torch.eye(width - half)
-            if config.aligned:
-                for layer in self.attention:
+            if config.aligned and not self.embedding.weight.is_meta:
+                # One channel that is the same for all tokens, for gates without a bias.
+                self.embedding.weight[:, 0] = 1.0
+                for layer in layers:
                     align(layer)
         self.scale = width**-0.5
 
@@ -161,37 +162,42 @@ class Model(nn.Module):
         return F.linear(self.norm(x) * self.scale, self.embedding.weight)
 
 
-_STEP = 0.01
-"""Start of the discretisation step: the geometric mean of the usual draws."""
+_RATE = 0.01
+"""Start of what a decay forgets per token: the geometric mean of the usual draws."""
+
+_STEP = 0.1
+"""Start of gates that write and erase."""
+
+_OPEN = 1.5
+"""Start of an output gate before its activation: silu and sigmoid give about 1.2 and 0.8."""
 
 
 @torch.no_grad()
-def align(layer: nn.Module) -> None:
-    """Starts a layer so that the query of a token is the key that the token gets as the previous
-    one.
+def align(layer: GatedLinearAttention) -> None:
+    """Starts a layer as a working associative memory, so that training measures what the memory
+    holds rather than luck in finding the circuit.
 
-    Every part of the query path takes the key path's parameters where both have it; the projection
-    takes them with the halves of its input swapped. Convolutions start as the identity, and so does
-    an inner projection that is square, so that the halves reach the streams behind them. Skips
-    start at zero: what a memory gives is at first small beside the token's own value. Rates and
-    steps of decays start alike in all heads, and slow: drawn at random, as they otherwise are, they
-    decide how many heads ever remember the whole sequence.
+    - The query of a token is the key that the token gets as the previous one: every part of the
+      query path takes the key path's parameters where both have it, and the projection takes them
+      with the halves of its input swapped.
+    - What is read comes back as the value's channels were: the output projection is the transposed
+      value projection.
+    - Output gates are open. Drawn at random, a silu gate multiplies what is read by about as many
+      negative as positive numbers, which hides it from the first steps.
+    - Convolutions are the identity, and so is an inner projection that is square, so that the
+      halves reach the streams behind them.
+    - Skips are zero: what a memory gives is at first small beside the token's own value.
+    - Decays are alike in all heads, and slow, and write and erase gates are small: as they are
+      drawn otherwise, they decide how many heads ever remember the whole sequence.
 
     Args:
         layer: a layer whose input has a token's own channels in its first half and the previous
-            token's in the second.
+            token's in the second, and a one in its first channel.
     """
     parameters = dict(layer.named_parameters())
     for name, p in parameters.items():
         if name == "skip" or name.endswith("decay.A_log"):
             p.zero_()
-        if name.endswith("decay.dt_bias"):
-            p.fill_(math.log(math.expm1(_STEP)))
-        if name.startswith("decay.proj.") and name.endswith("bias"):
-            module = layer.get_submodule("decay")
-            gate = module.gate if isinstance(module, GateModule) else None
-            if gate is not None and gate.parameterization == "log_sigmoid":
-                p.fill_(-math.log(math.expm1(_STEP * (gate.divisor or 1.0))))
         if name == "in_proj.weight" and p.shape[0] == p.shape[1]:
             p.copy_(torch.eye(p.shape[0]))
         if name.split(".")[0].endswith("conv"):
@@ -199,14 +205,79 @@ def align(layer: nn.Module) -> None:
             p.zero_()
             if p.ndim == 3:
                 p[..., -1] = 1.0
-        if not name.startswith("k_"):
-            continue
+    _align_queries(parameters)
+    _return_values(layer)
+    for name, module in layer.named_modules():
+        if isinstance(module, GateModule):
+            if name.endswith("decay"):
+                _start_at(module, -_RATE)
+            elif name in ("write", "erase"):
+                _start_at(module, _STEP)
+    if layer.spec.layer.output.gate != "none":
+        _shift(layer.g_proj, _OPEN)
+
+
+def _align_queries(parameters: dict[str, nn.Parameter]) -> None:
+    for name, k in parameters.items():
         q = parameters.get("q_" + name[2:])
-        if q is None or q.shape != p.shape:
+        if not name.startswith("k_") or q is None or q.shape[1:] != k.shape[1:]:
             continue
-        own, previous = p.chunk(2, -1) if p.shape[-1] % 2 == 0 else (p, None)
-        swap = name.startswith("k_proj") and p.ndim == 2 and previous is not None
-        q.copy_(torch.cat([previous, own], -1) if swap and previous is not None else p)
+        # Several keys per token: the first is the one to ask for.
+        p = k[: len(q)]
+        if p.shape != q.shape:
+            continue
+        if name == "k_proj.weight":
+            own, previous = p.chunk(2, -1)
+            p = torch.cat([previous, own], -1)
+        q.copy_(p)
+
+
+def _return_values(layer: GatedLinearAttention) -> None:
+    out = layer.o_proj.weight
+    v_proj = getattr(layer, "v_proj", None)
+    # Without a projection of their own, values are the inner branch.
+    into = torch.eye(*out.shape).T if v_proj is None else v_proj.weight[: out.shape[1]]
+    if into.T.shape == out.shape:
+        out.copy_(into.T)
+
+
+def _start_at(gate: GateModule, value: float) -> None:
+    """Starts a gate near a value for every token, whatever its formula."""
+    x = torch.zeros(1, 1, gate.in_features)
+    x[..., 0] = 1.0
+
+    def at(shift: float) -> float:
+        if gate.dt_bias is not None:
+            gate.dt_bias.fill_(shift)
+        else:
+            assert gate.proj is not None
+            _shift(gate.proj, shift)
+        return float(gate(x).value.mean())
+
+    low, high = -20.0, 20.0
+    rising = at(high) > at(low)
+    for _ in range(40):
+        middle = (low + high) / 2
+        if (at(middle) < value) == rising:
+            low = middle
+        else:
+            high = middle
+
+
+def _shift(projection: nn.Module, value: float) -> None:
+    """Starts a projection near a value for every token."""
+    last = projection.up if isinstance(projection, LowRank) else projection
+    assert isinstance(last, nn.Linear)
+    bias: Tensor | None = last.bias
+    if bias is not None:
+        bias.fill_(value)
+        return
+    if isinstance(projection, LowRank):
+        # The first inner channel is the input's constant, and no other one has a part of it.
+        projection.down.weight[0] = 0.0
+        projection.down.weight[:, 0] = 0.0
+        projection.down.weight[0, 0] = 1.0
+    last.weight[:, 0] = value
 
 
 def count_parameters(spec: Spec, config: ModelConfig, tokens: int, mlp: int | None = None) -> int:

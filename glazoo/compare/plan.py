@@ -37,11 +37,11 @@ PRESETS: dict[str, Preset] = {
     "quick": Preset(
         "four variants in less than 15 minutes on two CPU cores",
         vocab=128,
-        length=112,
-        load=28,
+        length=160,
+        load=40,
         model=ModelConfig(state_bytes=1680),
-        training=Training(),
-        rates=(3e-3, 8e-3),
+        training=Training(steps=400),
+        rates=(4e-3, 1.2e-2),
         seeds=4,
     ),
     "paper": Preset(
@@ -80,7 +80,7 @@ class Plan:
         """Gives what all runs of a results folder share; variants, seeds, rates and state budgets
         may be added later."""
         return {
-            "format": 1,
+            "format": 2,
             "task": self.task.model_dump(mode="json"),
             "model": self.models[0].model_dump(mode="json", exclude={"state_bytes"}),
             "training": self.training.model_dump(mode="json"),

@@ -48,7 +48,7 @@ class GateModule(KeepsWide):
         self, gate: Gate, in_features: int, heads: int, size: int | None, rank: int | None
     ) -> None:
         super().__init__()
-        self.gate, self.heads, self.size = gate, heads, size
+        self.gate, self.in_features, self.heads, self.size = gate, in_features, heads, size
         kind, width = gate.parameterization, heads * (size or 1)
         self.static = gate.source == "static"
         if gate.source not in ("data", "static"):

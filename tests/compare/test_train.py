@@ -9,7 +9,9 @@ from glazoo.compare.plan import Plan, best_rate
 from glazoo.compare.tasks import IGNORED, TASKS, Task, data_hash
 from glazoo.compare.train import Training, _step_batch, evaluation_points, train
 from glazoo.layers import GatedLinearAttention
-from glazoo.zoo import load
+from glazoo.layers.gates import GateModule
+from glazoo.layers.parts import activate
+from glazoo.zoo import load, names
 
 ALL = [*glazoo.names(), *(f"metaplastic_{n}" for n in glazoo.names() if not load(n).metaplastic)]
 
@@ -122,6 +124,46 @@ def test_an_aligned_query_is_the_key_of_the_same_token_one_place_later() -> None
     # Identity convolutions: the activation alone is left of them.
     convolved = layer.k_conv(layer.k_proj(x))[0]
     assert torch.allclose(convolved, torch.nn.functional.silu(layer.k_proj(x)), atol=1e-6)
+
+
+def test_an_aligned_layer_gives_back_the_values_it_reads() -> None:
+    layer = GatedLinearAttention(
+        "linear_attention", 16, num_heads=2, num_key_heads=2, head_k_dim=4, head_v_dim=8
+    )
+    torch.nn.init.orthogonal_(layer.v_proj.weight)
+    align(layer)
+    x = torch.randn(3, 16)
+    assert torch.allclose(layer.o_proj(layer.v_proj(x)), x, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_variant_starts_as_a_memory_that_lasts(name: str) -> None:
+    torch.manual_seed(0)
+    spec = load(name)
+    heads = 1 if spec.layer.heads.sharing == "one" else 2
+    layer = GatedLinearAttention(
+        spec,
+        16,
+        num_heads=heads,
+        num_key_heads=heads,
+        head_k_dim=4,
+        head_v_dim=16 // heads,
+    )
+    align(layer)
+    # A token that is nothing but the channel which all tokens share.
+    x = torch.zeros(1, 1, 16)
+    x[..., 0] = 1.0
+    gates = {n: m for n, m in layer.named_modules() if isinstance(m, GateModule)}
+    for gate_name, gate in gates.items():
+        value = gate(x).value.detach()
+        if gate_name.endswith("decay"):
+            assert float(value.mean()) == pytest.approx(-0.01, rel=1e-3)
+        elif gate_name in ("write", "erase"):
+            assert float(value.mean()) == pytest.approx(0.1, rel=1e-3)
+    out = spec.layer.output
+    if out.gate != "none":
+        opened = activate(out.gate, layer.g_proj(x)).detach()
+        assert float(opened.min()) > 0.5
 
 
 def test_equal_parameters_are_equal_to_within_a_channel() -> None:
