@@ -1,6 +1,6 @@
 """Is conversion worth it? Train a source, convert it, tune it, against the source trained on.
 
-    python benchmarks/conversion.py            # two sources, five seeds
+    python benchmarks/conversion.py            # two sources, four seeds
     python benchmarks/conversion.py --quick    # one source, two seeds, short: shows that it works
 
 The task is recall (mqar) at a load that the source's state cannot hold entirely; the model is that
@@ -55,7 +55,7 @@ def describe(name: str, seed: int, steps: int, load: int, state: int) -> Run:
         model=ModelConfig(state_bytes=state),
         training=Training(steps=steps),
         mlp=64,
-        rate=3e-3,
+        rate=4e-3,
         seed=seed,
     )
 
@@ -135,9 +135,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--sources", default="mamba2,gated_deltanet")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=600, help="of the source; tuning takes half")
-    parser.add_argument("--load", type=int, default=28, help="pairs to recall")
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=400, help="of the source; tuning takes half")
+    parser.add_argument("--load", type=int, default=40, help="pairs to recall")
     parser.add_argument("--state", type=int, default=1088, help="bytes of the source's state")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--output", type=Path, default=None, help="JSON lines; kept and continued")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from glazoo.compare.errors import CompareError
 from glazoo.compare.probe import key_size_for, mapped_size
 from glazoo.layers import GatedLinearAttention
+from glazoo.layers.attention import LayerOutput
 from glazoo.layers.gates import GateModule
 from glazoo.layers.parts import LowRank
 from glazoo.program import lower
@@ -121,7 +122,6 @@ class Model(nn.Module):
                 head_v_dim=shape.value_size,
                 layer_idx=i,
                 num_layers=config.layers,
-                impl=impl,
             )
             for i in range(config.layers)
         ]
@@ -146,6 +146,25 @@ class Model(nn.Module):
                 for layer in layers:
                     align(layer)
         self.scale = width**-0.5
+        if config.aligned and not self.embedding.weight.is_meta:
+            self._balance()
+        # Not before: all of the above is on a CPU, which not every engine serves.
+        for layer in layers:
+            layer.impl = impl
+
+    @torch.no_grad()
+    def _balance(self) -> None:
+        """Scales what layers give to the size of what they get, one: some variants normalise what
+        they read, others start so quietly that their first steps do not hear it."""
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(self.embedding.num_embeddings, (8, 64), generator=generator)
+        for module in self.attention:
+            assert isinstance(module, GatedLinearAttention)
+            given: list[LayerOutput] = []
+            hook = module.register_forward_hook(lambda _m, _x, y, to=given: to.append(y))
+            self(tokens)
+            hook.remove()
+            module.o_proj.weight.div_(given[0].output.square().mean().sqrt())
 
     def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T N"]:
         """Gives the logits of every token."""

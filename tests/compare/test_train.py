@@ -166,6 +166,23 @@ def test_every_variant_starts_as_a_memory_that_lasts(name: str) -> None:
         assert float(opened.min()) > 0.5
 
 
+@pytest.mark.parametrize("name", ["longhorn", "mamba2", "palimpsa", "rwkv7"])
+def test_layers_start_as_loud_as_what_they_get(name: str) -> None:
+    torch.manual_seed(0)
+    model = Model(load(name), SMALL.model_copy(update={"layers": 2}), 64)
+    sizes = []
+    for layer in model.attention:
+        layer.register_forward_hook(
+            lambda _module, _inputs, result: sizes.append(
+                float(result.output.detach().square().mean().sqrt())
+            )
+        )
+    # Other tokens than those that the start was measured on.
+    model(torch.randint(64, (16, 48)))
+    assert len(sizes) == 2
+    assert all(0.5 < size < 2 for size in sizes), sizes
+
+
 def test_equal_parameters_are_equal_to_within_a_channel() -> None:
     specs = {n: load(n) for n in ("deltanet", "palimpsa", "longhorn")}
     task = Task(name="mqar", vocab=32, length=16, load=4)
