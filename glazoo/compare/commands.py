@@ -415,6 +415,12 @@ def compare(
     ] = None,
     length: Annotated[int | None, typer.Option(min=4, help="Tokens of an example.")] = None,
     vocab: Annotated[int | None, typer.Option(min=16, help="Number of tokens.")] = None,
+    plasticity_rate: Annotated[
+        float,
+        typer.Option(
+            help="Share of the learning rate that the plasticity of importance gates gets."
+        ),
+    ] = 1.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of a run.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
     width: Annotated[int | None, typer.Option(min=4, help="Channels of the model.")] = None,
@@ -476,7 +482,10 @@ def compare(
         plan_task = plan_task.model_copy(update={"length": max(plan_task.length, room)})
     model = p.model.model_copy(update=given(width=width, layers=layers, heads=heads))
     budgets = sorted(set(state or [model.state_bytes]))
-    training = p.training.model_copy(update=given(steps=steps, batch=batch) | {"data_seed": seed})
+    training = p.training.model_copy(
+        update=given(steps=steps, batch=batch)
+        | {"data_seed": seed, "plasticity_rate": plasticity_rate}
+    )
     plan = Plan(
         _specs(names, metaplastic, gate),
         plan_task,

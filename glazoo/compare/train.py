@@ -52,6 +52,8 @@ class Training(BaseModel):
     """Share of the load at the beginning of the curriculum."""
     decay: float = Field(default=0.0, ge=0)
     """Weight decay."""
+    plasticity_rate: float = Field(default=1.0, gt=0, le=1)
+    """Share of the learning rate that the plasticity, the factor of an importance gate, gets."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
     examples: int = Field(default=0, ge=0)
@@ -194,12 +196,16 @@ def fit(model: nn.Module, run: Run, progress: Progress | None = None) -> Fitted:
         The learning curve and the cost.
     """
     t = run.training
+    scales = [p for n, p in model.named_parameters() if n.endswith("importance.scale")]
     matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    others = [p for p in model.parameters() if p.ndim <= 1 and all(p is not s for s in scales)]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": t.decay},
+        {"params": others, "weight_decay": 0.0},
+        {"params": scales, "weight_decay": 0.0, "lr": run.rate * t.plasticity_rate},
+    ]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": t.decay}, {"params": others, "weight_decay": 0.0}],
-        lr=run.rate,
-        betas=(0.9, 0.98),
+        [g for g in groups if g["params"]], lr=run.rate, betas=(0.9, 0.98)
     )
     warm = max(1, round(t.warmup * t.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(

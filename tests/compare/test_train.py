@@ -7,7 +7,7 @@ from glazoo.compare.errors import CompareError
 from glazoo.compare.model import Model, ModelConfig, align, count_parameters, shape_for
 from glazoo.compare.plan import Plan, best_rate
 from glazoo.compare.tasks import IGNORED, TASKS, Task, data_hash
-from glazoo.compare.train import Training, _step_batch, evaluation_points, train
+from glazoo.compare.train import Training, _step_batch, evaluation_points, fit, train
 from glazoo.layers import GatedLinearAttention
 from glazoo.layers.gates import GateModule
 from glazoo.layers.parts import activate
@@ -181,6 +181,29 @@ def test_layers_start_as_loud_as_what_they_get(name: str) -> None:
     model(torch.randint(64, (16, 48)))
     assert len(sizes) == 2
     assert all(0.5 < size < 2 for size in sizes), sizes
+
+
+def test_the_plasticity_may_learn_more_slowly_than_the_rest() -> None:
+    def plasticity(share: float) -> float:
+        training = Training(steps=3, batch=4, eval_examples=4, plasticity_rate=share)
+        run = run_of("x", spec=load("metaplastic_deltanet"), training=training)
+        torch.manual_seed(0)
+        model = Model(run.spec, run.model, run.task.tokens)
+        scale = model.attention[0].importance.scale
+        with torch.no_grad():
+            scale.fill_(0.5)
+        fit(model, run)
+        return float((scale.detach() - 0.5).abs().max())
+
+    assert 0 < plasticity(1e-3) < 0.01 * plasticity(1.0)
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 1.5, float("nan")])
+def test_a_share_of_the_rate_is_at_most_all_of_it(share: float) -> None:
+    task = Task(name="mqar", vocab=32, length=16, load=4)
+    training = Training(steps=1).model_copy(update={"plasticity_rate": share})
+    with pytest.raises(CompareError, match=r"plasticity_rate: got .* accepted are"):
+        Plan({"gla": load("gla")}, task, (SMALL,), training, (1e-3,), 1).check()
 
 
 def test_equal_parameters_are_equal_to_within_a_channel() -> None:
