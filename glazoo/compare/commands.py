@@ -418,7 +418,9 @@ def compare(
     plasticity_rate: Annotated[
         float,
         typer.Option(
-            help="Share of the learning rate that the plasticity of importance gates gets."
+            min=0,
+            max=1,
+            help="Share of the learning rate that the plasticity of importance gates gets.",
         ),
     ] = 1.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of a run.")] = None,
@@ -463,6 +465,7 @@ def compare(
     from glazoo.compare.report import rows, table, write_report
     from glazoo.compare.store import Store
     from glazoo.compare.tasks import TASKS, Task
+    from glazoo.compare.train import Training
 
     if plots and not dry_run:
         figures.require_matplotlib()
@@ -482,10 +485,11 @@ def compare(
         plan_task = plan_task.model_copy(update={"length": max(plan_task.length, room)})
     model = p.model.model_copy(update=given(width=width, layers=layers, heads=heads))
     budgets = sorted(set(state or [model.state_bytes]))
-    training = p.training.model_copy(
-        update=given(steps=steps, batch=batch)
-        | {"data_seed": seed, "plasticity_rate": plasticity_rate}
-    )
+    changes = given(steps=steps, batch=batch) | {
+        "data_seed": seed,
+        "plasticity_rate": plasticity_rate,
+    }
+    training = Training(**(p.training.model_dump() | changes))
     plan = Plan(
         _specs(names, metaplastic, gate),
         plan_task,

@@ -135,6 +135,7 @@ class Model(nn.Module):
         )
         self.norm = nn.RMSNorm(width, eps=1e-5)
         nn.init.normal_(self.embedding.weight)
+        self.scale = width**-0.5
         half = width // 2
         with torch.no_grad():
             self.mix.weight.zero_()
@@ -145,14 +146,11 @@ class Model(nn.Module):
                 self.embedding.weight[:, 0] = 1.0
                 for layer in layers:
                     align(layer)
-        self.scale = width**-0.5
-        if config.aligned and not self.embedding.weight.is_meta:
-            self._balance()
+                self._balance()
         # Not before: all of the above is on a CPU, which not every engine serves.
         for layer in layers:
             layer.impl = impl
 
-    @torch.no_grad()
     def _balance(self) -> None:
         """Scales what layers give to the size of what they get, one: some variants normalise what
         they read, others start so quietly that their first steps do not hear it."""
@@ -239,7 +237,7 @@ def align(layer: GatedLinearAttention) -> None:
 def _align_queries(parameters: dict[str, nn.Parameter]) -> None:
     for name, k in parameters.items():
         q = parameters.get("q_" + name[2:])
-        if not name.startswith("k_") or q is None or q.shape[1:] != k.shape[1:]:
+        if not name.startswith("k_") or q is None:
             continue
         # Several keys per token: the first is the one to ask for.
         p = k[: len(q)]
@@ -255,9 +253,9 @@ def _return_values(layer: GatedLinearAttention) -> None:
     out = layer.o_proj.weight
     v_proj = getattr(layer, "v_proj", None)
     # Without a projection of their own, values are the inner branch.
-    into = torch.eye(*out.shape).T if v_proj is None else v_proj.weight[: out.shape[1]]
-    if into.T.shape == out.shape:
-        out.copy_(into.T)
+    back = torch.eye(*out.shape) if v_proj is None else v_proj.weight[: out.shape[1]].T
+    if back.shape == out.shape:
+        out.copy_(back)
 
 
 def _start_at(gate: GateModule, value: float) -> None:

@@ -97,11 +97,6 @@ class Plan:
         """
         if not self.rates or any(not 0 < r < 10 for r in self.rates):
             raise CompareError(f"rates: got {list(self.rates)}, accepted are numbers in (0, 10)")
-        if not 0 < self.training.plasticity_rate <= 1:
-            raise CompareError(
-                f"plasticity_rate: got {self.training.plasticity_rate}, accepted are numbers in "
-                "(0, 1]"
-            )
         self.task.check()
         for model in self.models:
             for spec in self.specs.values():

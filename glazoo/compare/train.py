@@ -52,8 +52,9 @@ class Training(BaseModel):
     """Share of the load at the beginning of the curriculum."""
     decay: float = Field(default=0.0, ge=0)
     """Weight decay."""
-    plasticity_rate: float = Field(default=1.0, gt=0, le=1)
-    """Share of the learning rate that the plasticity, the factor of an importance gate, gets."""
+    plasticity_rate: float = Field(default=1.0, ge=0, le=1)
+    """Share of the learning rate that the plasticity, the factor of an importance gate, gets; 0
+    leaves it where it starts."""
     clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient."""
     examples: int = Field(default=0, ge=0)
