@@ -204,10 +204,11 @@ def test_the_plasticity_may_learn_more_slowly_than_the_rest() -> None:
     assert plasticity(0.0) == 0
 
 
-def test_the_start_is_measured_whatever_engine_is_asked_for() -> None:
-    # No GPU here: the kernels could not have run.
-    model = Model(load("gla"), SMALL, 64, impl="triton")
-    assert [layer.impl for layer in model.attention] == ["triton"] * SMALL.layers
+def test_the_start_does_not_need_the_engine_that_is_asked_for() -> None:
+    # One that would refuse to run, as the kernels do on a CPU.
+    model = Model(load("gla"), SMALL, 64, impl="none such")
+    with pytest.raises(ValueError, match="none such"):
+        model(torch.zeros(1, 4, dtype=torch.long))
 
 
 def test_equal_parameters_are_equal_to_within_a_channel() -> None:
