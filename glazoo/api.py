@@ -248,7 +248,6 @@ def _validated(
     assert isinstance(q, Tensor)
     assert isinstance(v, Tensor)
     (batch, tokens, heads, key_size), (value_heads, value_size) = q.shape, v.shape[2:]
-    n = spec.steps.count if spec.steps.source == "projected" else 1
     if heads == 0 or value_heads % heads:
         raise ValueError(
             f"v: its {value_heads} heads are not a multiple of the {heads} heads of q; "
@@ -257,7 +256,7 @@ def _validated(
     sizes = {
         "B": batch,
         "T": tokens,
-        "nT": n * tokens,
+        "nT": spec.substeps * tokens,
         "H": heads,
         "HV": value_heads,
         "K": key_size,
@@ -297,7 +296,7 @@ def _validated(
     sequences = _sequences(cu_seqlens, batch, tokens)
     _check_state(program, initial_state, sizes | {"N": sequences}, q)
     if scale is None:
-        scale = key_size**-0.5 if spec.read.scale == "rsqrt_key" else spec.read.scale
+        scale = spec.scale(key_size)
     elif not isinstance(scale, int | float) or not math.isfinite(scale):
         raise ValueError(f"scale: got {scale!r}, accepted is a finite number")
     if initial_state is not None:

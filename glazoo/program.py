@@ -74,17 +74,6 @@ class Program:
         """Gives an operand by its name, or None if the program does not take it."""
         return next((o for o in self.operands if o.name == name), None)
 
-    @property
-    def importance_per_synapse(self) -> bool:
-        """Whether importance has one entry per key and value channel."""
-        imp = self.spec.importance
-        return imp is not None and imp.gate.shape == "value"
-
-    @property
-    def memory_is_mean(self) -> bool:
-        """Whether `State.memory` is the posterior mean itself rather than importance times mean."""
-        return _memory_is_mean(self.spec)
-
     def state_floats(self, key_size: int, value_size: int) -> int:
         """Counts the numbers of the recurrent state per value head."""
         sizes = {"K": key_size, "V": value_size}
@@ -164,34 +153,20 @@ def lower(spec: Spec) -> Program:
 
 
 def _kernel(spec: Spec) -> Kernel:
-    p, imp = spec.posterior, spec.importance
-    per_synapse = imp is not None and imp.gate.shape == "value"
+    p, per_synapse = spec.posterior, spec.importance_per_synapse
     per_value_rate = spec.write.shape == "value" and spec.erase.strength == "write"
     if p.precision == "full":
         return Kernel.FULL
-    if _hebbian(spec):
+    if spec.hebbian:
         return Kernel.SYNAPSE if per_synapse else Kernel.LINEAR
     if per_synapse or per_value_rate:
         return Kernel.SYNAPSE_DELTA
     return Kernel.DELTA if p.correction == "full" else Kernel.LINEAR
 
 
-def _hebbian(spec: Spec) -> bool:
-    """Whether the mean is a sum of decayed writes divided by importance, if there is one."""
-    p = spec.posterior
-    return p.correction == "none" or (p.correction, p.gain) == ("diagonal", "first_order")
-
-
-def _memory_is_mean(spec: Spec) -> bool:
-    imp = spec.importance
-    return spec.posterior.precision != "full" and (
-        not _hebbian(spec) or (imp is not None and imp.evidence == "exp_key")
-    )
-
-
 def _operands(spec: Spec) -> list[Operand]:
     imp, steps, erase = spec.importance, spec.steps, spec.erase
-    sub = "nT" if steps.count > 1 and steps.source == "projected" else "T"
+    sub = "nT" if spec.substeps > 1 else "T"
     out = [
         Operand(
             "q",
@@ -200,13 +175,12 @@ def _operands(spec: Spec) -> list[Operand]:
             "query, normalised or mapped as the spec's layer says",
         )
     ]
-    log_key = imp is not None and imp.evidence == "exp_key"
     if spec.key == "operand":
         out.append(
             Operand(
                 "k",
                 (("B", sub, "H", "K"),),
-                "any (the logarithm of the evidence)" if log_key else "any",
+                "any (the logarithm of the evidence)" if spec.log_evidence else "any",
                 "key",
             )
         )
@@ -292,20 +266,20 @@ def _state(spec: Spec) -> list[StatePart]:
     elif imp is None:
         memory = "S, mean"
     else:
-        memory = "mu, mean" if _memory_is_mean(spec) else "h, importance times mean"
+        memory = "mu, mean" if spec.memory_is_mean else "h, importance times mean"
     parts = [StatePart("memory", ("N", "HV", "K", "V"), memory)]
     if imp is not None and p.precision == "full":
         parts.append(
             StatePart("importance", ("N", "HV", "K", "K"), "H, importance above the prior")
         )
     elif imp is not None:
-        shape = ("N", "HV", "K", "V") if imp.gate.shape == "value" else ("N", "HV", "K")
-        log = imp.evidence == "exp_key"
+        per_synapse = spec.importance_per_synapse
+        shape = ("N", "HV", "K", "V") if per_synapse else ("N", "HV", "K")
         parts.append(
             StatePart(
                 "importance",
                 shape,
-                "z, log of importance" if log else "J, importance above the prior",
+                "z, log of importance" if spec.log_evidence else "J, importance above the prior",
             )
         )
     if spec.read.normalizer != "none":
@@ -342,7 +316,7 @@ def _recurrence(spec: Spec) -> list[str]:
             "the read follows the last"
         )
     write = f"{beta}v_t"
-    if imp is not None and imp.evidence == "exp_key":
+    if spec.log_evidence:
         return [
             *lines,
             "z_t = log(exp(z_{t-1}) + exp(k_t));   I_t = exp(z_t)",
@@ -362,11 +336,11 @@ def _recurrence(spec: Spec) -> list[str]:
         lines.append(f"m_t = {x.base} ^ -softsign(log(J_t + {x.eps:g}) - center)")
     elif imp is not None:
         evidence = "b_t k_t^2" if imp.gate.shape == "head" else "k_t^2 b_t^T"
-        before = "" if _hebbian(spec) else f";   I'_t = {a}J_{{t-1}} + I_p"
+        before = "" if spec.hebbian else f";   I'_t = {a}J_{{t-1}} + I_p"
         lines.append(f"J_t = {a}J_{{t-1}} + {evidence};   I_t = J_t + I_p{before}")
     return lines + (
         _hebbian_lines(spec, a, beta, write)
-        if _hebbian(spec)
+        if spec.hebbian
         else _corrected_lines(spec, a, beta, write)
     )
 
@@ -431,13 +405,13 @@ def _lowering(spec: Spec) -> list[str]:
         lines.append(f"tokens -> {steps.count} sub-tokens; decay on the first, read after the last")
     if spec.erase.side == "removal" and spec.erase.strength == "own":
         lines.append("token -> 2 sub-tokens: remove along a (.) p, then write along k")
-    if imp is not None and imp.evidence == "exp_key":
+    if spec.log_evidence:
         lines.append("log-importance scan z_t;  g <- z_{t-1} - z_t;  k <- exp(k_t - z_t)")
     elif imp is not None and imp.preconditioner is not None:
         lines.append("importance scan J_t with its own decay;  write key <- m(J_t) (.) k")
     elif imp is not None and kernel in (Kernel.LINEAR, Kernel.DELTA):
         lines.append("importance scan J_t over keys, I = J + I_p")
-        if _hebbian(spec):
+        if spec.hebbian:
             lines.append("query <- q / I_t")
         else:
             lines.append("decay <- a I_{t-1} / I'_t;  write key <- k / I_t (exact gain: k / I'_t)")
@@ -447,7 +421,7 @@ def _lowering(spec: Spec) -> list[str]:
         and kernel is Kernel.DELTA
     ):
         lines.append("rate <- beta / (1 + beta sum k^2 / I')")
-    if spec.posterior.correction == "diagonal" and kernel is Kernel.LINEAR and not _hebbian(spec):
+    if spec.posterior.correction == "diagonal" and kernel is Kernel.LINEAR and not spec.hebbian:
         lines.append("decay <- a (1 - k G) per key;  key <- G")
     if spec.read.normalizer != "none":
         lines.append("normaliser: the same linear program with the one value channel 1")

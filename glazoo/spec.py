@@ -170,6 +170,12 @@ class Decay(Gate):
             raise ValueError("decay.minimum is a negative limit of a static or data decay")
         return self
 
+    @property
+    def has_step(self) -> bool:
+        """Whether it has a discretisation step softplus(x + dt_bias), that other gates can tie
+        to."""
+        return self.parameterization in ("softplus_exp", "softplus_product")
+
 
 class Posterior(_Data):
     """The posterior approximation: three orthogonal axes."""
@@ -508,6 +514,43 @@ class Spec(_Data):
         """Whether the spec carries an importance state."""
         return self.posterior.precision != "frozen"
 
+    @property
+    def hebbian(self) -> bool:
+        """Whether no prediction is subtracted: the mean is a sum of decayed writes, over importance
+        if there is one."""
+        p = self.posterior
+        return p.correction == "none" or (p.correction, p.gain) == ("diagonal", "first_order")
+
+    @property
+    def substeps(self) -> int:
+        """Keys, values and gates that a token brings along; one where its writes repeat them."""
+        return self.steps.count if self.steps.source == "projected" else 1
+
+    @property
+    def log_evidence(self) -> bool:
+        """Whether keys are logarithms of evidence, and importance is kept as a logarithm."""
+        return self.importance is not None and self.importance.evidence == "exp_key"
+
+    @property
+    def importance_per_synapse(self) -> bool:
+        """Whether importance has one entry per key and value channel."""
+        return self.importance is not None and self.importance.gate.shape == "value"
+
+    @property
+    def memory_is_mean(self) -> bool:
+        """Whether the memory is the posterior mean itself rather than importance times mean."""
+        return self.posterior.precision != "full" and (not self.hebbian or self.log_evidence)
+
+    @property
+    def has_variance(self) -> bool:
+        """Whether the reciprocal of importance is a posterior variance."""
+        return self.importance is None or self.importance.preconditioner is None
+
+    def scale(self, key_size: int) -> float:
+        """Return the factor on queries of `key_size` channels."""
+        scale = self.read.scale
+        return key_size**-0.5 if scale == "rsqrt_key" else float(scale)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         p, imp = self.posterior, self.importance
@@ -568,10 +611,7 @@ class Spec(_Data):
             raise ValueError(
                 "several steps per token and a removal-side erase gate exclude each other"
             )
-        if self.write.tie == "step" and self.decay.parameterization not in (
-            "softplus_exp",
-            "softplus_product",
-        ):
+        if self.write.tie == "step" and not self.decay.has_step:
             raise ValueError(
                 "write.tie = step needs a decay with a discretisation step "
                 "(softplus_exp, softplus_product)"
@@ -664,7 +704,6 @@ def freeze(spec: Spec) -> Spec:
             f"{spec.name!r} has no frozen counterpart: its write is defined by its importance "
             f"(precision = {p.precision!r}, evidence = {imp.evidence!r})"
         )
-    hebbian = p.correction == "diagonal" and p.gain == "first_order"
     return Spec.model_validate(
         spec.model_copy(
             update={
@@ -673,7 +712,7 @@ def freeze(spec: Spec) -> Spec:
                 "posterior": p.model_copy(
                     update={
                         "precision": "frozen",
-                        "correction": "none" if hebbian else p.correction,
+                        "correction": "none" if spec.hebbian else p.correction,
                     }
                 ),
                 "importance": None,

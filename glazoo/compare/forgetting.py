@@ -103,7 +103,7 @@ def forgetting(plan: ForgettingPlan) -> Forgetting:
         The measured curve, and the theory where there is one.
     """
     spec, program = plan.spec, lower(plan.spec)
-    n = spec.steps.count if spec.steps.source == "projected" else 1
+    n = spec.substeps
     gates = _effective(program, plan.gates)
     late = spec.read.when == "pre"
     tokens = plan.before + plan.after + 1 + late
@@ -194,16 +194,15 @@ def theory(program: Program, gates: Gates, key_size: int, before: int, after: in
         return _full_theory(program, gates, key_size, before, after)
     names = {o.name for o in program.operands}
     a = math.exp(gates.decay) if "g" in names else 1.0
-    steps = spec.steps.count if spec.steps.source == "projected" else 1
     field = _MeanField(program, gates, key_size, names)
     # Energy of what is stored along any direction, and of interference along the followed key.
     anywhere, noise, signal = 0.0, 0.0, 0.0
     signals, errors = [], []
     for t in range(before + after + 1):
-        for j in range(steps):
+        for j in range(spec.substeps):
             forget, gain, removal = field.step(a if j == 0 else 1.0)
             written = gain * gain / key_size
-            if t == before and j == steps - 1:
+            if t == before and j == spec.substeps - 1:
                 # Older content along this very key is removed, not just its mean share.
                 noise = anywhere * field.own_removal(forget, removal)
                 signal = gain
@@ -228,10 +227,6 @@ class _MeanField:
         self.importance = 0.0
         self.beta = gates.write if "beta" in names else 1.0
         self.prior = gates.prior if "prior" in names else 0.0
-        p = self.spec.posterior
-        self.hebbian = p.correction == "none" or (
-            p.correction == "diagonal" and p.gain == "first_order"
-        )
 
     def step(self, decay: float) -> tuple[float, float, float]:
         """Gives forgetting f, gain c and removal e of one write."""
@@ -246,11 +241,11 @@ class _MeanField:
                 p = imp.preconditioner
                 x = math.log(self.importance + p.eps) - p.center_init
                 rate = math.exp(-math.log(p.base) * x / (1 + abs(x)))
-            elif not self.hebbian:
+            elif not spec.hebbian:
                 before = kept + self.prior
                 rate = 1 / (self.importance + self.prior)
                 forget = decay * (old + self.prior) / before
-        if self.hebbian:
+        if self.spec.hebbian:
             return decay, self.beta, 0.0
         if spec.posterior.gain == "exact":
             gain = self.beta / before / (1 + self.beta / before)
@@ -279,7 +274,7 @@ class _MeanField:
 
     def read_scale(self) -> float:
         """Gives the factor between what is stored and what is read."""
-        if self.hebbian and self.spec.importance is not None:
+        if self.spec.hebbian and self.spec.importance is not None:
             return 1 / (self.importance + self.prior)
         return 1.0
 

@@ -128,11 +128,10 @@ def draw_keys(
 
 def key_scale_matters(program: Program) -> bool:
     """Whether the length of a key changes more than the size of what it writes."""
-    spec, imp = program.spec, program.spec.importance
+    spec = program.spec
     mapped = "none" not in (spec.layer.q.feature_map, spec.layer.k.feature_map)
     mapped = mapped and mapped_size(program, 2) != 2
-    log_key = imp is not None and imp.evidence == "exp_key"
-    return mapped or log_key or spec.key == "one_minus_decay"
+    return mapped or spec.log_evidence or spec.key == "one_minus_decay"
 
 
 def gate_grid(program: Program, pairs: int) -> list[Gates]:
@@ -149,13 +148,12 @@ def gate_grid(program: Program, pairs: int) -> list[Gates]:
         decays = schedule(spec.decay, 8).tolist()
     elif "g" in names and spec.key == "operand":
         decays = [0.0, -0.5 / pairs, -2.0 / pairs, -8.0 / pairs]
-    hebbian = not program.memory_is_mean and spec.posterior.precision != "full"
     writes = [1.0]
     if "beta" in names and spec.read.normalizer == "max_abs_one":
         writes = [0.01, 0.1, 1.0, 10.0]
     elif "beta" in names and spec.posterior.gain == "exact":
         writes = [0.1, 1.0, 10.0, 100.0, 1000.0]
-    elif "beta" in names and not hebbian:
+    elif "beta" in names and not spec.hebbian:
         writes = [0.1, 0.2, 0.4, 0.7, 1.0]
     evidence = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0] if "b" in names else [1.0]
     # The prior acts alone only where no gate scales what is counted.
@@ -234,7 +232,7 @@ def operands(
         The operands by name; `k` is None where the spec ties keys to the decay.
     """
     spec = program.spec
-    n = spec.steps.count if spec.steps.source == "projected" else 1
+    n = spec.substeps
     batch, written, value_size = values.shape
     tokens = written // n
     build = _Build(program, grid, batch, tokens)
@@ -261,10 +259,10 @@ def operands(
         "q": q,
         "v": values[:, :, None].expand(-1, -1, len(grid), -1).contiguous(),
     }
-    log_key = spec.importance is not None and spec.importance.evidence == "exp_key"
     if spec.key == "operand":
         if k is None:
-            k = q.new_full((batch, written, heads, size), _NO_EVIDENCE if log_key else 0.0)
+            nothing = _NO_EVIDENCE if spec.log_evidence else 0.0
+            k = q.new_full((batch, written, heads, size), nothing)
         out["k"] = k
     silent = keys is None
     for operand in program.operands:
@@ -336,7 +334,7 @@ def write(
     Returns:
         The state of B sequences with one head per set of gates.
     """
-    n = program.spec.steps.count if program.spec.steps.source == "projected" else 1
+    n = program.spec.substeps
     missing = -keys.shape[1] % n
     if missing:
         # A token has n writes: the first token's free ones store nothing.
@@ -355,7 +353,7 @@ def read(
     impl: str = "auto",
 ) -> Float[Tensor, "B T HV V"]:
     """Reads a memory at every query without changing it."""
-    n = program.spec.steps.count if program.spec.steps.source == "projected" else 1
+    n = program.spec.substeps
     batch, tokens = queries.shape[:2]
     nothing = queries.new_zeros(batch, n * tokens, value_size)
     return _run(program, operands(program, None, nothing, queries, grid), impl, state)[0]

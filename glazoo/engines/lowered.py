@@ -359,7 +359,7 @@ def _key_importance(call: Call, core: _Rounded, x: _Tokens) -> _Core:
     if imp is None:
         unc = _squares(q, call).sum(-1) if call.uncertainty else None
         return _corrected(call, core, x, k, None, g, None)._replace(uncertainty=unc)
-    if imp.evidence == "exp_key":
+    if spec.log_evidence:
         z, before, last = _log_evidence(call, x)
         written = (_to_value_heads(k, groups) - z).exp()
         o, memory = core.linear(
@@ -383,7 +383,7 @@ def _key_importance(call: Call, core: _Rounded, x: _Tokens) -> _Core:
         previous = _previous(total, _importance(call), x.cu_seqlens)
     read = total if spec.read.when == "post" or previous is None else previous
     unc = (_squares(q, call) / (read + prior)).sum(-1) if call.uncertainty else None
-    if p.correction == "diagonal" and p.gain == "first_order":
+    if spec.hebbian:
         o, memory = core.linear(
             over(_to_value_heads(q, groups), read, prior),
             k,
@@ -416,7 +416,6 @@ def _is_step(call: Call, core: _Rounded, x: _Tokens) -> bool:
 
 def _step(call: Call, core: _Rounded, x: _Tokens) -> _Core:
     spec, memory, importance = call.program.spec, _memory(call), _importance(call)
-    hebbian = (spec.posterior.correction, spec.posterior.gain) == ("diagonal", "first_order")
     assert x.b is not None
     o, (memory, importance), unc = core.posterior_step(
         x.q,
@@ -428,7 +427,7 @@ def _step(call: Call, core: _Rounded, x: _Tokens) -> _Core:
         e=x.p,
         prior=call.operands["prior"],
         initial_state=None if memory is None or importance is None else (memory, importance),
-        correction="none" if hebbian else spec.posterior.correction,
+        correction="none" if spec.hebbian else spec.posterior.correction,
         gain=spec.posterior.gain,
         read=spec.read.when,
         base=spec.erase.base,

@@ -46,7 +46,7 @@ def run(call: Call) -> Result:
             part = dict(ops)
             for operand in call.program.operands:
                 if operand.per_token and operand.name in ops:
-                    m = call.program.spec.steps.count if "nT" in operand.shapes[0] else 1
+                    m = call.program.spec.substeps if "nT" in operand.shapes[0] else 1
                     part[operand.name] = ops[operand.name][:, start * m : end * m]
             own = None if state is None else state.sequence(n)
             results.append(_Sequence(call, part, own).run())
@@ -94,7 +94,7 @@ class _Sequence:
             size = {"full": keys, "diagonal": values if imp.gate.shape == "value" else 1}[
                 self.spec.posterior.precision
             ]
-            start = -torch.inf if imp.evidence == "exp_key" else 0.0
+            start = -torch.inf if self.spec.log_evidence else 0.0
             self.importance = self.q.new_full((batch, heads, keys, size), start)
             if state is not None and state.importance is not None:
                 self.importance = state.importance.reshape(batch, heads, keys, size)
@@ -134,7 +134,7 @@ class _Sequence:
         output = torch.stack(outputs, 1) if outputs else self.v.new_zeros(shape)
         uncertainty = None
         if self.call.uncertainty:
-            per_value = self.call.program.importance_per_synapse
+            per_value = self.spec.importance_per_synapse
             uncertainty = (
                 torch.stack(uncertainties, 1)
                 if uncertainties
@@ -155,7 +155,7 @@ class _Sequence:
         )
 
     def _importance_is_matrix(self) -> bool:
-        return self.spec.posterior.precision == "full" or self.call.program.importance_per_synapse
+        return self.spec.posterior.precision == "full" or self.spec.importance_per_synapse
 
     def _writes(self, t: int) -> list[_Write]:
         """Gives the writes of token t in order, each with the decay that acts right before it."""
@@ -220,7 +220,7 @@ class _Sequence:
         if imp is None:
             before = after = self.one
             forget = w.decay
-        elif imp.evidence == "exp_key":
+        elif self.spec.log_evidence:
             self._observe_log_evidence(w)
             return
         elif imp.evidence == "outer_product":
@@ -235,7 +235,7 @@ class _Sequence:
             self.importance = own * old + w.b * w.k.square()
             before, after = own * old + self.prior, self.importance + self.prior
             forget = w.decay if imp.preconditioner else w.decay * (old + self.prior) / before
-        if p.correction == "none" or (p.correction, p.gain) == ("diagonal", "first_order"):
+        if self.spec.hebbian:
             self.memory = w.decay * self.memory + w.k * (w.beta * w.v)
             return
         previous = self.memory
@@ -289,7 +289,7 @@ class _Sequence:
         """Reads the posterior mean: [B, HV, 1, V]."""
         if self.spec.posterior.precision == "full":
             return (self.memory * self._solve(q)).sum(2, keepdim=True)
-        if self.importance is None or self.call.program.memory_is_mean:
+        if self.importance is None or self.spec.memory_is_mean:
             return (self.memory * q).sum(2, keepdim=True)
         return (self.memory / (self.importance + self.prior) * q).sum(2, keepdim=True)
 
@@ -299,15 +299,14 @@ class _Sequence:
         return torch.cholesky_solve(q, torch.linalg.cholesky(precision))
 
     def _uncertainty(self, q: Tensor) -> Tensor:
-        imp = self.spec.importance
         if self.spec.posterior.precision == "full":
             return (q * self._solve(q)).sum((2, 3))
-        if self.importance is None or imp is None:
+        if self.importance is None:
             return q.square().sum((2, 3))
-        if imp.evidence == "exp_key":
+        if self.spec.log_evidence:
             return (q.square() * (-self.importance).exp()).sum((2, 3))
         variance = (q.square() / (self.importance + self.prior)).sum(2)
-        return variance if self.call.program.importance_per_synapse else variance.squeeze(-1)
+        return variance if self.spec.importance_per_synapse else variance.squeeze(-1)
 
     def _normalize(self, y: Tensor, q: Tensor) -> Tensor:
         if self.normalizer is None:

@@ -236,8 +236,8 @@ class GatedLinearAttention(KeepsWide):
         self.layer_idx, self.num_layers = layer_idx, num_layers
         self.first = layer_idx == 0 if first is None else first
         self.rope_base, self.impl, self.check_finite = rope_base, impl, check_finite
-        layer, steps = spec.layer, spec.steps
-        self.steps = steps.count if steps.source == "projected" else 1
+        layer = spec.layer
+        self.steps = spec.substeps
         _check(spec, self.steps)
         self.grouped_query = layer.heads.sharing == "grouped_query"
         # Heads of each stream as projected; grouped queries repeat k and v before the recurrence.
@@ -830,10 +830,8 @@ class GatedLinearAttention(KeepsWide):
         for name in ("g", "beta", "b", "erase", "a", "p", "g_importance"):
             if name in operands:
                 operands[name] = hide(operands[name])
-        imp = self.spec.importance
-        log_keys = imp is not None and imp.evidence == "exp_key"
         return (
-            None if k is None else hide(k, _NO_EVIDENCE if log_keys else 0.0),
+            None if k is None else hide(k, _NO_EVIDENCE if self.spec.log_evidence else 0.0),
             hide(v),
         )
 
@@ -938,8 +936,7 @@ def _check(spec: Spec, steps: int) -> None:
     need(len(rotations) < 2, "layer.q.rotation and layer.k.rotation must be of one kind")
     need(layer.v.rotation == "none", "layer.v.rotation must be none")
     need(
-        "cumulative" not in rotations
-        or spec.decay.parameterization in ("softplus_exp", "softplus_product"),
+        "cumulative" not in rotations or spec.decay.has_step,
         "rotation = cumulative needs a decay with a discretisation step",
     )
     need(not rotations or steps == 1, "rotation goes with one step per token")

@@ -15,7 +15,7 @@ from glazoo.program import Program, lower
 from glazoo.spec import Spec
 from glazoo.state import State
 from glazoo.theory.instances import REGIMES, Instance, Operands, Regime, run
-from glazoo.theory.maps import explicit, substeps
+from glazoo.theory.maps import explicit
 
 __all__ = [
     "Bound",
@@ -141,8 +141,7 @@ class Trial:
     @property
     def scale(self) -> float:
         """The spec's factor on q."""
-        scale = self.spec.read.scale
-        return self.instance.K**-0.5 if scale == "rsqrt_key" else float(scale)
+        return self.spec.scale(self.instance.K)
 
     def operands(self) -> Operands:
         """Gives the operands; the decays of a fixed schedule are spelt out."""
@@ -192,7 +191,7 @@ class Trial:
         keys for each write, 16 operations per term, and twice for the two sides with their maps.
         """
         i = self.instance
-        writes = max(i.T, 1) * max(substeps(self.spec), 2)
+        writes = max(i.T, 1) * max(self.spec.substeps, 2)
         return 32 * writes * max(i.K, 4) * torch.finfo(self.dtype).eps
 
 

@@ -151,8 +151,7 @@ def operands(
     if regime not in REGIMES:
         raise ValueError(f"regime: got {regime!r}, accepted are {', '.join(REGIMES)}")
     program = lower(spec)
-    n = spec.steps.count if spec.steps.source == "projected" else 1
-    sizes = {"B": B, "T": T, "nT": n * T, "H": H, "HV": HV, "K": K, "V": V}
+    sizes = {"B": B, "T": T, "nT": spec.substeps * T, "H": H, "HV": HV, "K": K, "V": V}
     draw = _Draw(spec, generator, regime, sizes)
     ops: Operands = {}
     for operand in program.operands:
@@ -299,7 +298,6 @@ def state(
         The state; importance is positive (definite), as any sequence of tokens would leave it.
     """
     sizes = {"N": N, "H": H, "HV": HV, "K": K, "V": V}
-    imp = spec.importance
     parts: dict[str, Tensor] = {}
     for part in lower(spec).state:
         x = torch.randn(
@@ -307,7 +305,7 @@ def state(
         )
         if part.name == "importance" and spec.posterior.precision == "full":
             x = x @ x.mT / K
-        elif part.name == "importance" and imp is not None and imp.evidence != "exp_key":
+        elif part.name == "importance" and not spec.log_evidence:
             x = x.abs()
         elif part.name == "normalizer" and spec.read.normalizer == "sum":
             x = x.abs() + 0.05

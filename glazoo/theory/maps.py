@@ -16,7 +16,6 @@ from glazoo.theory.instances import Operands, dims
 __all__ = [
     "expand_value_heads",
     "explicit",
-    "substeps",
     "take",
     "take_state",
     "tokens",
@@ -26,18 +25,13 @@ __all__ = [
 ]
 
 
-def substeps(spec: Spec) -> int:
-    """Counts the keys, values and gates that a spec takes per token."""
-    return spec.steps.count if spec.steps.source == "projected" else 1
-
-
 def take(program: Program, operands: Operands, dim: str, index: Tensor) -> Operands:
     """Selects entries of one axis ("B", "T", "HV", "K" or "V") of every operand that has it.
 
     "T" moves a token's sub-steps with it; a fixed decay moves with its head.
     """
     out = dict(operands)
-    n = substeps(program.spec)
+    n = program.spec.substeps
     for operand in program.operands:
         if operand.name not in out:
             continue

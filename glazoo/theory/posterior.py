@@ -27,7 +27,6 @@ from glazoo.theory.exact import posterior
 from glazoo.theory.forms import Form, forms
 from glazoo.theory.instances import Operands
 from glazoo.theory.instances import run as call
-from glazoo.theory.maps import substeps
 
 __all__ = ["CONDITIONS", "Condition", "Distance", "groups", "plot", "render", "run", "unsuited"]
 
@@ -87,10 +86,9 @@ class Distance:
 
 def unsuited(spec: Spec) -> str | None:
     """Says why a spec answers no regression question, or gives None."""
-    imp = spec.importance
     if spec.key != "operand":
         return "its key is tied to its decay: pairs cannot be stored under given keys"
-    if imp is not None and imp.evidence == "exp_key":
+    if spec.log_evidence:
         return "its keys enter as positive evidence only"
     if spec.read.normalizer == "sum":
         return "its normaliser needs positive features"
@@ -225,7 +223,7 @@ def _errors(spec: Spec, p: _Problem, impl: str) -> Tensor:
 def _operands(spec: Spec, p: _Problem) -> Operands:
     """Writes the pairs, one per token, then reads the memory with tokens that change nothing."""
     seeds, keys = p.k.shape[0], p.k.shape[2]
-    reads, values, n = p.q.shape[1], p.v.shape[2], substeps(spec)
+    reads, values, n = p.q.shape[1], p.v.shape[2], spec.substeps
 
     def tokens(x: Tensor, *, steps: bool = True) -> Tensor:
         """Puts [S, T, ...] before idle reads; further writes of a token are idle too."""

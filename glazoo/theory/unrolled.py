@@ -15,7 +15,7 @@ from torch import Tensor
 from glazoo.program import Program
 from glazoo.state import State
 from glazoo.theory.instances import Operands
-from glazoo.theory.maps import expand_value_heads, explicit, substeps
+from glazoo.theory.maps import expand_value_heads, explicit
 
 __all__ = ["Unrolled", "importance", "unrolled"]
 
@@ -68,25 +68,21 @@ def unrolled(program: Program, operands: Operands, state: State | None = None) -
         parts = {name: x.double() for name, x in state._asdict().items() if x is not None}
         state = State(**parts)
     keys = ops["q"].shape[-1]
-    scale = keys**-0.5 if spec.read.scale == "rsqrt_key" else float(spec.read.scale)
-    q = (scale * ops["q"])[..., None, :]
+    q = (spec.scale(keys) * ops["q"])[..., None, :]
     if not q.shape[1]:
         # Nothing happened.
         v = ops["v"]
         empty = v.new_zeros(v.shape[0], v.shape[2], keys, v.shape[3])
         return Unrolled(v[:, :0], empty if state is None else state.memory, None)
-    if spec.importance is not None and spec.importance.evidence == "exp_key":
+    if spec.log_evidence:
         return _slots(ops, q, state)
     if spec.posterior.precision == "full":
         return _least_squares(ops, q, state)
     writes = _writes(program, ops, state)
     J, J_before, J_decayed = _importances(program, ops, writes, state)
-    hebbian = spec.posterior.correction == "none" or (
-        (spec.posterior.correction, spec.posterior.gain) == ("diagonal", "first_order")
-    )
     start = None if state is None else state.memory.mT
     n = writes.per_token
-    if hebbian:
+    if spec.hebbian:
         memory = _sums(writes.decay, writes.k * (writes.beta * writes.v), start)
         prior = ops.get("prior")
         total = J + _over_keys(prior) if J is not None else torch.ones_like(memory)
@@ -144,7 +140,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _writes(program: Program, ops: Operands, state: State | None) -> _Writes:
-    spec, n = program.spec, substeps(program.spec)
+    spec, n = program.spec, program.spec.substeps
     v, g = ops["v"][..., None], ops.get("g")
     batch, count, heads = v.shape[:3]
     one = v.new_ones(batch, count, heads, 1, 1)

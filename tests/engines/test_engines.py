@@ -66,16 +66,12 @@ def assert_same(actual, expected, terms: int) -> None:
         assert (x - y).abs().max() <= bound if y.numel() else True
 
 
-def has_variance(spec) -> bool:
-    return spec.importance is None or spec.importance.preconditioner is None
-
-
 @pytest.mark.parametrize("impl", ENGINES)
 @pytest.mark.parametrize("regime", ["normal", "no_decay", "strong_decay", "reset", "zero_keys"])
 @pytest.mark.parametrize(("name", "gate"), FORMS)
 def test_agrees_with_the_reference(name, gate, regime, impl) -> None:
     spec, operands, state = instance(name, gate, regime)
-    options = {"initial_state": state, "output_uncertainty": has_variance(spec)}
+    options = {"initial_state": state, "output_uncertainty": spec.has_variance}
     actual, expected = (run(spec, operands, e, **options) for e in (impl, "reference"))
     assert_same(everything(actual), everything(expected), 70 * 5)
 
@@ -102,7 +98,7 @@ def test_packed_sequences(name, gate, impl) -> None:
         options = {
             "initial_state": start,
             "cu_seqlens": cu,
-            "output_uncertainty": has_variance(spec),
+            "output_uncertainty": spec.has_variance,
         }
         actual, expected = (run(spec, operands, e, **options) for e in (impl, "reference"))
         assert_same(everything(actual), everything(expected), 72 * 5)

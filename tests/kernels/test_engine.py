@@ -70,8 +70,7 @@ class Case:
         for i, n in enumerate(self.names):
             if n in ("q", "k", "v", "p"):
                 self.tensors[i] = self.tensors[i].half().double()
-        imp = self.spec.importance
-        self.uncertainty = imp is None or imp.preconditioner is None
+        self.uncertainty = self.spec.has_variance
 
     def given(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """Operands as a caller has them: tokens in dtype, gates and states in float32."""
@@ -153,7 +152,7 @@ def in_one_piece(spec: glazoo.Spec) -> bool:
         imp is not None
         and program.kernel in ("linear", "delta")
         and imp.evidence == "key_squared"
-        and imp.preconditioner is None
+        and spec.has_variance
         and spec.steps.count == 1
         and not (spec.erase.strength == "own" and spec.erase.side != "prediction")
     )

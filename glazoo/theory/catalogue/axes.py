@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -64,10 +65,8 @@ def has(operand: str) -> Test:
     return lambda spec: lower(spec).operand(operand) is not None
 
 
-def hebbian(spec: Spec) -> bool:
-    """Subtracts no prediction: the mean is a decayed sum over importance."""
-    p = spec.posterior
-    return p.correction == "none" or (p.correction, p.gain) == ("diagonal", "first_order")
+hebbian: Test = attrgetter("hebbian")
+log_evidence: Test = attrgetter("log_evidence")
 
 
 def frozen(spec: Spec) -> bool:
@@ -78,22 +77,17 @@ def frozen(spec: Spec) -> bool:
 def bayesian(spec: Spec) -> bool:
     """Importance is I = J + I_p with evidence b k^2, and its reciprocal a posterior variance."""
     imp = spec.importance
-    return imp is not None and imp.evidence == "key_squared" and imp.preconditioner is None
+    return imp is not None and imp.evidence == "key_squared" and spec.has_variance
 
 
 def preconditioned(spec: Spec) -> bool:
     """Importance only rescales the write key."""
-    return spec.importance is not None and spec.importance.preconditioner is not None
+    return not spec.has_variance
 
 
 def own_decay(spec: Spec) -> bool:
     """Importance forgets by a decay of its own."""
     return spec.importance is not None and spec.importance.own_decay is not None
-
-
-def log_evidence(spec: Spec) -> bool:
-    """Evidence is e^k."""
-    return spec.importance is not None and spec.importance.evidence == "exp_key"
 
 
 def token_decay(spec: Spec) -> bool:

@@ -29,7 +29,7 @@ from glazoo.theory.catalogue.axes import (
 from glazoo.theory.entry import Bound, Comparison, Domain, Entry, Kind, Pair, Trial
 from glazoo.theory.exact import posterior
 from glazoo.theory.instances import Operands
-from glazoo.theory.maps import expand_value_heads, substeps
+from glazoo.theory.maps import expand_value_heads
 from glazoo.theory.unrolled import importance, unrolled
 from glazoo.zoo import load
 
@@ -240,7 +240,7 @@ def _gradient_step(t: Trial) -> Found:
 def _recall(t: Trial) -> Found:
     ops = t.operands()
     left = ops | {"beta": torch.ones_like(ops["beta"]), "q": ops["k"]}
-    n = substeps(t.spec)
+    n = t.spec.substeps
     left["q"] = ops["k"][:, n - 1 :: n]
     y = t.run(t.spec, left, initial_state=t.state(), scale=1.0).output
     yield Pair("recalled value", y, ops["v"][:, n - 1 :: n])
@@ -248,7 +248,7 @@ def _recall(t: Trial) -> Found:
 
 def _contraction(t: Trial) -> Found:
     ops, state = t.operands(), t.state()
-    n = substeps(t.spec)
+    n = t.spec.substeps
     probe = ops | {"q": ops["k"][:, n - 1 :: n]}
     error = ops["v"] - t.run(t.spec, probe, initial_state=state, scale=1.0).output
     idle = probe | {"beta": torch.zeros_like(ops["beta"])}
@@ -299,7 +299,7 @@ def _window(t: Trial) -> Found:
     J = t.run(t.spec, ops).final_state.importance
     a = g.exp().amax()
     k = 1 - ops["g"].exp() if t.spec.key == "one_minus_decay" else ops["k"]
-    most = ops["b"].amax() * k.square().amax() * substeps(t.spec) if i.T else a * 0
+    most = ops["b"].amax() * k.square().amax() * t.spec.substeps if i.T else a * 0
     yield Bound("final importance", J, (most / (1 - a)).expand_as(J))
     yield Bound("importance above the prior", torch.zeros_like(J), J)
 
@@ -367,7 +367,7 @@ def _units(t: Trial) -> Found:
 
 
 def _exchange(t: Trial) -> tuple[object, object]:
-    ops, i, n = _no_forgetting(t.operands()), t.instance, substeps(t.spec)
+    ops, i, n = _no_forgetting(t.operands()), t.instance, t.spec.substeps
     order = t.permutation(i.T)
     steps = (order[:, None] * n + torch.arange(n)).flatten()
     right = {

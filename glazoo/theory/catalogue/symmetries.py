@@ -25,7 +25,6 @@ from glazoo.theory.entry import Comparison, Domain, Entry, Kind, Pair, Trial
 from glazoo.theory.instances import Operands
 from glazoo.theory.maps import (
     expand_value_heads,
-    substeps,
     take,
     take_state,
     values_as_heads,
@@ -186,7 +185,7 @@ def _scaled_query(t: Trial) -> Found:
 
 def _idle(t: Trial, ops: Operands, count: int) -> Operands:
     """Gives tokens that write nothing and forget nothing."""
-    n = substeps(t.spec)
+    n = t.spec.substeps
     out = {}
     for operand in t.program.operands:
         if operand.name not in ops:
@@ -239,7 +238,7 @@ def _reset(t: Trial) -> Found:
     for name in ("g", "g_importance"):
         if name in ops:
             g = ops[name].clone()
-            g[:, at * (substeps(t.spec) if name == "g_importance" else 1)] = -torch.inf
+            g[:, at * (t.spec.substeps if name == "g_importance" else 1)] = -torch.inf
             gone[name] = g
     ops = ops | gone
     late = take(t.program, ops, "T", torch.arange(at, i.T))
