@@ -161,10 +161,9 @@ def show(
     for column in ("operand", "shape", "values", "meaning"):
         operands.add_column(column)
     for o in program.operands:
-        shapes = " or ".join("[" + ", ".join(s) + "]" if s else "number" for s in o.shapes)
         operands.add_row(
             Text(o.name + ("" if o.required else " (optional)")),
-            Text(shapes),
+            Text(o.shown()),
             Text(o.domain),
             Text(o.meaning),
         )

@@ -509,6 +509,10 @@ class Spec(_Data):
     layer: Layer = Layer()
     """Projections, maps, norms and gates before and after it."""
 
+    def __hash__(self) -> int:
+        # Programs are looked up at every call; what a name does not tell apart, equality does.
+        return hash(self.name)
+
     @property
     def metaplastic(self) -> bool:
         """Whether the spec carries an importance state."""

@@ -121,7 +121,7 @@ def _draw(plan: BenchPlan, tokens: int) -> Operands:
         plan.dtype,
     )
     # Gates and importance stay in float32 whatever the streams are.
-    wide = ("g", "beta", "b", "prior", "g_importance", "center", "trap", "u")
+    wide = {o.name for o in lower(plan.spec).operands if o.wide}
     return {n: x.to(plan.device, torch.float32 if n in wide else None) for n, x in drawn.items()}
 
 

@@ -192,9 +192,8 @@ def theory(program: Program, gates: Gates, key_size: int, before: int, after: in
         return None
     if spec.posterior.precision == "full":
         return _full_theory(program, gates, key_size, before, after)
-    names = {o.name for o in program.operands}
-    a = math.exp(gates.decay) if "g" in names else 1.0
-    field = _MeanField(program, gates, key_size, names)
+    a = math.exp(gates.decay) if program.role("decay") else 1.0
+    field = _MeanField(program, gates, key_size)
     # Energy of what is stored along any direction, and of interference along the followed key.
     anywhere, noise, signal = 0.0, 0.0, 0.0
     signals, errors = [], []
@@ -222,11 +221,11 @@ def theory(program: Program, gates: Gates, key_size: int, before: int, after: in
 class _MeanField:
     """Importance and gains of random unit keys, with one number for all channels."""
 
-    def __init__(self, program: Program, gates: Gates, key_size: int, names: set[str]) -> None:
+    def __init__(self, program: Program, gates: Gates, key_size: int) -> None:
         self.spec, self.gates, self.size = program.spec, gates, key_size
         self.importance = 0.0
-        self.beta = gates.write if "beta" in names else 1.0
-        self.prior = gates.prior if "prior" in names else 0.0
+        self.beta = gates.write if program.role("write") else 1.0
+        self.prior = gates.prior if program.role("prior") else 0.0
 
     def step(self, decay: float) -> tuple[float, float, float]:
         """Gives forgetting f, gain c and removal e of one write."""
@@ -280,7 +279,7 @@ class _MeanField:
 
 
 def _full_theory(program: Program, gates: Gates, key_size: int, before: int, after: int) -> Theory:
-    a = math.exp(gates.decay) if program.operand("g") is not None else 1.0
+    a = math.exp(gates.decay) if program.role("decay") else 1.0
     signals, errors = [], []
     for lag in range(after + 1):
         total = before + 1 + lag

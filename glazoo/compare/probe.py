@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from glazoo.api import attention, schedule
 from glazoo.compare.errors import CompareError
-from glazoo.program import Operand, Program
+from glazoo.program import Program
 from glazoo.state import State
 
 __all__ = [
@@ -44,8 +44,6 @@ KEY_KINDS: tuple[KeyKind, ...] = get_args(KeyKind)
 1/2; anisotropic: the variance of key channel i falls as 1/i."""
 
 _CLUSTERS = 4
-_NO_EVIDENCE = -1e4
-"""Logarithm of the evidence of a token that must leave no trace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +65,12 @@ class Gates:
 
     def describe(self, program: Program) -> dict[str, float]:
         """Gives the gates that a program uses, by name."""
-        names = {o.name for o in program.operands}
-        used = {
-            "decay": "g" in names and program.spec.key == "operand",
-            "write": "beta" in names,
-            "importance": "b" in names,
-            "prior": "prior" in names,
-            "erase": bool(names & {"erase", "a"}),
-            "key_scale": key_scale_matters(program),
-        }
-        return {name: x for name, x in asdict(self).items() if used[name]}
+        used: set[str] = {o.role for o in program.operands}
+        if program.spec.key != "operand":
+            used -= {"decay"}
+        if key_scale_matters(program):
+            used |= {"key_scale"}
+        return {name: x for name, x in asdict(self).items() if name in used}
 
 
 def mapped_size(program: Program, size: int) -> int:
@@ -142,25 +136,25 @@ def gate_grid(program: Program, pairs: int) -> list[Gates]:
     count.
     """
     spec, imp = program.spec, program.spec.importance
-    names = {o.name for o in program.operands}
+    roles = {o.role for o in program.operands}
     decays = [0.0]
     if spec.decay.source == "fixed":
         decays = schedule(spec.decay, 8).tolist()
-    elif "g" in names and spec.key == "operand":
+    elif "decay" in roles and spec.key == "operand":
         decays = [0.0, -0.5 / pairs, -2.0 / pairs, -8.0 / pairs]
     writes = [1.0]
-    if "beta" in names and spec.read.normalizer == "max_abs_one":
+    if "write" in roles and spec.read.normalizer == "max_abs_one":
         writes = [0.01, 0.1, 1.0, 10.0]
-    elif "beta" in names and spec.posterior.gain == "exact":
+    elif "write" in roles and spec.posterior.gain == "exact":
         writes = [0.1, 1.0, 10.0, 100.0, 1000.0]
-    elif "beta" in names and not spec.hebbian:
+    elif "write" in roles and not spec.hebbian:
         writes = [0.1, 0.2, 0.4, 0.7, 1.0]
-    evidence = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0] if "b" in names else [1.0]
+    evidence = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0] if "importance" in roles else [1.0]
     # The prior acts alone only where no gate scales what is counted.
-    alone = imp is not None and "prior" in names and not names & {"b", "beta"}
+    alone = imp is not None and "prior" in roles and not roles & {"importance", "write"}
     priors = [0.01, 0.1, 1.0, 10.0] if alone else [1.0]
-    erases = [0.1, 0.2, 0.4, 0.7, 1.0] if names & {"erase", "a"} else [1.0]
-    if erases[1:] and "beta" in names:
+    erases = [0.1, 0.2, 0.4, 0.7, 1.0] if "erase" in roles else [1.0]
+    if erases[1:] and "write" in roles:
         writes = [1.0]
     scales = [0.25, 0.5, 1.0, 2.0, 4.0, 8.0] if key_scale_matters(program) else [1.0]
     return [Gates(*x) for x in itertools.product(decays, writes, evidence, priors, erases, scales)]
@@ -181,32 +175,6 @@ def _map_keys(program: Program, x: Tensor) -> Tensor:
         square = (x[..., :, None] * x[..., None, :]).flatten(-2) * 2**-0.5
         return torch.cat([torch.ones_like(x[..., :1]), x, square], -1)
     return x
-
-
-class _Build:
-    """Operands of one call, for one set of constant gates per value head."""
-
-    def __init__(self, program: Program, grid: list[Gates], batch: int, tokens: int) -> None:
-        self.program, self.grid, self.batch, self.tokens = program, grid, batch, tokens
-
-    def gate(self, name: str) -> Tensor:
-        """One value per head: [HV]."""
-        return torch.tensor([getattr(g, name) for g in self.grid])
-
-    def spread(self, x: Tensor, operand: Operand, keys: int, values: int, steps: int) -> Tensor:
-        """Spreads one value per head over an operand's first accepted shape of rank >= 1."""
-        shape = next(s for s in operand.shapes if s)
-        sizes = {
-            "B": self.batch,
-            "T": self.tokens,
-            "nT": self.tokens * steps,
-            "HV": len(self.grid),
-            "K": keys,
-            "V": values,
-        }
-        at = shape.index("HV")
-        view = [len(self.grid) if i == at else 1 for i in range(len(shape))]
-        return x.view(view).expand([sizes[d] for d in shape])
 
 
 def operands(
@@ -232,11 +200,9 @@ def operands(
         The operands by name; `k` is None where the spec ties keys to the decay.
     """
     spec = program.spec
-    n = spec.substeps
     batch, written, value_size = values.shape
-    tokens = written // n
-    build = _Build(program, grid, batch, tokens)
-    scale = build.gate("key_scale")
+    tokens = written // spec.substeps
+    scale = _per_head(grid, "key_scale")
     own_keys = key_scale_matters(program)
 
     def mapped(x: Tensor) -> Tensor:
@@ -252,51 +218,42 @@ def operands(
         q = q - q.mean(-1, keepdim=True)
     if q is None:
         assert k is not None
-        q = torch.zeros_like(k[:, ::n])
-    size = q.shape[-1]
-    heads = q.shape[2]
+        q = torch.zeros_like(k[:, :: spec.substeps])
+    sizes = {"B": batch, "T": tokens, "nT": written, "H": q.shape[2], "HV": len(grid)}
+    sizes |= {"K": q.shape[-1], "V": value_size}
+    known = {f.name for f in fields(Gates)}
     out: dict[str, Tensor | None] = {
         "q": q,
+        "k": None,
         "v": values[:, :, None].expand(-1, -1, len(grid), -1).contiguous(),
     }
-    if spec.key == "operand":
-        if k is None:
-            nothing = _NO_EVIDENCE if spec.log_evidence else 0.0
-            k = q.new_full((batch, written, heads, size), nothing)
-        out["k"] = k
-    silent = keys is None
     for operand in program.operands:
-        name = operand.name
-        if name in out:
+        dims = next(s for s in operand.shapes if s)
+        shape = [sizes[d] for d in dims]
+        if operand.role in ("query", "value"):
             continue
-        if name == "g" and spec.key == "one_minus_decay":
-            x = torch.zeros(batch, tokens, len(grid), size) if k is None else torch.log1p(-k)
-            out["g"] = x
-            continue
-        if name == "p":
-            out["p"] = k if k is not None else q.new_zeros(batch, written, heads, size)
-            continue
-        field = {
-            "g": "decay",
-            "beta": "write",
-            "b": "importance",
-            "prior": "prior",
-            "erase": "erase",
-            "a": "erase",
-        }.get(name)
-        if field is not None:
-            x = build.gate(field)
-            if silent and name != "prior":
-                x = torch.zeros_like(x)
-        elif name == "trap":
-            x = torch.ones(len(grid))
-        elif name == "center":
+        if k is None and operand.idle is not None:
+            x = torch.full(shape, operand.idle)
+        elif operand.role in ("key", "erase_key"):
+            assert k is not None
+            x = k
+        elif operand.role == "decay" and spec.key == "one_minus_decay":
+            assert k is not None
+            x = torch.log1p(-k)
+        elif operand.role in known:
+            gate = _per_head(grid, operand.role)
+            x = gate.view([-1 if d == "HV" else 1 for d in dims]).expand(shape)
+        elif operand.default is not None:
             continue
         else:
-            # Bonus of the token just written and importance's own decay: none.
-            x = torch.zeros(len(grid))
-        out[name] = build.spread(x, operand, size, value_size, n)
+            # No bonus of the token just written, no lagged tap, no forgetting of importance.
+            x = torch.full(shape, 1.0 if operand.role == "tap" else 0.0)
+        out[operand.name] = x
     return out
+
+
+def _per_head(grid: list[Gates], name: str) -> Float[Tensor, "HV"]:
+    return torch.tensor([getattr(gates, name) for gates in grid])
 
 
 def _run(

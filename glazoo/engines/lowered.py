@@ -124,14 +124,10 @@ class _Core(NamedTuple):
     uncertainty: Tensor | None = None
 
 
-# The operands of which every token has one and that the kernels multiply: all others are gates.
-_TOKENS = ("q", "k", "v", "p")
-
-
 def token_dtype(call: Call) -> torch.dtype:
     """Gives the narrowest dtype that holds the tokens of a call as they came."""
-    given = [call.operands[name].dtype for name in _TOKENS if name in call.operands]
-    return functools.reduce(torch.promote_types, given)
+    tokens = [call.operands[o.name].dtype for o in call.program.operands if not o.wide]
+    return functools.reduce(torch.promote_types, tokens)
 
 
 def run(call: Call, core: Core, dtype: torch.dtype | None = None) -> Result:
@@ -148,7 +144,7 @@ def run(call: Call, core: Core, dtype: torch.dtype | None = None) -> Result:
     spec, state, wide = call.program.spec, call.initial_state, call.compute_dtype
     narrow = wide if dtype is None else dtype
     operands = {
-        name: x.to(narrow if name in _TOKENS else wide) for name, x in call.operands.items()
+        o.name: call.operands[o.name].to(wide if o.wide else narrow) for o in call.program.operands
     }
     call = replace(call, operands=operands)
     rounded = _Rounded(core, narrow)
@@ -264,7 +260,9 @@ def _sub_tokens(call: Call) -> tuple[_Tokens, tuple[Tensor | None, Tensor | None
     p = _to_value_heads(ops["p"], groups) if "p" in ops else None
     removal = None
     if spec.erase.strength == "own":
-        own = ops["erase"] if "erase" in ops else ops["a"]
+        gate = call.program.role("erase")
+        assert gate is not None
+        own = ops[gate.name]
         key = _to_value_heads(k, groups) if p is None else p
         p, removal = (own * key, None) if spec.erase.side == "prediction" else (key, own * key)
     tokens = _Tokens(q, k, v, g, beta, b, ops.get("g_importance"), p, removal, cu)

@@ -46,10 +46,6 @@ LayerState: TypeAlias = dict[str, Tensor]
 
 _STREAMS = ("q", "k", "v")
 
-# A masked token's key where keys are logarithms of evidence: its weight underflows to zero, and
-# unlike -inf it stays finite in differences.
-_NO_EVIDENCE = -1e4
-
 
 class LayerOutput(NamedTuple):
     """Result of a layer."""
@@ -260,6 +256,8 @@ class GatedLinearAttention(KeepsWide):
         decay = Decay(shape="head", parameterization="log_sigmoid", divisor=1.0)
         fixed = spec.decay.source == "fixed"
         self._masked_spec = spec.model_copy(update={"decay": decay}) if fixed else spec
+        taken = lower(self._masked_spec).operands
+        self._idle = {o.name: o.idle for o in taken if o.idle is not None}
 
     def _build_streams(self) -> None:
         n, layer, local = self.sizes, self.spec.layer, self.spec.layer.local
@@ -484,28 +482,27 @@ class GatedLinearAttention(KeepsWide):
         ctx = _Context(state or {}, mask, ends, starts, {})
         inputs = self._inputs(x, ctx)
         decay = self._decay(inputs, lower_bound)
-        q, k, v, operands = self._streams(inputs, decay, ctx, first_values)
+        operands = self._streams(inputs, decay, ctx, first_values)
         if self.spec.layer.value_residual and first_values is None:
-            first_values = v
+            first_values = operands["v"]
         self._gate_operands(operands, inputs, decay, ctx)
-        rate = operands.get("a")
-        if k is not None and rate is not None and self.spec.layer.key_rate:
-            k = k * (1 + (rate - 1) * self.key_rate.to(rate.dtype)).to(k.dtype)
+        if self.spec.layer.key_rate:
+            rate = operands["a"]
+            written = 1 + (rate - 1) * self.key_rate.to(rate.dtype)
+            operands["k"] = operands["k"] * written.to(operands["k"].dtype)
         if mask is not None:
-            k, v = self._masked(operands, k, v, mask)
+            self._hide(operands, mask)
         run: Callable[..., Output | OutputWithUncertainty] = attention
         result = run(
             self.spec if mask is None else self._masked_spec,
-            q,
-            k,
-            v,
             initial_state=self._recurrent(ctx.state),
             output_final_state=output_state,
             output_uncertainty=output_uncertainty,
             cu_seqlens=cu_seqlens,
             impl=self.impl,
-            **operands,
+            **({"k": None} | operands),
         )
+        q, k, v = operands["q"], operands.get("k"), operands["v"]
         if output_state:
             assert result.final_state is not None
             self._keep(result.final_state, k, v, ctx)
@@ -629,7 +626,7 @@ class GatedLinearAttention(KeepsWide):
         decay: GateValue | None,
         ctx: _Context,
         first_values: Tensor | None,
-    ) -> tuple[Tensor, Tensor | None, Tensor, dict[str, Tensor]]:
+    ) -> dict[str, Tensor]:
         """Gives q, k and v as the recurrence takes them, and the erase key if there is one."""
         layer = self.spec.layer
         q = self._projected("q", inputs, ctx)
@@ -658,7 +655,8 @@ class GatedLinearAttention(KeepsWide):
             low = self.value_mix(inputs.of("v", "shift" if layer.v.local else "hidden"))
             mix = torch.sigmoid(low + self.value_mix_bias.to(low.dtype)).view_as(v)
             v = v + mix * (first_values - v)
-        return q, k, v, operands
+        operands |= {"q": q, "v": v} if k is None else {"q": q, "k": k, "v": v}
+        return operands
 
     def _projected(self, s: str, inputs: _Inputs, ctx: _Context) -> Tensor:
         """Projects, mixes locally, activates, splits heads and maps features of one stream."""
@@ -779,9 +777,10 @@ class GatedLinearAttention(KeepsWide):
         if spec.write.shape != "none":
             operands["beta"] = self._write(inputs, decay)
         if spec.erase.strength == "own":
-            name = "erase" if spec.erase.side == "prediction" else "a"
+            own = lower(spec).role("erase")
+            assert own is not None
             gate = self.erase(inputs.of("erase", spec.erase.gate.input)).value
-            operands[name] = self._unstacked(gate)
+            operands[own.name] = self._unstacked(gate)
         if spec.read.bonus:
             operands["u"] = self.bonus
         if spec.steps.source == "lagged":
@@ -817,23 +816,13 @@ class GatedLinearAttention(KeepsWide):
         stacked: Tensor = gate.unflatten(2, (self.steps, self.sizes.heads))
         return stacked.flatten(1, 2)
 
-    def _masked(
-        self, operands: dict[str, Tensor], k: Tensor | None, v: Tensor, mask: Tensor
-    ) -> tuple[Tensor | None, Tensor]:
+    def _hide(self, operands: dict[str, Tensor], mask: Tensor) -> None:
         """Makes masked tokens identity updates: nothing is written, nothing decays."""
-
-        def hide(x: Tensor, value: float = 0.0) -> Tensor:
+        for name, idle in self._idle.items():
+            x = operands[name]
             keep = mask.repeat_interleave(x.shape[1] // mask.shape[1], 1)
             keep = keep.reshape(*keep.shape, *(1,) * (x.ndim - 2))
-            return x.where(keep, x.new_full((), value))
-
-        for name in ("g", "beta", "b", "erase", "a", "p", "g_importance"):
-            if name in operands:
-                operands[name] = hide(operands[name])
-        return (
-            None if k is None else hide(k, _NO_EVIDENCE if self.spec.log_evidence else 0.0),
-            hide(v),
-        )
+            operands[name] = x.where(keep, x.new_full((), idle))
 
     def _recurrent(self, state: LayerState) -> State | None:
         if "memory" not in state:

@@ -5,6 +5,7 @@ Everything follows from a spec's axes and from its program, so a new spec file i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -12,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from glazoo.program import Operand, Program, lower
+from glazoo.program import Operand, Program, Role, lower
 from glazoo.spec import Spec
 from glazoo.state import State
 
@@ -163,8 +164,16 @@ def operands(
     return {name: x.to(dtype) for name, x in ops.items()}
 
 
+_FIXED: dict[tuple[Regime, Role], float] = {
+    ("zero_write", "write"): 0.0,
+    ("zero_gate", "importance"): 0.0,
+    ("zero_gate", "prior"): 1.0,
+    ("large_prior", "prior"): 1e4,
+}
+
+
 class _Draw:
-    """Draws one operand after the other, by its name and the spec's axes."""
+    """Draws one operand after the other, by its role and the spec's axes."""
 
     def __init__(
         self, spec: Spec, generator: torch.Generator, regime: Regime, sizes: dict[str, int]
@@ -172,34 +181,24 @@ class _Draw:
         self.spec, self.generator, self.regime, self.sizes = spec, generator, regime, sizes
 
     def __call__(self, operand: Operand, ops: Operands) -> Tensor | None:
-        name, imp = operand.name, self.spec.importance
+        role = operand.role
         shape = tuple(self.sizes[d] for d in operand.shapes[-1])
-        if name in ("q", "k"):
-            return self.keys(shape, query=name == "q")
-        if name == "p":
+        if role in ("query", "key"):
+            return self.keys(shape, query=role == "query")
+        if role == "erase_key":
             # Near the key that it stands for, but not the same.
             source = ops["k"] if "k" in ops else self.normal(shape)
             return _unit(source + 0.3 * self.normal(shape))
-        if name in ("g", "g_importance"):
+        if role in ("decay", "importance_decay"):
             return self.decay(shape, optional=not operand.required)
-        if name == "beta":
-            high = self.spec.write.factor
-            return self.zero_if("zero_write", self.uniform(shape, 0.02, high))
-        if name == "b":
-            return self.zero_if("zero_gate", self.uniform(shape, 0.0, 1.0))
-        if name == "prior":
-            fixed = {"zero_gate": 1.0, "large_prior": 1e4}.get(self.regime)
-            wide = self.uniform(shape, 0.5, 2.0)
-            return wide if fixed is None else torch.full_like(wide, fixed)
-        if name in ("erase", "a"):
-            return self.uniform(shape, 0.0, 1.0)
-        if name == "trap":
-            return self.uniform(shape, 0.05, 0.95)
-        if name == "center":
-            assert imp is not None
-            assert imp.preconditioner is not None
-            return imp.preconditioner.center_init + 0.3 * self.normal(shape)
-        return self.normal(shape)
+        if role == "center":
+            assert isinstance(operand.default, float)
+            return operand.default + 0.3 * self.normal(shape)
+        if operand.usual is None:
+            return self.normal(shape)
+        x = self.uniform(shape, *operand.usual)
+        fixed = _FIXED.get((self.regime, role))
+        return x if fixed is None else torch.full_like(x, fixed)
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
@@ -207,9 +206,6 @@ class _Draw:
     def uniform(self, shape: tuple[int, ...], low: float, high: float) -> Tensor:
         u = torch.rand(shape, generator=self.generator, dtype=torch.float64)
         return low + (high - low) * u
-
-    def zero_if(self, regime: Regime, x: Tensor) -> Tensor:
-        return torch.zeros_like(x) if self.regime == regime else x
 
     def chance(self, shape: tuple[int, ...], probability: float) -> Tensor:
         return torch.rand(shape, generator=self.generator, dtype=torch.float64) < probability
@@ -248,23 +244,24 @@ class _Draw:
         return g
 
     def mix(self, program: Program, ops: Operands) -> None:
-        edges: dict[str, tuple[float, ...]] = {
-            "g": (0.0, -torch.inf, -40.0),
-            "g_importance": (0.0, -torch.inf, -40.0),
-            "beta": (0.0,),
-            "b": (0.0,),
-            "k": (0.0,),
-            "trap": (0.0, 1.0),
-            "a": (0.0, 1.0),
-            "erase": (0.0, 1.0),
-        }
         for operand in program.operands:
             if operand.name not in ops or not operand.per_token:
                 continue
-            for value in edges.get(operand.name, ()):
+            for value in _edges(operand):
                 x = ops[operand.name]
                 mask = self.chance((*x.shape[:3], *[1] * (x.ndim - 3)), 0.15)
                 ops[operand.name] = x.masked_fill(mask, value)
+
+
+def _edges(operand: Operand) -> tuple[float, ...]:
+    """Lists the special values of an operand: a key of zero, no decay and all, the ends of a
+    domain, or of the usual values where the domain has none."""
+    if operand.role == "key":
+        return (0.0,)
+    if operand.role in ("decay", "importance_decay"):
+        return (0.0, -torch.inf, -40.0)
+    ends = tuple(x for x in (operand.low, operand.high) if math.isfinite(x))
+    return ends or operand.usual or ()
 
 
 def _unit(x: Tensor) -> Tensor:

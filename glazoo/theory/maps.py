@@ -65,7 +65,7 @@ def tokens(program: Program, operands: Operands, start: int, end: int) -> Operan
 
 def explicit(program: Program, operands: Operands) -> Operands:
     """Fills in the decay of a fixed schedule, so that it can be mapped like other operands."""
-    if program.operand("g") is None or "g" in operands:
+    if program.role("decay") is None or "g" in operands:
         return operands
     v = operands["v"]
     return operands | {"g": schedule(program.spec.decay, v.shape[2]).to(v.dtype)}

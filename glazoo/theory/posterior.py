@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from glazoo.api import attention
-from glazoo.program import lower
+from glazoo.program import Role, lower
 from glazoo.spec import Spec
 from glazoo.theory.catalogue.axes import data_decay
 from glazoo.theory.exact import posterior
@@ -233,8 +233,8 @@ def _operands(spec: Spec, p: _Problem) -> Operands:
             x = torch.stack([x, *idle], 2).flatten(1, 2)
         return x[:, :, None]
 
-    def gate(x: Tensor, shape: tuple[str, ...], *, steps: bool = True) -> Tensor:
-        x = tokens(x, steps=steps)
+    def gate(x: Tensor, shape: tuple[str, ...]) -> Tensor:
+        x = tokens(x, steps="nT" in shape)
         size = {"K": keys, "V": values}.get(shape[-1])
         return x if size is None else x[..., None].expand(*x.shape, size)
 
@@ -245,24 +245,25 @@ def _operands(spec: Spec, p: _Problem) -> Operands:
         "k": tokens(p.k),
         "v": tokens(p.v),
     }
+    # What a removal takes along the decayed key, it takes once per decay of that key.
+    erase = p.beta / decayed if spec.erase.side == "removal" else p.beta
+    gates: dict[Role, Tensor] = {
+        "decay": p.g,
+        "importance_decay": p.g,
+        "write": p.beta,
+        "importance": p.beta,
+        "erase": erase,
+        "tap": torch.ones_like(p.beta),
+    }
+    constants: dict[Role, float] = {"bonus": 0.0, "prior": 1.0}
     for operand in lower(spec).operands:
-        name, shape = operand.name, operand.shapes[-1]
-        if name == "g":
-            ops[name] = gate(p.g, shape, steps=False)
-        elif name in ("beta", "b", "erase"):
-            ops[name] = gate(p.beta, shape)
-        elif name == "a":
-            ops[name] = gate(p.beta / decayed, shape)
-        elif name == "p":
-            ops[name] = tokens(p.k * decayed[..., None])
-        elif name == "trap":
-            ops[name] = torch.ones_like(gate(p.beta, shape))
-        elif name == "g_importance":
-            ops[name] = gate(p.g, shape)
-        elif name == "u":
-            ops[name] = torch.zeros(1, keys, dtype=p.k.dtype)
-        elif name == "prior":
-            ops[name] = torch.ones(1, keys, dtype=p.k.dtype)
+        role, shape = operand.role, operand.shapes[-1]
+        if role in gates:
+            ops[operand.name] = gate(gates[role], shape)
+        elif role == "erase_key":
+            ops[operand.name] = tokens(p.k * decayed[..., None])
+        elif role in constants:
+            ops[operand.name] = p.k.new_full((1, keys), constants[role])
     if "beta" not in ops:
         ops["v"] = ops["v"] * tokens(p.beta)[..., None]
     return ops

@@ -251,7 +251,8 @@ def _corrected(
         return _triangular(decay, k, gain, w.v * ones[..., :1], start, prev=False)
     prev = erase.base == "prev"
     target = (beta * w.v) * ones[..., :1]
-    own = next((ops[name][..., None, :] for name in ("erase", "a") if name in ops), None)
+    gate = program.role("erase")
+    own = None if gate is None else ops[gate.name][..., None, :]
     predicts = ops["p"][..., None, :] * ones if "p" in ops else k
     if erase.strength == "write":
         return _triangular(decay, beta * predicts, rate * k, target, start, prev=prev)

@@ -55,9 +55,9 @@ def run(spec):
     operands = {"k": None}
     for operand in glazoo.lower(spec).operands:
         if operand.required:
-            shape = [spec.steps.count * 3 if d == "nT" else sizes[d] for d in operand.shapes[0]]
+            shape = [spec.substeps * 3 if d == "nT" else sizes[d] for d in operand.shapes[0]]
             value = torch.rand(shape, dtype=torch.float64)
-            operands[operand.name] = -value if operand.domain.startswith("<= 0") else value
+            operands[operand.name] = -value if operand.high == 0 else value
     output = glazoo.attention(spec, **operands, impl="reference").output
     assert output.shape == (1, 3, 2, 5), spec.name
     assert output.isfinite().all(), spec.name

@@ -193,8 +193,8 @@ def _idle(t: Trial, ops: Operands, count: int) -> Operands:
         x = ops[operand.name]
         if operand.per_token:
             steps = count * n if "nT" in operand.shapes[0] else count
-            x = torch.zeros(x.shape[0], steps, *x.shape[2:], dtype=x.dtype)
-            if operand.name == "q":
+            x = x.new_full((x.shape[0], steps, *x.shape[2:]), operand.idle or 0.0)
+            if operand.role == "query":
                 x = t.normal(*x.shape)
         out[operand.name] = x
     return out
@@ -235,11 +235,11 @@ def _reset(t: Trial) -> Found:
     ops, i, state = t.operands(), t.instance, t.state()
     at = t.integer(0, i.T - 1)
     gone = {}
-    for name in ("g", "g_importance"):
-        if name in ops:
-            g = ops[name].clone()
-            g[:, at * (t.spec.substeps if name == "g_importance" else 1)] = -torch.inf
-            gone[name] = g
+    for operand in t.program.operands:
+        if operand.role in ("decay", "importance_decay"):
+            g = ops[operand.name].clone()
+            g[:, at * (t.spec.substeps if "nT" in operand.shapes[0] else 1)] = -torch.inf
+            gone[operand.name] = g
     ops = ops | gone
     late = take(t.program, ops, "T", torch.arange(at, i.T))
     a = t.run(t.spec, ops, initial_state=state)
@@ -282,9 +282,9 @@ def _key_sign(t: Trial) -> Found:
     ops, i, state = t.operands(), t.instance, t.state()
     sign = 1 - 2 * (t.uniform(i.K) < 0.5).to(t.dtype)
     right = dict(ops)
-    for name in ("q", "k", "p"):
-        if name in ops:
-            right[name] = ops[name] * sign
+    for operand in t.program.operands:
+        if operand.role in ("query", "key", "erase_key"):
+            right[operand.name] = ops[operand.name] * sign
     right_state = None
     if state is not None:
         importance, mass, key = state.importance, state.normalizer, state.lag_key

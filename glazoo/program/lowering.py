@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from glazoo.program.operands import Operand, Role, operands
+
 if TYPE_CHECKING:
     from glazoo.spec import Spec
 
-__all__ = ["Kernel", "Operand", "Program", "StatePart", "lower"]
+__all__ = ["Kernel", "Program", "StatePart", "lower"]
 
 
 class Kernel(StrEnum):
@@ -26,25 +28,6 @@ class Kernel(StrEnum):
     """Gain or decay per synapse that does not factor over keys and values."""
     FULL = "full"
     """Two linear states G and H, read through (H + Lambda)^-1."""
-
-
-@dataclass(frozen=True, slots=True)
-class Operand:
-    """One input of a program."""
-
-    name: str
-    shapes: tuple[tuple[str, ...], ...]
-    """Accepted shapes over B, T, nT (tokens times steps), H, HV, K, V; () is a number."""
-    domain: str
-    """Accepted values, in words."""
-    meaning: str
-    """What it is."""
-    required: bool = True
-
-    @property
-    def per_token(self) -> bool:
-        """Whether it has one entry per token."""
-        return any(d in ("T", "nT") for d in self.shapes[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +56,10 @@ class Program:
     def operand(self, name: str) -> Operand | None:
         """Gives an operand by its name, or None if the program does not take it."""
         return next((o for o in self.operands if o.name == name), None)
+
+    def role(self, role: Role) -> Operand | None:
+        """Return the operand with a role, or None if the program takes none."""
+        return next((o for o in self.operands if o.role == role), None)
 
     def state_floats(self, key_size: int, value_size: int) -> int:
         """Counts the numbers of the recurrent state per value head."""
@@ -115,10 +102,13 @@ class Program:
             "operands": [
                 {
                     "name": o.name,
+                    "role": o.role,
                     "shapes": ["[" + ", ".join(s) + "]" if s else "number" for s in o.shapes],
                     "domain": o.domain,
                     "meaning": o.meaning,
                     "required": o.required,
+                    "idle": o.idle,
+                    "wide": o.wide,
                 }
                 for o in self.operands
             ],
@@ -145,7 +135,7 @@ def lower(spec: Spec) -> Program:
     return Program(
         spec=spec,
         kernel=_kernel(spec),
-        operands=tuple(_operands(spec)),
+        operands=tuple(operands(spec)),
         state=tuple(_state(spec)),
         recurrence=tuple(_recurrence(spec)),
         lowering=tuple(_lowering(spec)),
@@ -162,101 +152,6 @@ def _kernel(spec: Spec) -> Kernel:
     if per_synapse or per_value_rate:
         return Kernel.SYNAPSE_DELTA
     return Kernel.DELTA if p.correction == "full" else Kernel.LINEAR
-
-
-def _operands(spec: Spec) -> list[Operand]:
-    imp, steps, erase = spec.importance, spec.steps, spec.erase
-    sub = "nT" if spec.substeps > 1 else "T"
-    out = [
-        Operand(
-            "q",
-            (("B", "T", "H", "K"),),
-            "any",
-            "query, normalised or mapped as the spec's layer says",
-        )
-    ]
-    if spec.key == "operand":
-        out.append(
-            Operand(
-                "k",
-                (("B", sub, "H", "K"),),
-                "any (the logarithm of the evidence)" if spec.log_evidence else "any",
-                "key",
-            )
-        )
-    out.append(Operand("v", (("B", sub, "HV", "V"),), "any", "value"))
-    head_or_key = {"head": ("B", "T", "HV"), "key": ("B", "T", "HV", "K")}
-    if spec.decay.shape != "none" and spec.decay.source == "fixed":
-        out.append(
-            Operand(
-                "g",
-                (("HV",),),
-                "<= 0, natural logarithm",
-                "fixed log decay; default: the schedule",
-                required=False,
-            )
-        )
-    elif spec.decay.shape != "none" and spec.decay.source != "derived":
-        out.append(
-            Operand("g", (head_or_key[spec.decay.shape],), "<= 0, natural logarithm", "log decay")
-        )
-    head_or_value = {"head": ("B", sub, "HV"), "value": ("B", sub, "HV", "V")}
-    if spec.write.shape in head_or_value:
-        out.append(
-            Operand("beta", (head_or_value[spec.write.shape],), ">= 0", "write gate, activated")
-        )
-    if steps.source == "lagged":
-        out.append(
-            Operand(
-                "trap",
-                (("B", "T", "HV"),),
-                "in [0, 1]",
-                "weight of the current tap; 1 - trap of the lagged",
-            )
-        )
-    if erase.key == "free":
-        out.append(Operand("p", (("B", sub, "H", "K"),), "any", "erase key"))
-    if erase.strength == "own":
-        name = "erase" if erase.side == "prediction" else "a"
-        where = "prediction key" if erase.side == "prediction" else "removal"
-        out.append(Operand(name, (("B", sub, "HV", "K"),), "any", f"own gate of the {where}"))
-    if spec.read.bonus:
-        out.append(Operand("u", (("HV", "K"),), "any", "same-token bonus"))
-    if imp is not None and imp.gate.shape in head_or_value:
-        out.append(
-            Operand("b", (head_or_value[imp.gate.shape],), ">= 0", "importance gate, activated")
-        )
-    if imp is not None and imp.own_decay is not None:
-        out.append(
-            Operand(
-                "g_importance",
-                (("B", sub, "HV"),),
-                "<= 0, natural logarithm",
-                "importance's own log decay",
-            )
-        )
-    if imp is not None and imp.preconditioner is not None:
-        out.append(
-            Operand(
-                "center",
-                ((), ("HV",)),
-                "any",
-                f"center of the preconditioner; default {imp.preconditioner.center_init}",
-                required=False,
-            )
-        )
-    if imp is not None and imp.prior.shape != "none":
-        shapes: tuple[tuple[str, ...], ...] = ((), ("HV",), ("HV", "K"))
-        out.append(
-            Operand(
-                "prior",
-                shapes,
-                "> 0",
-                f"prior importance I_p; default {imp.prior.init}",
-                required=False,
-            )
-        )
-    return out
 
 
 def _state(spec: Spec) -> list[StatePart]:

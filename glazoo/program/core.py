@@ -1,0 +1,145 @@
+"""What a program runs on: the core operations of an engine, one per kernel class."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Protocol
+
+from torch import Tensor
+
+__all__ = ["Core", "Kernel", "PosteriorStep"]
+
+
+class Kernel(StrEnum):
+    """The kernel classes that all programs compile onto."""
+
+    LINEAR = "linear"
+    """S = Diag(a) S + k w^T, read by q or q / I."""
+    DELTA = "delta"
+    """S = Diag(a) S; S += k (w - S^T e)^T."""
+    SYNAPSE = "synapse"
+    """Two linear states h and J, read through h / (J + I_p) per synapse."""
+    SYNAPSE_DELTA = "synapse_delta"
+    """Gain or decay per synapse that does not factor over keys and values."""
+    FULL = "full"
+    """Two linear states G and H, read through (H + Lambda)^-1."""
+
+
+class PosteriorStep(Protocol):
+    """One token of a memory with an importance over keys, without gradients."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor | None,
+        b: Tensor,
+        g: Tensor | None = None,
+        *,
+        prior: Tensor,
+        e: Tensor | None = None,
+        initial_state: tuple[Tensor, Tensor] | None = None,
+        correction: str = "none",
+        gain: str = "first_order",
+        read: str = "post",
+        base: str = "decayed",
+        own: bool = False,
+        uncertainty: bool = False,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]: ...
+
+
+class Core(Protocol):
+    """The core operations of an engine; their modules say what each one computes.
+
+    Tokens q, k, v, w, e are [B, T, heads, channels] in any one dtype, gates and states are float32
+    or float64.
+    """
+
+    @property
+    def posterior_step(self) -> PosteriorStep | None:
+        """A token of decoding in one piece, where the engine has it."""
+
+    def linear(
+        self,
+        q: Tensor,
+        k: Tensor,
+        w: Tensor,
+        g: Tensor | None = None,
+        *,
+        initial_state: Tensor | None = None,
+        read: str = "post",
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def delta(
+        self,
+        q: Tensor,
+        e: Tensor,
+        k: Tensor,
+        w: Tensor,
+        g: Tensor | None = None,
+        *,
+        initial_state: Tensor | None = None,
+        base: str = "decayed",
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def importance(
+        self,
+        k: Tensor,
+        b: Tensor,
+        g: Tensor | None = None,
+        *,
+        initial_state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def synapse(
+        self,
+        q: Tensor,
+        k: Tensor,
+        w: Tensor,
+        b: Tensor,
+        g: Tensor | None = None,
+        *,
+        prior: Tensor,
+        initial_state: tuple[Tensor, Tensor] | None = None,
+        read: str = "post",
+        uncertainty: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]: ...
+
+    def synapse_delta(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        beta: Tensor,
+        b: Tensor | None,
+        g: Tensor | None = None,
+        *,
+        e: Tensor | None = None,
+        evidence: Tensor | None = None,
+        prior: Tensor,
+        gain: str = "first_order",
+        correction: str = "full",
+        initial_state: tuple[Tensor, Tensor] | None = None,
+        base: str = "decayed",
+        uncertainty: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]: ...
+
+    def full(
+        self,
+        q: Tensor,
+        k: Tensor,
+        w: Tensor,
+        beta: Tensor,
+        g: Tensor | None = None,
+        *,
+        prior: Tensor,
+        initial_state: tuple[Tensor, Tensor] | None = None,
+        uncertainty: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]: ...
