@@ -79,7 +79,7 @@ def work(run: Run, progress: Any) -> dict[str, Any]:
     def make(state: int, seed: int) -> Model:
         torch.manual_seed(seed)
         config = run.model.model_copy(update={"state_bytes": state})
-        return Model(run.spec, config, run.task.tokens, mlp=run.mlp)
+        return Model(run.spec, config, run.task.interface, mlp=run.mlp)
 
     source = make(run.model.state_bytes, run.seed)
     fit(source, run, share(0))

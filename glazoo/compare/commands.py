@@ -394,7 +394,8 @@ def compare(
         str,
         typer.Option(
             help="mqar, noisy_recall, fuzzy_recall, selective_copy, memorisation, compression, "
-            "overwriting or text."
+            "overwriting, records, static, entities, static_entities, regression, "
+            "static_regression or text."
         ),
     ] = "mqar",
     preset: Annotated[
@@ -415,6 +416,16 @@ def compare(
     ] = None,
     length: Annotated[int | None, typer.Option(min=4, help="Tokens of an example.")] = None,
     vocab: Annotated[int | None, typer.Option(min=16, help="Number of tokens.")] = None,
+    shared: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="records: chance that what a context shares is shared."),
+    ] = 1.0,
+    noise: Annotated[
+        float, typer.Option(min=0, help="regression: noise on the outputs, which are of size 1.")
+    ] = 0.0,
+    anisotropy: Annotated[
+        float, typer.Option(min=1, help="regression: largest over smallest size of the inputs.")
+    ] = 1.0,
     plasticity_rate: Annotated[
         float,
         typer.Option(
@@ -470,7 +481,7 @@ def compare(
     if plots and not dry_run:
         figures.require_matplotlib()
     chosen: Any = _known("task", task, TASKS)
-    p = PRESETS[preset]
+    p = PRESETS[preset].for_task(chosen)
     _check_device(device)
 
     def given(**values: Any) -> dict[str, Any]:
@@ -478,7 +489,12 @@ def compare(
 
     sizes = {"load": p.load, "length": p.length, "vocab": p.vocab}
     plan_task = Task(
-        name=chosen, text=text, **(sizes | given(load=load, length=length, vocab=vocab))
+        name=chosen,
+        text=text,
+        shared=shared,
+        noise=noise,
+        anisotropy=anisotropy,
+        **(sizes | given(load=load, length=length, vocab=vocab)),
     )
     if length is None:
         room = plan_task.smallest_length(plan_task.load)

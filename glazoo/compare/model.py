@@ -3,6 +3,8 @@ layer."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from glazoo.compare.errors import CompareError
 from glazoo.compare.probe import key_size_for, mapped_size
+from glazoo.compare.tasks import Vectors
 from glazoo.layers import GatedLinearAttention
 from glazoo.layers.attention import LayerOutput
 from glazoo.layers.gates import GateModule
@@ -34,9 +37,11 @@ class ModelConfig(BaseModel):
     """Heads per layer, for variants that may have more than one."""
     state_bytes: int = Field(default=4096, ge=4)
     """Budget of one layer's recurrent state, in float32."""
-    aligned: bool = True
-    """Whether layers start as working associative memories (see `align`), so that training measures
-    what they hold rather than luck in finding the circuit."""
+    start: Literal["drawn", "token", "window"] = "token"
+    """How layers start: as they are drawn, or as working associative memories (see `align`), so
+    that training measures what they hold rather than luck in finding the circuit. There the key of
+    a value is the token before it, which also asks for it, or what convolutions see before it, and
+    a blank in its place asks."""
     mlp: int = Field(default=64, ge=0)
     """Inner channels of the position-wise part; 0 for none."""
 
@@ -85,6 +90,9 @@ class Model(nn.Module):
         x_t = W (E[token_t], E[token_{t-1}]) ;  x += attention(norm(x)) ;  x += mlp(norm(x))
         logits = norm(x) E^T
 
+    Tokens that are vectors are embedded by a matrix, E token_t, and the head is tied to its columns
+    for outputs.
+
     The mix lets every variant see a pair's key and value together, whether or not it has local
     mixing of its own; it starts with the token's own channels in the first half of x and the
     previous token's in the second.
@@ -92,7 +100,7 @@ class Model(nn.Module):
     Args:
         spec: the variant.
         config: what all variants share.
-        tokens: number of different tokens.
+        interface: number of different tokens, or the channels of tokens that are vectors.
         mlp: inner channels of the position-wise part; default the config's.
         impl: engine, as in `glazoo.attention`.
     """
@@ -101,7 +109,7 @@ class Model(nn.Module):
         self,
         spec: Spec,
         config: ModelConfig,
-        tokens: int,
+        interface: int | Vectors,
         *,
         mlp: int | None = None,
         impl: str = "auto",
@@ -109,7 +117,12 @@ class Model(nn.Module):
         super().__init__()
         shape = shape_for(spec, config)
         width, inner = config.width, config.mlp if mlp is None else mlp
-        self.embedding = nn.Embedding(tokens, width)
+        self.interface = interface
+        self.embedding: nn.Embedding | nn.Linear
+        if isinstance(interface, Vectors):
+            self.embedding = nn.Linear(interface.inputs, width, bias=False)
+        else:
+            self.embedding = nn.Embedding(interface, width)
         self.mix = nn.Linear(2 * width, width, bias=False)
         self.norms = nn.ModuleList(nn.RMSNorm(width, eps=1e-5) for _ in range(config.layers))
         layers = [
@@ -141,11 +154,15 @@ class Model(nn.Module):
             self.mix.weight.zero_()
             self.mix.weight[:half, :half] = torch.eye(half)
             self.mix.weight[half:, width : 2 * width - half] = torch.eye(width - half)
-            if config.aligned and not self.embedding.weight.is_meta:
+            if config.start != "drawn" and not self.embedding.weight.is_meta:
                 # One channel that is the same for all tokens, for gates without a bias.
-                self.embedding.weight[:, 0] = 1.0
+                if isinstance(interface, Vectors):
+                    self.embedding.weight[0] = 0.0
+                    self.embedding.weight[0, -1] = 1.0
+                else:
+                    self.embedding.weight[:, 0] = 1.0
                 for layer in layers:
-                    align(layer)
+                    align(layer, window=config.start == "window")
                 self._balance()
         # Not before: all of the above is on a CPU, which not every engine serves.
         for layer in layers:
@@ -155,7 +172,11 @@ class Model(nn.Module):
         """Scales what layers give to the size of what they get, one: some variants normalise what
         they read, others start so quietly that their first steps do not hear it."""
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.embedding.num_embeddings, (8, 64), generator=generator)
+        if isinstance(self.interface, Vectors):
+            tokens = torch.randn(8, 64, self.interface.inputs, generator=generator)
+            tokens[..., -1] = 1.0
+        else:
+            tokens = torch.randint(self.interface, (8, 64), generator=generator)
         for module in self.attention:
             assert isinstance(module, GatedLinearAttention)
             given: list[LayerOutput] = []
@@ -164,8 +185,10 @@ class Model(nn.Module):
             hook.remove()
             module.o_proj.weight.div_(given[0].output.square().mean().sqrt())
 
-    def forward(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T N"]:
-        """Gives the logits of every token."""
+    def forward(
+        self, tokens: Int[Tensor, "B T"] | Float[Tensor, "B T D"]
+    ) -> Float[Tensor, "B T N"]:
+        """Gives the logits, or the output channels, of every token."""
         x = self.embedding(tokens)
         previous = F.pad(x, (0, 0, 1, 0))[:, :-1]
         x = self.mix(torch.cat([x, previous], -1))
@@ -176,7 +199,10 @@ class Model(nn.Module):
             x = x + result.output
             if len(self.mlps):
                 x = x + self.mlps[i](self.mlp_norms[i](x))
-        return F.linear(self.norm(x) * self.scale, self.embedding.weight)
+        weight = self.embedding.weight
+        if isinstance(self.interface, Vectors):
+            weight = weight[:, -1 - self.interface.outputs : -1].T
+        return F.linear(self.norm(x) * self.scale, weight)
 
 
 _RATE = 0.01
@@ -190,19 +216,20 @@ _OPEN = 1.5
 
 
 @torch.no_grad()
-def align(layer: GatedLinearAttention) -> None:
+def align(layer: GatedLinearAttention, *, window: bool = False) -> None:
     """Starts a layer as a working associative memory, so that training measures what the memory
     holds rather than luck in finding the circuit.
 
     - The query of a token is the key that the token gets as the previous one: every part of the
       query path takes the key path's parameters where both have it, and the projection takes them
-      with the halves of its input swapped.
+      with the halves of its input swapped. With `window` it is the token's own key: halves stay.
     - What is read comes back as the value's channels were: the output projection is the transposed
       value projection.
     - Output gates are open. Drawn at random, a silu gate multiplies what is read by about as many
       negative as positive numbers, which hides it from the first steps.
     - Convolutions are the identity, and so is an inner projection that is square, so that the
-      halves reach the streams behind them.
+      halves reach the streams behind them. With `window`, those of keys and queries are alike, and
+      as they are drawn: from identities, products of two taps that are both zero hardly grow.
     - Skips are zero: what a memory gives is at first small beside the token's own value.
     - Decays are alike in all heads, and slow, and write and erase gates are small: as they are
       drawn otherwise, they decide how many heads ever remember the whole sequence.
@@ -210,6 +237,7 @@ def align(layer: GatedLinearAttention) -> None:
     Args:
         layer: a layer whose input has a token's own channels in its first half and the previous
             token's in the second, and a one in its first channel.
+        window: whether keys are what convolutions see, and the value's own place asks.
     """
     parameters = dict(layer.named_parameters())
     for name, p in parameters.items():
@@ -217,12 +245,13 @@ def align(layer: GatedLinearAttention) -> None:
             p.zero_()
         if name == "in_proj.weight" and p.shape[0] == p.shape[1]:
             p.copy_(torch.eye(p.shape[0]))
-        if name.split(".")[0].endswith("conv"):
+        part = name.split(".")[0]
+        if part.endswith("conv") and not (window and part in ("q_conv", "k_conv")):
             # [C, 1, taps], the current token's last.
             p.zero_()
             if p.ndim == 3:
                 p[..., -1] = 1.0
-    _align_queries(parameters)
+    _align_queries(parameters, window)
     _return_values(layer)
     for name, module in layer.named_modules():
         if isinstance(module, GateModule):
@@ -234,7 +263,7 @@ def align(layer: GatedLinearAttention) -> None:
         _shift(layer.g_proj, _OPEN)
 
 
-def _align_queries(parameters: dict[str, nn.Parameter]) -> None:
+def _align_queries(parameters: dict[str, nn.Parameter], window: bool) -> None:
     for name, k in parameters.items():
         q = parameters.get("q_" + name[2:])
         if not name.startswith("k_") or q is None:
@@ -243,7 +272,7 @@ def _align_queries(parameters: dict[str, nn.Parameter]) -> None:
         p = k[: len(q)]
         if p.shape != q.shape:
             continue
-        if name == "k_proj.weight":
+        if name == "k_proj.weight" and not window:
             own, previous = p.chunk(2, -1)
             p = torch.cat([previous, own], -1)
         q.copy_(p)
@@ -297,7 +326,9 @@ def _shift(projection: nn.Module, value: float) -> None:
     last.weight[:, 0] = value
 
 
-def count_parameters(spec: Spec, config: ModelConfig, tokens: int, mlp: int | None = None) -> int:
+def count_parameters(
+    spec: Spec, config: ModelConfig, interface: int | Vectors, mlp: int | None = None
+) -> int:
     """Counts a model's parameters without allocating it."""
     with torch.device("meta"):
-        return sum(p.numel() for p in Model(spec, config, tokens, mlp=mlp).parameters())
+        return sum(p.numel() for p in Model(spec, config, interface, mlp=mlp).parameters())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 from glazoo.compare.errors import CompareError
 from glazoo.compare.model import ModelConfig, Shape, count_parameters, shape_for
-from glazoo.compare.tasks import Task
+from glazoo.compare.tasks import Task, TaskName
 from glazoo.compare.train import Run, Training
 from glazoo.spec import Spec
 
@@ -31,6 +31,24 @@ class Preset:
     training: Training
     rates: tuple[float, ...]
     seeds: int
+    tasks: Mapping[TaskName, Mapping[str, Any]] = field(default_factory=dict)
+    """What is different for a task."""
+
+    def for_task(self, name: TaskName) -> Self:
+        """Gives the defaults of a task."""
+        return replace(self, **self.tasks.get(name, {}))
+
+
+# The source's eight key channels and, with one importance per key, as many of its metaplastic form.
+_RECORDS = {
+    "vocab": 81,
+    "length": 96,
+    "load": 12,
+    "model": ModelConfig(state_bytes=2304, mlp=0, start="window"),
+    "training": Training(steps=300, curriculum=0.0),
+    "rates": (1.2e-2,),
+    "seeds": 3,
+}
 
 
 PRESETS: dict[str, Preset] = {
@@ -43,6 +61,7 @@ PRESETS: dict[str, Preset] = {
         training=Training(steps=400),
         rates=(4e-3, 1.2e-2),
         seeds=4,
+        tasks={"records": _RECORDS, "static": _RECORDS},
     ),
     "paper": Preset(
         "multi-query associative recall as in arXiv:2602.09075, for a GPU",
@@ -50,7 +69,7 @@ PRESETS: dict[str, Preset] = {
         length=512,
         load=128,
         model=ModelConfig(
-            width=128, layers=2, heads=8, state_bytes=4 * 8 * 16 * 16, mlp=256, aligned=False
+            width=128, layers=2, heads=8, state_bytes=4 * 8 * 16 * 16, mlp=256, start="drawn"
         ),
         training=Training(
             steps=64 * 390, batch=256, warmup=0.1, curriculum=0.0, decay=0.1, examples=100_000
@@ -111,7 +130,7 @@ class Plan:
         """
         out = []
         for model in self.models:
-            tokens = self.task.tokens
+            tokens = self.task.interface
             counts = {n: count_parameters(s, model, tokens) for n, s in self.specs.items()}
             largest = max(counts.values())
             for label, spec in self.specs.items():

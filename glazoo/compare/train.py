@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from glazoo.compare.model import Model, ModelConfig, count_parameters, shape_for
-from glazoo.compare.tasks import IGNORED, Batch, Task, data_hash, draw, generator
+from glazoo.compare.tasks import Batch, Task, data_hash, draw, generator
 from glazoo.spec import Spec
 
 __all__ = [
@@ -52,7 +52,7 @@ class Training(BaseModel):
     """Share of the load at the beginning of the curriculum."""
     decay: float = Field(default=0.0, ge=0)
     """Weight decay."""
-    plasticity_rate: float = Field(default=1.0, ge=0, le=1)
+    plasticity_rate: float = Field(default=1.0, ge=0)
     """Share of the learning rate that the plasticity, the factor of an importance gate, gets; 0
     leaves it where it starts."""
     clip: float = Field(default=1.0, gt=0)
@@ -103,7 +103,7 @@ class Run(BaseModel):
 def evaluation_points(task: Task) -> list[tuple[int, int]]:
     """Lists the loads and lengths at which a task is evaluated: its own load and fractions of it at
     its own length, and its own load at the shortest and at double the length."""
-    if task.name in ("text", "memorisation"):
+    if not task.resizable:
         return [(task.load, task.length)]
     loads = sorted({max(1, round(task.load * share)) for share in (0.25, 0.5, 0.75, 1.0)})
     points = [(load, task.length) for load in loads]
@@ -135,7 +135,7 @@ def _step_batch(run: Run, step: int) -> Batch:
     fixed = t.examples > 0
     index = step % max(1, t.examples // t.batch) if fixed else step
     rng = generator("training", t.data_seed, run.seed, index)
-    if task.name in ("text", "memorisation") or share == 1.0 or fixed:
+    if not task.resizable or share == 1.0 or fixed:
         return draw(task, t.batch, rng)
     # One or two pairs teach a place in the sequence rather than recall.
     load = min(task.load, max(4, round(task.load * share)))
@@ -143,34 +143,40 @@ def _step_batch(run: Run, step: int) -> Batch:
     return draw(task, t.batch, rng, load=load, length=length)
 
 
-def _loss(logits: Tensor, labels: Tensor) -> Tensor:
-    chosen = labels != IGNORED
-    return F.cross_entropy(logits[chosen].float(), labels[chosen])
+def _losses(given: Tensor, wanted: Tensor) -> Tensor:
+    """Gives the loss of every answer: nats, or for vectors half the mean squared error."""
+    if wanted.is_floating_point():
+        return (given - wanted).square().mean(-1) / 2
+    return F.cross_entropy(given, wanted, reduction="none")
+
+
+def _loss(model: nn.Module, batch: Batch, device: str) -> Tensor:
+    given = model(batch.inputs.to(device))[batch.asked.to(device)].float()
+    return _losses(given, batch.labels[batch.asked].to(device)).mean()
 
 
 @torch.no_grad()
 def _evaluate(model: nn.Module, batch: Batch, device: str, size: int = 64) -> dict[str, Any]:
-    """Gives loss, accuracy and, where the task has groups, the accuracy of each."""
+    """Gives loss, accuracy and, where the task has groups, the accuracy of each. The accuracy of
+    vectors is the share of their variance that is explained."""
     model.eval()
-    right: list[Tensor] = []
-    losses: list[Tensor] = []
-    for i in range(0, len(batch.inputs), size):
-        inputs = batch.inputs[i : i + size].to(device)
-        labels = batch.labels[i : i + size].to(device)
-        logits = model(inputs).float()
-        chosen = labels != IGNORED
-        losses.append(F.cross_entropy(logits[chosen], labels[chosen], reduction="none"))
-        right.append(((logits.argmax(-1) == labels) & chosen).cpu())
+    asked, wanted = batch.asked, batch.labels[batch.asked]
+    given = torch.cat(
+        [
+            model(inputs.to(device))[chosen.to(device)].float().cpu()
+            for inputs, chosen in zip(batch.inputs.split(size), asked.split(size), strict=True)
+        ]
+    )
     model.train()
-    chosen, correct = batch.labels != IGNORED, torch.cat(right)
-    out: dict[str, Any] = {
-        "loss": float(torch.cat(losses).mean()),
-        "accuracy": float(correct[chosen].float().mean()),
-    }
+    losses = _losses(given, wanted)
+    if wanted.is_floating_point():
+        right = 1 - 2 * losses / wanted.square().mean()
+    else:
+        right = (given.argmax(-1) == wanted).float()
+    out: dict[str, Any] = {"loss": float(losses.mean()), "accuracy": float(right.mean())}
     if batch.group is not None:
-        out["groups"] = {
-            str(g): float(correct[chosen & (batch.group == g)].float().mean()) for g in (0, 1)
-        }
+        group = batch.group[asked]
+        out["groups"] = {str(g): float(right[group == g].mean()) for g in (0, 1)}
     return out
 
 
@@ -224,7 +230,7 @@ def fit(model: nn.Module, run: Run, progress: Progress | None = None) -> Fitted:
     for step in range(t.steps):
         batch = _step_batch(run, step)
         before = time.perf_counter()
-        loss = _loss(model(batch.inputs.to(run.device)), batch.labels.to(run.device))
+        loss = _loss(model, batch, run.device)
         if not torch.isfinite(loss):
             diverged = True
             break
@@ -273,7 +279,7 @@ def train(run: Run, progress: Progress | None = None) -> dict[str, Any]:
     run.task.check()
     shape = shape_for(run.spec, run.model)
     torch.manual_seed(run.seed)
-    model = Model(run.spec, run.model, run.task.tokens, mlp=run.mlp, impl=run.impl)
+    model = Model(run.spec, run.model, run.task.interface, mlp=run.mlp, impl=run.impl)
     model.to(run.device)
     if run.device != "cpu":
         torch.cuda.reset_peak_memory_stats(run.device)
@@ -295,7 +301,7 @@ def train(run: Run, progress: Progress | None = None) -> dict[str, Any]:
         "points": points,
         "curve": fitted.curve,
         "shape": shape.model_dump(),
-        "parameters": count_parameters(run.spec, run.model, run.task.tokens, run.mlp),
+        "parameters": count_parameters(run.spec, run.model, run.task.interface, run.mlp),
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - cpu,
         "tokens": fitted.tokens,
