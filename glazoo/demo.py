@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
+from glazoo.strictjson import dumps, loads
 from glazoo.terminal import console
 
 __all__ = ["demo"]
@@ -146,7 +146,7 @@ def demo(
         "seconds": total_seconds,
         "conversion": report,
     }
-    (out / "demo.json").write_text(json.dumps(results, indent=2) + "\n")
+    (out / "demo.json").write_text(dumps(results, indent=2) + "\n")
     _say(f"{total_seconds:.0f} s in all; models, reports and demo.json are in {out}")
     if not passed:
         raise typer.Exit(1)
@@ -238,7 +238,7 @@ def _convert(source: Path, converted: Path) -> Any:
     )
     if not done.stdout:
         raise ValueError(f"the conversion failed: {done.stderr.strip()}")
-    return json.loads(done.stdout)
+    return loads(done.stdout)
 
 
 def _show(rows: list[Row], tune_steps: int, passed: bool) -> None:

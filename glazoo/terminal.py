@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from glazoo.strictjson import dumps
 
 __all__ = ["AsJson", "bytes_progress", "console", "print_json"]
 
@@ -24,7 +25,7 @@ def console() -> Console:
 
 def print_json(data: Any) -> None:
     """Prints plain data as JSON, and nothing else."""
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    typer.echo(dumps(data, indent=2))
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +10,7 @@ from typing import Any, Self
 
 from glazoo.compare.errors import CompareError
 from glazoo.compare.files import make_folder, write_json
+from glazoo.strictjson import dumps, loads
 
 __all__ = ["Store"]
 
@@ -78,7 +78,7 @@ class Store:
 
     def _check_config(self, config: dict[str, Any]) -> None:
         path = self.folder / _CONFIG
-        wanted = json.loads(json.dumps(config))
+        wanted = loads(dumps(config))
         if not path.exists():
             if (self.folder / _RUNS).exists():
                 raise CompareError(
@@ -87,7 +87,7 @@ class Store:
             write_json(path, wanted)
             return
         try:
-            found = json.loads(path.read_text("utf-8"))
+            found = loads(path.read_text("utf-8"))
         except (OSError, ValueError) as e:
             raise CompareError(f"cannot read {path}: {e}") from e
         different = _differences(found, wanted)
@@ -113,7 +113,7 @@ class Store:
         out = {}
         for i, line in enumerate(data[:whole].splitlines(), 1):
             try:
-                result = json.loads(line)
+                result = loads(line)
                 out[result["key"]] = result
             except (ValueError, TypeError, KeyError) as e:
                 raise CompareError(
@@ -129,7 +129,7 @@ class Store:
             CompareError: it cannot be written, for example because the disk is full; earlier runs
                 are safe.
         """
-        line = json.dumps(result, ensure_ascii=False).encode() + b"\n"
+        line = dumps(result).encode() + b"\n"
         path = self.folder / _RUNS
         try:
             with path.open("ab", buffering=0) as f:

@@ -9,7 +9,6 @@ with the checksum of every file of the source.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 import re
@@ -33,6 +32,7 @@ from glazoo.converters.report import AddedTensor, ConversionReport, FileRecord, 
 from glazoo.converters.settings import FORMAT_VERSION, Settings
 from glazoo.converters.tensors import NewTensor, Shard, read_shard, write_shard
 from glazoo.program import lower
+from glazoo.strictjson import dumps, loads
 
 __all__ = ["Checkpoint", "convert_checkpoint", "inspect_checkpoint", "revert_checkpoint"]
 
@@ -94,7 +94,7 @@ class Checkpoint:
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_bytes())
+        data = loads(path.read_bytes())
     except FileNotFoundError:
         raise ConversionError(f"{path.parent} has no {what}") from None
     except OSError as e:
@@ -824,7 +824,7 @@ def _convert_files(
 
 
 def _dump(data: Mapping[str, Any]) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+    return (dumps(data, indent=2) + "\n").encode()
 
 
 def revert_checkpoint(

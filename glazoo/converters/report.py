@@ -4,8 +4,6 @@ readable text."""
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glazoo.converters.errors import ConversionError
+from glazoo.strictjson import dumps, plain
 
 __all__ = [
     "AddedTensor",
@@ -42,17 +41,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _plain(value: Any) -> Any:
-    """Turns tuples into lists and numbers that JSON lacks into None."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def _size(n: int) -> str:
     value, unit = float(n), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
@@ -73,7 +61,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Gives the report as JSON data."""
-        data: dict[str, Any] = _plain(dataclasses.asdict(self))
+        data: dict[str, Any] = plain(dataclasses.asdict(self))
         return data
 
     def to_markdown(self) -> str:
@@ -87,7 +75,7 @@ class Report:
             ConversionError: the file cannot be written.
         """
         path = Path(path)
-        data = json.dumps(self.to_json(), indent=2) + "\n"
+        data = dumps(self.to_json(), indent=2) + "\n"
         try:
             path.write_text(self.to_markdown() if path.suffix == ".md" else data, "utf-8")
         except OSError as e:

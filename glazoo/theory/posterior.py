@@ -8,7 +8,6 @@ precision beta as write gate and as importance gate, one decay per token, prior 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from glazoo.api import attention
 from glazoo.program import Role, lower
 from glazoo.spec import Spec
+from glazoo.strictjson import dumps
 from glazoo.theory.catalogue.axes import data_decay
 from glazoo.theory.exact import posterior
 from glazoo.theory.forms import Form, forms
@@ -463,7 +463,7 @@ def plot(distances: Sequence[Distance], path: str | Path) -> tuple[Path, Path]:
         "95 % intervals of the mean over seeds; exact answers are not drawn",
     )  # fmt: skip
     figure.savefig(image, dpi=160)
-    data.write_text(json.dumps([d.to_json() for d in distances], indent=1) + "\n", "utf-8")
+    data.write_text(dumps([d.to_json() for d in distances], indent=1) + "\n", "utf-8")
     return image, data
 
 

@@ -73,20 +73,11 @@ _GATE, _UP = "mlp.gate_proj.weight", "mlp.up_proj.weight"
 _TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
-def _plain(value: Any) -> Any:
-    """Gives a value as JSON would have it if it had infinities, which newer files spell out."""
-    if isinstance(value, list):
-        return [_plain(x) for x in value]
-    if isinstance(value, dict) and set(value) == {"__float__"}:
-        return float(value["__float__"])
-    return value
-
-
 class _Fields:
     """A configuration that keeps track of what was read."""
 
     def __init__(self, raw: Mapping[str, Any]) -> None:
-        self.raw = {name: _plain(value) for name, value in raw.items()}
+        self.raw = dict(raw)
         self.read = set(_IGNORED)
 
     def get(self, name: str, default: Any = None) -> Any:

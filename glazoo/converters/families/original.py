@@ -3,7 +3,6 @@ flash-linear-attention."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from glazoo.converters.checkpoint import (
     CONFIG,
     INDEX,
     SINGLE,
+    _dump,
     _read_json,
     _read_shards,
     inspect_checkpoint,
@@ -213,7 +213,7 @@ def import_original(src: str | Path, dst: str | Path, *, force: bool = False) ->
                 stage.folder / SINGLE,
                 metadata={"format": "pt"},
             )
-            stage.write(CONFIG, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+            stage.write(CONFIG, _dump(config.to_dict()))
             for name in _KEPT:
                 if (source / name).is_file():
                     stage.take(source / name, name, link=False)
