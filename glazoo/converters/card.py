@@ -9,10 +9,19 @@ from pathlib import Path
 from glazoo.converters.families import Family
 from glazoo.converters.settings import Settings
 
-__all__ = ["CARD", "REMOTE_CODE", "base_model", "model_card", "remote_code", "remote_map"]
+__all__ = ["CARD", "REMOTE_CODE", "REMOTE_MODULE", "base_model", "model_card", "remote_map"]
 
 CARD = "README.md"
 REMOTE_CODE = "modeling_glazoo.py"
+"""File of the module that loaders with `trust_remote_code` import."""
+REMOTE_MODULE = '''"""Loads the converted model without `import glazoo.models`; needs glazoo."""
+
+from glazoo.models import metaplastic
+
+
+def __getattr__(name):
+    return getattr(metaplastic, name)
+'''
 
 
 def base_model(folder: Path) -> str:
@@ -63,7 +72,7 @@ def model_card(
         settings: what the conversion was asked for.
         family: the source's family.
         card: text of the source's own card, whose metadata (licence, languages, tags) are kept.
-        remote_code: whether the folder has the module of `remote_code`.
+        remote_code: whether the folder has the module `REMOTE_CODE`.
         dtype: dtype that the conversion cast the weights to, if it did.
     """
     name = base_model(source)
@@ -112,24 +121,13 @@ def model_card(
     return "\n".join(lines) + "\n"
 
 
-def remote_code(family: Family, architecture: str) -> str:
-    """Gives a module that loaders with `trust_remote_code` import; it needs glazoo installed."""
-    config, model = _classes(family, architecture)
-    return (
-        '"""Loads the converted model without `import glazoo.models`; needs glazoo."""\n\n'
-        f"from glazoo.models.metaplastic import {config}, {model}\n\n"
-        f'__all__ = ["{config}", "{model}"]\n'
-    )
+def remote_map(family: Family) -> dict[str, str]:
+    """Gives the entry `auto_map` of config.json that names the classes of `REMOTE_CODE`."""
+    from glazoo.models.metaplastic import auto_models, config_class
 
-
-def remote_map(family: Family, architecture: str) -> dict[str, str]:
-    """Gives the entry `auto_map` of config.json that names the classes of `remote_code`."""
-    config, model = _classes(family, architecture)
     module = REMOTE_CODE.removesuffix(".py")
-    models = dict.fromkeys(family.auto_classes, f"{module}.{model}")
-    return {"AutoConfig": f"{module}.{config}"} | models
-
-
-def _classes(family: Family, architecture: str) -> tuple[str, str]:
-    config = family.configuration.rpartition(":")[2]
-    return f"Metaplastic{config}", family.converted_architecture(architecture)
+    models = {
+        auto: f"{module}.{family.converted_architecture(cls.__name__)}"
+        for auto, cls in auto_models(family).items()
+    }
+    return {"AutoConfig": f"{module}.{config_class(family).__name__}"} | models

@@ -20,8 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from glazoo.converters.card import CARD, REMOTE_CODE, model_card, remote_map
-from glazoo.converters.card import remote_code as remote_code_module
+from glazoo.converters.card import CARD, REMOTE_CODE, REMOTE_MODULE, model_card, remote_map
 from glazoo.converters.casting import Cast, Dtype, plan_cast, with_dtype
 from glazoo.converters.errors import ConversionError
 from glazoo.converters.families import FAMILIES, Family, find_family
@@ -31,6 +30,7 @@ from glazoo.converters.gate import gate_shapes, initial_gate
 from glazoo.converters.report import AddedTensor, ConversionReport, FileRecord, RevertReport
 from glazoo.converters.settings import FORMAT_VERSION, Settings
 from glazoo.converters.tensors import NewTensor, Shard, read_shard, write_shard
+from glazoo.converters.tokenizers import TOKENIZER_CONFIG, settled
 from glazoo.program import lower
 from glazoo.strictjson import dumps, loads
 
@@ -55,6 +55,18 @@ _OTHER_WEIGHTS = (
     ".onnx",
     ".gguf",
 )
+_ADAPTER = "adapter_model*"
+_LISTS = ("*.index.json", "*.index.*.json")
+_TOGETHER = (
+    ("*.onnx", "*.onnx_data*", "*.onnx.data*"),
+    ("openvino_*.bin", "openvino_*.xml"),
+    ("consolidated*", "params.json"),
+    (
+        *("optimizer*", "scheduler*", "scaler*", "rng_state*"),
+        *("training_args*", "trainer_state.json", "latest", "zero_to_fp32.py"),
+    ),
+)
+"""Patterns of files that are read together. One that holds weights takes the others with it."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -142,10 +154,6 @@ def _inspect(folder: Path) -> Checkpoint:
             f"{folder / CONFIG} has no model_type; supported are: {', '.join(sorted(FAMILIES))}"
         )
     family = find_family(raw["model_type"])
-    if "auto_map" in raw:
-        raise ConversionError(
-            f"{folder} brings code of its own (auto_map), which a conversion would bypass"
-        )
     names = raw.get("architectures") or [family.architectures[0]]
     if not (isinstance(names, list) and len(names) == 1 and names[0] in family.architectures):
         raise ConversionError(
@@ -164,6 +172,11 @@ def _inspect(folder: Path) -> Checkpoint:
 
     index, shards = _read_shards(folder)
     warnings = []
+    if _own_code(raw):
+        warnings.append(
+            f"the folder brings code of its own (auto_map) for {family.model_type}, which "
+            "transformers has: its class is converted, and that entry is left out"
+        )
     shapes = {key: info.shape for shard in shards for key, info in shard.tensors.items()}
     if own := next((key for key in shapes if ".metaplastic." in key), None):
         raise ConversionError(f"{folder} is converted already: it holds {own}")
@@ -179,11 +192,16 @@ def _inspect(folder: Path) -> Checkpoint:
     others, skipped = _other_files(
         folder, {CONFIG, *([INDEX] if index else []), *(s.path.name for s in shards)}
     )
-    extra = [str(p) for p in others if p.suffix in _OTHER_WEIGHTS]
+    extra = [str(p) for p in others if _in_the_way(p)]
     if extra:
         warnings.append(
             f"other weight files are kept out of the converted model's way, in {KEPT}: "
             f"{', '.join(extra)}"
+        )
+    if adapters := [p.name for p in others if len(p.parts) == 1 and p.match(_ADAPTER)]:
+        warnings.append(
+            f"an adapter lies beside the weights ({adapters[0]}): where peft is installed, loaders "
+            "apply it to the converted model as they do to the source"
         )
     if any(shard.metadata.get("format") != "pt" for shard in shards):
         warnings.append("some shards lack the metadata format = pt, which older loaders demand")
@@ -201,6 +219,13 @@ def _inspect(folder: Path) -> Checkpoint:
         skipped=skipped,
         warnings=tuple(warnings),
     )
+
+
+def _own_code(raw: Mapping[str, Any]) -> set[str]:
+    """Gives the entries of `auto_map` that name a folder's own code for the model."""
+    found = raw.get("auto_map")
+    models = ("AutoConfig", "AutoModel")
+    return {name for name in found if name.startswith(models)} if isinstance(found, dict) else set()
 
 
 def _read_shards(folder: Path) -> tuple[dict[str, Any] | None, tuple[Shard, ...]]:
@@ -438,20 +463,27 @@ def _other_files(folder: Path, taken: set[str]) -> tuple[tuple[Path, ...], tuple
     return tuple(files), tuple(skipped)
 
 
-def _stored_name(path: Path) -> str:
-    """Gives the place of a further file of the source in the converted folder."""
-    # Weights in other formats would be mistaken for the converted model's; our own folder must not
-    # be overwritten.
-    # The card gets a successor.
-    replaced = path.as_posix() in (CARD, REMOTE_CODE)
-    if (
-        path.suffix in _OTHER_WEIGHTS
-        or path.name.endswith(".index.json")
-        or path.parts[0] == OWN
-        or replaced
-    ):
-        return f"{KEPT}/{path.as_posix()}"
-    return path.as_posix()
+def _in_the_way(path: Path) -> bool:
+    """Says whether a file holds weights, or lists files of weights, that are neither the model's
+    nor an adapter's."""
+    if path.match(_ADAPTER):
+        return False
+    return path.suffix in _OTHER_WEIGHTS or any(map(path.match, _LISTS))
+
+
+def _stored_names(paths: Sequence[Path], replaced: set[str]) -> dict[Path, str]:
+    """Gives the places of a source's further files in the converted folder.
+
+    Weights in other formats would be mistaken for the converted model's, our own folder must not be
+    overwritten, and the files in `replaced` get successors: they are kept aside. What belongs to
+    such weights goes with them: the rest of their folder, and the files that are read with them.
+    """
+    aside = {p.parts[0] for p in paths if p.parts[0] == OWN or _in_the_way(p)} | replaced
+    for patterns in _TOGETHER:
+        group = [p for p in paths if len(p.parts) == 1 and any(map(p.match, patterns))]
+        if any(map(_in_the_way, group)):
+            aside |= {p.name for p in group}
+    return {p: f"{KEPT}/{p.as_posix()}" if p.parts[0] in aside else p.as_posix() for p in paths}
 
 
 def _check_apart(src: Path, dst: Path) -> None:
@@ -533,7 +565,7 @@ def convert_checkpoint(
     gain: str = "first_order",
     dtype: Dtype | None = None,
     link: bool = True,
-    remote_code: bool = False,
+    remote_code: bool = True,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -567,7 +599,8 @@ def convert_checkpoint(
             content with the source: a program that rewrites one file in place changes both. False
             copies.
         remote_code: write a small module too, so that loaders with `trust_remote_code` need no
-            `import glazoo.models`; glazoo must be installed all the same.
+            `import glazoo.models`; glazoo must be installed all the same. Without it, programs that
+            load models by themselves cannot load this one.
         dry_run: check and report only; reads config.json, the index and headers.
         force: replace a model's folder that is already at `dst`.
         progress: called as `progress(file, done_bytes, total_bytes)`.
@@ -611,7 +644,8 @@ def convert_checkpoint(
             )
         cast = plan_cast(dtype, checkpoint.shards, family, checkpoint.architecture, config)
     new, added = _added(checkpoint, settings)
-    warnings = list(checkpoint.warnings)
+    tokenizer, more = settled(source, family.model_type, family.converted_model_type)
+    warnings = [*checkpoint.warnings, *more]
     try:
         Staging.check(destination, force=force)
         files = _convert_files(
@@ -620,6 +654,7 @@ def convert_checkpoint(
             new,
             destination,
             cast=cast,
+            tokenizer=tokenizer,
             link=link,
             remote_code=remote_code,
             dry_run=dry_run,
@@ -697,6 +732,7 @@ def _convert_files(
     destination: Path,
     *,
     cast: Cast | None,
+    tokenizer: dict[str, Any] | None,
     link: bool,
     remote_code: bool,
     dry_run: bool,
@@ -711,14 +747,15 @@ def _convert_files(
         for i, shard in enumerate(checkpoint.shards, 1)
     }
     last = f"model-{n:05d}-of-{n:05d}.safetensors"
+    replaced = {CARD, REMOTE_CODE, *([TOKENIZER_CONFIG] if tokenizer is not None else [])}
     kept = [CONFIG, *([INDEX] if checkpoint.index is not None else [])]
     originals: list[tuple[str, str, bool]] = [
         *((name, stored, link) for name, stored in moves.items()),
         *((name, f"{KEPT}/{name}", False) for name in kept),
         # Small files that people edit in place are copied always.
         *(
-            (p.as_posix(), _stored_name(p), link and p.suffix in _OTHER_WEIGHTS)
-            for p in checkpoint.others
+            (p.as_posix(), stored, link and p.suffix in _OTHER_WEIGHTS)
+            for p, stored in _stored_names(checkpoint.others, replaced).items()
         ),
     ]
     clashes = {stored for _, stored, _ in originals} & {CONFIG, INDEX, MANIFEST, last}
@@ -773,9 +810,13 @@ def _convert_files(
     }
     if cast is not None:
         config = with_dtype(config, cast.dtype)
-    family, architecture = checkpoint.family, checkpoint.architecture
+    family = checkpoint.family
+    dropped = _own_code(config)
+    named = {k: v for k, v in (config.pop("auto_map", None) or {}).items() if k not in dropped}
     if remote_code:
-        config["auto_map"] = remote_map(family, architecture)
+        named |= remote_map(family)
+    if named:
+        config["auto_map"] = named
     old_card = folder / CARD
     text = old_card.read_text("utf-8", errors="replace") if old_card.is_file() else None
     card = model_card(
@@ -809,8 +850,10 @@ def _convert_files(
             manifest["dtype"] = cast.dtype
         stage.write(MANIFEST, _dump(manifest))
         stage.write(CARD, card.encode())
+        if tokenizer is not None:
+            stage.write(TOKENIZER_CONFIG, _dump(tokenizer))
         if remote_code:
-            stage.write(REMOTE_CODE, remote_code_module(family, architecture).encode())
+            stage.write(REMOTE_CODE, REMOTE_MODULE.encode())
         stage.write(CONFIG, _dump(config))
         # Read once more as loaders will, and compared with what was checked before the first byte
         # was written.

@@ -65,10 +65,10 @@ def convert(
     remote_code: Annotated[
         bool,
         typer.Option(
-            "--remote-code",
+            "--remote-code/--no-remote-code",
             help="Write a module for loaders with trust_remote_code, which then need no import.",
         ),
-    ] = False,
+    ] = True,
     verify: Annotated[
         bool,
         typer.Option("--verify", help="Compare source and converted model; needs both in memory."),

@@ -23,6 +23,7 @@ from glazoo.converters.families import Family, find_family
 from glazoo.converters.module import gates, set_impl, source_limit
 from glazoo.converters.report import Check, VerifyReport
 from glazoo.converters.settings import Settings
+from glazoo.converters.tokenizers import TEXTS, difference, source_tokenizer
 
 __all__ = ["clean_float64_model", "verify_checkpoint", "verify_models"]
 
@@ -343,8 +344,9 @@ def verify_checkpoint(
     source, destination = Path(src), Path(dst)
     family, architecture, settings = _pair(source, destination)
     dtype = _cast_dtype(destination)
+    ids = _check_ids(source, destination, family)
     if dtype is None:
-        return _verify(
+        report = _verify(
             source,
             destination,
             source,
@@ -361,6 +363,7 @@ def verify_checkpoint(
             say=say,
             begun=begun,
         )
+        return replace(report, checks=(*ids, *report.checks))
     say(f"comparing the weights with the source's, cast to {dtype}")
     rounded = _check_cast(source, destination, dtype)
     # What is to be equal is the source with these weights.
@@ -396,11 +399,25 @@ def verify_checkpoint(
         )
     return replace(
         report,
-        checks=(rounded, *report.checks),
+        checks=(*ids, rounded, *report.checks),
         dtype=dtype,
         cast_shift=shift,
         seconds=time.monotonic() - begun,
     )
+
+
+def _check_ids(source: Path, destination: Path, family: Family) -> tuple[Check, ...]:
+    """Compares the token ids of sample texts, if the source has a tokenizer that loads here."""
+    try:
+        own = source_tokenizer(source)
+    except ConversionError:
+        # The conversion has said so.
+        return ()
+    if own is None:
+        return ()
+    found = difference(own, destination, family.converted_model_type)
+    detail = found or f"token ids of {len(TEXTS)} sample texts, with glazoo and without it"
+    return (Check("tokens", found is None, None, None, None, None, detail),)
 
 
 def _cast_dtype(folder: Path) -> str | None:

@@ -9,48 +9,104 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 from torch import nn
 
+from glazoo.converters.card import REMOTE_CODE, REMOTE_MODULE, remote_map
 from glazoo.converters.errors import ConversionError
 from glazoo.converters.families import FAMILIES, Block, Family
 from glazoo.converters.families.mixer import MetaplasticMixer
 from glazoo.converters.gate import ImportanceGate
 from glazoo.converters.settings import Settings
+from glazoo.models.saving import SavesWhole
+from glazoo.strictjson import dumps, loads
 
-__all__ = ["attach", "config_class", "convert_in_place", "find_mixers", "model_class", "register"]
+__all__ = [
+    "attach",
+    "auto_models",
+    "config_class",
+    "convert_in_place",
+    "find_mixers",
+    "model_class",
+    "register",
+]
+
+
+class _ConvertedConfig:
+    """What a converted model's configuration adds to its source's class.
+
+    In memory, `model_type` is the source's: transformers, peft and others look up by it how to
+    tokenise, which modules to adapt, how tensors are renamed, and what is right for the source is
+    right for the converted model. In files it is the family's own: a program without glazoo refuses
+    it, where under the source's it would load the weights as the source's and drop the gates.
+    """
+
+    glazoo_family: ClassVar[Family]
+    model_type: ClassVar[str]
+    metaplastic: Any = None
+    auto_map: Mapping[str, Any]
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # What the file says; the class knows better.
+        kwargs.pop("model_type", None)
+        # A configuration precedes every model: this is where the family's modeling code gets
+        # imported.
+        _register_models(self.glazoo_family)
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Does nothing: transformers would save this module's file with every model."""
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads a configuration; `model_type` becomes the source's."""
+        found, rest = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
+        if found.get("model_type") == cls.glazoo_family.converted_model_type:
+            found["model_type"] = cls.model_type
+        return found, rest
+
+    def to_json_string(self, *args: Any, **kwargs: Any) -> str:
+        """Gives the content of config.json."""
+        data = loads(super().to_json_string(*args, **kwargs))  # type: ignore[misc]
+        data["model_type"] = self.glazoo_family.converted_model_type
+        return dumps(data, indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Saves the configuration, and the module that its `auto_map` names."""
+        if mapped := getattr(self, "auto_map", None):
+            # A hub's name may stand before the module's: from now on it is in this folder.
+            self.auto_map = {**mapped, **remote_map(self.glazoo_family)}
+            folder = Path(save_directory)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / REMOTE_CODE).write_text(REMOTE_MODULE, "utf-8")
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
 
 @functools.cache
 def config_class(family: Family) -> type[Any]:
     """Gives the configuration class of a family's converted checkpoints."""
     base = family.source_config()
-
-    def __post_init__(self: Any, **kwargs: Any) -> None:
-        # A configuration precedes every model: this is where the family's modeling code gets
-        # imported.
-        _register_models(family)
-        super(cls, self).__post_init__(**kwargs)
-
     name = f"Metaplastic{base.__name__}"
-    cls: type[Any] = type(
+    return type(
         name,
-        (base,),
+        (_ConvertedConfig, base),
         {
             "__module__": __name__,
             "__qualname__": name,
             "__doc__": f"{base.__name__} of a model converted to metaplastic form.",
-            "__post_init__": __post_init__,
-            "model_type": family.converted_model_type,
+            "glazoo_family": family,
+            "model_type": base.model_type,
             "metaplastic": None,
         },
     )
-    return cls
 
 
-class _ConvertedModel:
+class _ConvertedModel(SavesWhole):
     """What a converted model adds to its source's class."""
 
     glazoo_family: ClassVar[Family]
@@ -58,7 +114,14 @@ class _ConvertedModel:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         assert isinstance(self, nn.Module)
-        attach(self, self.glazoo_family, Settings.from_block(config.metaplastic))
+        settings = Settings.from_block(config.metaplastic)
+        # Some heads build the model below them through AutoModel, which gives the converted one.
+        if not any(isinstance(module, ImportanceGate) for module in self.modules()):
+            attach(self, self.glazoo_family, settings)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Does nothing: transformers would save this module's file with every model."""
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -75,16 +138,6 @@ class _ConvertedModel:
         else:
             super()._init_weights(module)  # type: ignore[misc]
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        """Saves the model, into the folder it was loaded from too."""
-        # A conversion links shards to the source's files. Writing over one would change the source:
-        # take the link away first. What replaces it is a file of its own.
-        if Path(save_directory).is_dir():
-            for path in Path(save_directory).glob("*.safetensors"):
-                if path.stat().st_nlink > 1:
-                    path.unlink()
-        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
-
     @classmethod
     def from_pretrained(
         cls,
@@ -98,7 +151,10 @@ class _ConvertedModel:
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
-        missing = sorted(info["missing_keys"])
+        # A head that the files were saved without starts anew, as it does on the source.
+        whole = cls.__name__ in (model.config.architectures or ()) or model.base_model is model
+        body = "" if whole else f"{model.base_model_prefix}."
+        missing = sorted(k for k in info["missing_keys"] if k.startswith(body))
         unknown = sorted(k for k in info["unexpected_keys"] if ".metaplastic." in k)
         mismatched = sorted(str(k) for k in info["mismatched_keys"])
         for kind, keys in (
@@ -239,6 +295,7 @@ def convert_in_place(model: nn.Module, family: Family, settings: Settings) -> No
     new.__class__ = config_class(family)
     new.metaplastic = settings.to_block()
     new.architectures = [family.converted_architecture(type(model).__name__)]
+    new.auto_map = {**(getattr(old, "auto_map", None) or {}), **remote_map(family)}
     attach(model, family, settings)
     # Other models may share the configuration object: give this one its own.
     for module in model.modules():
@@ -251,6 +308,30 @@ def convert_in_place(model: nn.Module, family: Family, settings: Settings) -> No
     _register_models(family)
 
 
+def _auto_mappings(module: ModuleType) -> Iterator[tuple[str, Any]]:
+    """Gives the mappings from configurations to classes that a module's Auto classes look up, with
+    the names of those classes."""
+    for name, auto in vars(module).items():
+        mapping = getattr(auto, "_model_mapping", None)
+        if isinstance(auto, type) and mapping is not None:
+            yield name, mapping
+
+
+def auto_models(family: Family) -> dict[str, type[Any]]:
+    """Gives a family's model classes by the Auto class that loads them."""
+    from transformers.models.auto import modeling_auto
+
+    config = family.source_config()
+    found = dict.fromkeys(family.auto_classes, family.source_model(family.architectures[0]))
+    for auto, mapping in _auto_mappings(modeling_auto):
+        cls = mapping.get(config, None)
+        # Some give a multimodal checkpoint's text model alone, which has no place for the whole
+        # configuration.
+        if getattr(cls, "__module__", "") == family.modeling and cls.config_class is config:
+            found.setdefault(auto, cls)
+    return found
+
+
 @functools.cache
 def _register_models(family: Family) -> None:
     import transformers
@@ -258,28 +339,40 @@ def _register_models(family: Family) -> None:
         get_checkpoint_conversion_mapping,
         register_checkpoint_conversion_mapping,
     )
+    from transformers.models.auto import (
+        feature_extraction_auto,
+        image_processing_auto,
+        processing_auto,
+        tokenization_auto,
+        video_processing_auto,
+    )
 
-    mapping = get_checkpoint_conversion_mapping(family.model_type)
-    if mapping is not None:
-        # A class of another package is excluded from its source's renamings unless they are
-        # registered for it.
-        register_checkpoint_conversion_mapping(family.converted_model_type, mapping, overwrite=True)
-    for architecture in family.architectures:
-        base = family.source_model(architecture)
-        own = get_checkpoint_conversion_mapping(architecture)
+    base, config = family.source_config(), config_class(family)
+    models = auto_models(family)
+    for source in set(models.values()):
+        # Renamings of an architecture rather than of a model type.
+        own = get_checkpoint_conversion_mapping(source.__name__)
         if own is not None:
-            name = family.converted_architecture(architecture)
+            name = family.converted_architecture(source.__name__)
             register_checkpoint_conversion_mapping(name, own, overwrite=True)
-        for auto in family.auto_classes:
-            getattr(transformers, auto).register(
-                config_class(family), model_class(base, family), exist_ok=True
-            )
+    for auto, source in models.items():
+        getattr(transformers, auto).register(config, model_class(source, family), exist_ok=True)
+    # What these give for the source they give for the converted model.
+    for mapping in (
+        tokenization_auto.TOKENIZER_MAPPING,
+        processing_auto.PROCESSOR_MAPPING,
+        image_processing_auto.IMAGE_PROCESSOR_MAPPING,
+        feature_extraction_auto.FEATURE_EXTRACTOR_MAPPING,
+        video_processing_auto.VIDEO_PROCESSOR_MAPPING,
+    ):
+        if base in mapping:
+            mapping.register(config, mapping[base], exist_ok=True)
 
 
 def register() -> None:
     """Makes transformers' Auto classes know every converted architecture; done on import of
     `glazoo.models`."""
-    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     for family in FAMILIES.values():
         try:
@@ -288,12 +381,27 @@ def register() -> None:
             # The installed transformers does not have the family; converting names it with the
             # reason.
             continue
-        AutoConfig.register(family.converted_model_type, cls, exist_ok=True)
+        # Not by AutoConfig.register, which demands that memory and files agree on the type.
+        CONFIG_MAPPING.register(family.converted_model_type, cls, exist_ok=True)
+
+
+def _source_names(family: Family) -> set[str]:
+    """Gives the names of a family's model classes without importing them."""
+    from transformers.models.auto import modeling_auto
+
+    config = family.source_config()
+    found = set(family.architectures)
+    for _, mapping in _auto_mappings(modeling_auto):
+        registered = mapping._extra_content.get(config)
+        name = mapping._model_mapping.get(config.model_type)
+        found.add(name if registered is None else registered.__name__)
+    return found
 
 
 def __getattr__(name: str) -> Any:
     # Dunder names come here too, from the import machinery.
     families = FAMILIES.values() if name.startswith("Metaplastic") else ()
+    source = name.removeprefix("Metaplastic")
     for family in families:
         try:
             cls = config_class(family)
@@ -301,9 +409,10 @@ def __getattr__(name: str) -> Any:
             continue
         if name == cls.__name__:
             return cls
-        if name == f"Metaplastic{family.mixer}":
-            return _mixer_class(family.source_model(family.mixer), family)
-        for architecture in family.architectures:
-            if name == family.converted_architecture(architecture):
-                return model_class(family.source_model(architecture), family)
+        if source == family.mixer:
+            return _mixer_class(family.source_model(source), family)
+        if source in _source_names(family):
+            base = family.source_model(source)
+            if base.config_class is family.source_config():
+                return model_class(base, family)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -28,6 +28,7 @@ from glazoo.layers.parts import (
 )
 from glazoo.models.cache import recurrent_layer
 from glazoo.models.configuration import GlazooConfig
+from glazoo.models.saving import SavesWhole
 
 __all__ = ["GlazooForCausalLM", "GlazooModel", "GlazooPreTrainedModel"]
 
@@ -181,7 +182,7 @@ class GlazooBlock(GradientCheckpointingLayer):
         return hidden_states, first_values
 
 
-class GlazooPreTrainedModel(PreTrainedModel):
+class GlazooPreTrainedModel(SavesWhole, PreTrainedModel):
     """What the models share: configuration, weight initialisation, abilities."""
 
     config: GlazooConfig

@@ -110,7 +110,7 @@ def test_everything_else_is_carried_over(source: Path, tmp_path: Path) -> None:
         assert new[name] == old[name]
     before, after = (json.loads(c["config.json"]) for c in (old, new))
     changed = {key for key in after if after[key] != before.get(key)}
-    assert changed == {"model_type", "architectures", "metaplastic"}
+    assert changed == {"model_type", "architectures", "metaplastic", "auto_map"}
     assert after["model_type"] == "metaplastic_mamba2"
     assert after["architectures"] == ["MetaplasticMamba2ForCausalLM"]
     assert after["metaplastic"] == {
@@ -450,7 +450,7 @@ def test_the_card_names_the_source_and_keeps_its_licence(source: Path, tmp_path:
 
 
 def test_remote_code_needs_no_import(source: Path, tmp_path: Path) -> None:
-    convert_checkpoint(source, tmp_path / "c", remote_code=True)
+    convert_checkpoint(source, tmp_path / "c")
     done = run(
         """
         import sys
@@ -511,7 +511,7 @@ def test_twenty_gigabytes_are_converted_in_less_than_one(tmp_path: Path) -> None
 
 
 def test_without_glazoo_transformers_refuses_the_folder(source: Path, tmp_path: Path) -> None:
-    convert_checkpoint(source, tmp_path / "c")
+    convert_checkpoint(source, tmp_path / "c", remote_code=False)
     done = run(
         """
         import sys

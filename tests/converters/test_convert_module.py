@@ -316,7 +316,7 @@ def test_conversion_keeps_parameters_ties_and_other_models() -> None:
     assert isinstance(model, Mamba2ForCausalLM)
     assert sibling.config is config
     assert sibling.config.model_type == "mamba2"
-    assert model.config.model_type == "metaplastic_mamba2"
+    assert isinstance(model.config, glazoo.models.MetaplasticMamba2Config)
     assert all(m.config is model.config for m in model.modules() if hasattr(m, "config"))
 
 

@@ -182,7 +182,6 @@ DAMAGE = {
         config(architectures=["Mamba2Model"]),
         r"architectures \['Mamba2Model'\] is not supported .* are: Mamba2ForCausalLM",
     ),
-    "remote code": (config(auto_map={"AutoModel": "x.Y"}), "brings code of its own"),
     "quantised in words only": (
         config(quantization_config={"quant_method": "awq"}),
         r"says that it is quantised \(awq\), but no tensor is",

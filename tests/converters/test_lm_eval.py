@@ -112,8 +112,8 @@ def test_scores_are_those_of_the_source(tmp_path: Path) -> None:
     # Bytes, the end of text and padding.
     tiny_model("mamba2", vocab_size=258).save_pretrained(source)
     byte_tokenizer().save_pretrained(source)
-    convert_checkpoint(source, converted, remote_code=True)
-    convert_checkpoint(source, tmp_path / "opened", remote_code=True, plasticity=1.0)
+    convert_checkpoint(source, converted)
+    convert_checkpoint(source, tmp_path / "opened", plasticity=1.0)
     write_tasks(tmp_path / "tasks")
     done = lm_eval(
         tmp_path,
