@@ -93,7 +93,7 @@ class Run(BaseModel):
     device: str = "cpu"
     """Device."""
 
-    @functools.cached_property
+    @property
     def key(self) -> str:
         """Identifies the run by everything that determines its result."""
         text = json.dumps(self.model_dump(mode="json", exclude={"label"}), sort_keys=True)

@@ -24,6 +24,11 @@ from glazoo.zoo import load, names
 ALL = [*glazoo.names(), *(f"metaplastic_{n}" for n in glazoo.names() if not load(n).metaplastic)]
 
 
+def test_a_changed_copy_of_a_run_has_a_key_of_its_own() -> None:
+    run = run_of("a")
+    assert run.key != run.model_copy(update={"seed": 1}).key == run_of("b", seed=1).key
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_every_spec_has_a_model_within_the_budget(name: str) -> None:
     spec = load(name)
