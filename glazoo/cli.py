@@ -168,13 +168,28 @@ def show(
             Text(o.meaning),
         )
     out.print(_panel("operands", operands))
-    out.print(_panel("program", Text("\n".join(program.lowering))))
-    state = [f"{p.name} [{', '.join(p.shape)}]: {p.meaning}" for p in program.state]
+    out.print(
+        _panel(f"program (kernel class {program.kernel})", _steps_table(program, keys, values))
+    )
+    state = [f"{p.name} {p.symbol} [{', '.join(p.shape)}]: {p.meaning}" for p in program.state]
     state.append(
         f"{floats:,} numbers ({4 * floats:,} bytes in float32) and {flops:,} operations a token, "
         f"per value head at K = {keys}, V = {values}"
     )
     out.print(_panel("state and cost", Text("\n".join(state))))
+
+
+def _steps_table(program: Program, key_size: int, value_size: int) -> Table:
+    """Shows the steps that run, what each one makes, and its operations per token."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("step")
+    table.add_column("makes")
+    table.add_column("operations", justify="right")
+    for row in program.rows():
+        cost = row.times * row.step.cost(key_size, value_size)
+        texts = [text.strip() for text in row.texts]
+        table.add_row(type(row.step).__name__, Text("\n".join(texts)), f"{cost:,}")
+    return table
 
 
 def _panel(title: str, body: Any) -> Panel:

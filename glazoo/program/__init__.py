@@ -1,6 +1,8 @@
 """Programs: what an engine runs for a spec, and what it takes."""
 
-from glazoo.program.lowering import Kernel, Program, StatePart, lower
+from glazoo.program.core import Core, Kernel
+from glazoo.program.lowering import Program, lower
 from glazoo.program.operands import Operand, Role
+from glazoo.program.steps import Env, StatePart
 
-__all__ = ["Kernel", "Operand", "Program", "Role", "StatePart", "lower"]
+__all__ = ["Core", "Env", "Kernel", "Operand", "Program", "Role", "StatePart", "lower"]

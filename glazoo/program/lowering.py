@@ -1,60 +1,62 @@
-"""Lowering: from a spec to the recurrence program that engines run."""
+"""Lowering: from a spec to the program that engines run."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from glazoo.program.core import Kernel
 from glazoo.program.operands import Operand, Role, operands
+from glazoo.program.steps import (
+    Bonus,
+    Delta,
+    Divide,
+    ExactGain,
+    Forget,
+    Full,
+    Importance,
+    Lag,
+    Linear,
+    LogImportance,
+    Normalize,
+    OneToken,
+    Precondition,
+    ReadOut,
+    StatePart,
+    Step,
+    SubTokens,
+    Synapse,
+    SynapseDelta,
+    TiedKey,
+    Times,
+    Variance,
+)
+from glazoo.program.terms import Names, Term, apply
 
 if TYPE_CHECKING:
     from glazoo.spec import Spec
 
-__all__ = ["Kernel", "Program", "StatePart", "lower"]
-
-
-class Kernel(StrEnum):
-    """The kernel classes that all programs compile onto."""
-
-    LINEAR = "linear"
-    """S = Diag(a) S + k w^T, read by q or q / I."""
-    DELTA = "delta"
-    """S = Diag(a) S; S += k (w - S^T e)^T."""
-    SYNAPSE = "synapse"
-    """Two linear states h and J, read through h / (J + I_p) per synapse."""
-    SYNAPSE_DELTA = "synapse_delta"
-    """Gain or decay per synapse that does not factor over keys and values."""
-    FULL = "full"
-    """Two linear states G and H, read through (H + Lambda)^-1."""
-
-
-@dataclass(frozen=True, slots=True)
-class StatePart:
-    """One tensor of the recurrent state."""
-
-    name: str
-    shape: tuple[str, ...]
-    meaning: str
+__all__ = ["Program", "lower"]
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What an engine runs: the kernel class, the operands it takes, and the state that it
-    carries."""
+    """What an engine runs: the steps, the operands that they take, and the state that they
+    carry."""
 
     spec: Spec
-    kernel: Kernel
     operands: tuple[Operand, ...]
+    steps: tuple[Step, ...]
+    kernel: Kernel
+    """The class of its core call."""
     state: tuple[StatePart, ...]
     recurrence: tuple[str, ...]
-    """The recurrence per head and token, in mathematical notation."""
-    lowering: tuple[str, ...]
-    """How the kernel's operands follow from the program's."""
+    """What the steps compute per head and token, in mathematical notation."""
 
     def operand(self, name: str) -> Operand | None:
-        """Gives an operand by its name, or None if the program does not take it."""
+        """Return an operand by its name, or None if the program does not take it."""
         return next((o for o in self.operands if o.name == name), None)
 
     def role(self, role: Role) -> Operand | None:
@@ -62,7 +64,7 @@ class Program:
         return next((o for o in self.operands if o.role == role), None)
 
     def state_floats(self, key_size: int, value_size: int) -> int:
-        """Counts the numbers of the recurrent state per value head."""
+        """Count the numbers of the recurrent state per value head."""
         sizes = {"K": key_size, "V": value_size}
         total = 0
         for part in self.state:
@@ -73,29 +75,24 @@ class Program:
         return total
 
     def flops_per_token(self, key_size: int, value_size: int) -> int:
-        """Counts multiplications, additions and divisions of the recurrent form per value head and
+        """Count multiplications, additions and divisions of the recurrent form per value head and
         token."""
-        kv, kk = key_size * value_size, key_size * key_size
-        per_step = {
-            Kernel.LINEAR: 3 * kv,
-            Kernel.DELTA: 5 * kv,
-            Kernel.SYNAPSE: 6 * kv,
-            Kernel.SYNAPSE_DELTA: 12 * kv,
-            Kernel.FULL: 3 * kv + 3 * kk,
-        }[self.kernel]
-        read = {
-            Kernel.SYNAPSE: 4 * kv,
-            Kernel.FULL: 2 * kv + key_size**3 // 3 + 2 * kk,
-        }.get(self.kernel, 2 * kv)
-        importance = (
-            4 * key_size
-            if self.spec.metaplastic and self.kernel in (Kernel.LINEAR, Kernel.DELTA)
-            else 0
-        )
-        return self.spec.steps.count * (per_step + importance) + read
+        return sum(row.times * row.step.cost(key_size, value_size) for row in self.rows())
+
+    def rows(self) -> Iterator[Row]:
+        """Iterate over the steps with what each one writes."""
+        names, times = _names(self.operands), 1
+        for step in _flat(self.steps):
+            known, lines = dict(names.x), len(names.lines)
+            step.write(names)
+            made = {n: x for n, x in names.x.items() if n not in known or known[n] != x}
+            texts = names.lines[lines:] or [f"{n} <- {x.text}" for n, x in made.items()]
+            yield Row(step, times, tuple(texts))
+            if isinstance(step, SubTokens):
+                times = step.count
 
     def describe(self) -> dict[str, Any]:
-        """Gives the program as plain data, for tables and machines."""
+        """Return the program as plain data, for tables and machines."""
         return {
             "name": self.spec.name,
             "kernel": str(self.kernel),
@@ -113,16 +110,31 @@ class Program:
                 for o in self.operands
             ],
             "state": [
-                {"name": p.name, "shape": list(p.shape), "meaning": p.meaning} for p in self.state
+                {"name": p.name, "symbol": p.symbol, "shape": list(p.shape), "meaning": p.meaning}
+                for p in self.state
             ],
             "recurrence": list(self.recurrence),
-            "lowering": list(self.lowering),
+            "steps": [
+                {"step": type(row.step).__name__, "times": row.times, "writes": list(row.texts)}
+                for row in self.rows()
+            ],
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A step of a program, for tables."""
+
+    step: Step
+    times: int
+    """How often it runs per token."""
+    texts: tuple[str, ...]
+    """The lines that it writes, or what it makes for later steps."""
 
 
 @functools.lru_cache(maxsize=512)
 def lower(spec: Spec) -> Program:
-    """Lowers a spec to its program: the operands, the state and one of the kernel classes.
+    """Lower a spec to its program: the operands, the steps and the state.
 
     A pure function of the spec's values; the name plays no part.
 
@@ -132,202 +144,206 @@ def lower(spec: Spec) -> Program:
     Returns:
         The program.
     """
+    steps, taken = tuple(_steps(spec)), tuple(operands(spec))
+    names = _names(taken)
+    for step in steps:
+        step.write(names)
+    order = ("memory", "importance", "normalizer", "lag_key", "lag_value")
+    parts = [part for step in steps for part in step.state()]
     return Program(
         spec=spec,
-        kernel=_kernel(spec),
-        operands=tuple(operands(spec)),
-        state=tuple(_state(spec)),
-        recurrence=tuple(_recurrence(spec)),
-        lowering=tuple(_lowering(spec)),
+        operands=taken,
+        steps=steps,
+        kernel=next(step.kernel for step in _flat(steps) if step.kernel is not None),
+        state=tuple(sorted(parts, key=lambda part: order.index(part.name))),
+        recurrence=tuple(names.lines),
     )
 
 
-def _kernel(spec: Spec) -> Kernel:
-    p, per_synapse = spec.posterior, spec.importance_per_synapse
-    per_value_rate = spec.write.shape == "value" and spec.erase.strength == "write"
-    if p.precision == "full":
-        return Kernel.FULL
-    if spec.hebbian:
-        return Kernel.SYNAPSE if per_synapse else Kernel.LINEAR
-    if per_synapse or per_value_rate:
-        return Kernel.SYNAPSE_DELTA
-    return Kernel.DELTA if p.correction == "full" else Kernel.LINEAR
+def _flat(steps: tuple[Step, ...]) -> Iterator[Step]:
+    for step in steps:
+        yield from step.steps if isinstance(step, OneToken) else (step,)
 
 
-def _state(spec: Spec) -> list[StatePart]:
-    p, imp = spec.posterior, spec.importance
-    if p.precision == "full":
-        memory = "G, decayed sum of k (beta v)^T"
-    elif imp is None:
-        memory = "S, mean"
-    else:
-        memory = "mu, mean" if spec.memory_is_mean else "h, importance times mean"
-    parts = [StatePart("memory", ("N", "HV", "K", "V"), memory)]
-    if imp is not None and p.precision == "full":
-        parts.append(
-            StatePart("importance", ("N", "HV", "K", "K"), "H, importance above the prior")
-        )
-    elif imp is not None:
-        per_synapse = spec.importance_per_synapse
-        shape = ("N", "HV", "K", "V") if per_synapse else ("N", "HV", "K")
-        parts.append(
-            StatePart(
-                "importance",
-                shape,
-                "z, log of importance" if spec.log_evidence else "J, importance above the prior",
-            )
-        )
-    if spec.read.normalizer != "none":
-        parts.append(StatePart("normalizer", ("N", "HV", "K"), "n, decayed sum of written keys"))
-    if spec.steps.source == "lagged":
-        parts.append(StatePart("lag_key", ("N", "H", "K"), "key of the last token"))
-        parts.append(StatePart("lag_value", ("N", "HV", "V"), "value of the last token"))
-    return parts
+def _names(taken: tuple[Operand, ...]) -> Names:
+    """Name the operands as formulas do: a decay by its exponential, a query with its scale."""
+    names = Names({})
+    for operand in taken:
+        dims = operand.shapes[-1]
+        index = "i" if "nT" in dims else "t" if "T" in dims else ""
+        shape = (dims[-1], "") if dims[-1] in ("K", "V") else ("", "")
+        term = Term(operand.symbol or operand.name, shape)
+        if index:
+            term = Term(f"{term.text}_{index}", shape)
+        if operand.role == "query":
+            term = Term(f"scale {term.text}", shape, level=2)
+        elif operand.role == "decay":
+            term = names.let("a", apply("exp", term))
+        elif operand.role == "importance_decay":
+            term = apply("exp", term)
+        names.x[operand.name] = term
+    return names
 
 
-_QUERY = "(scale q_t)"
-
-
-def _recurrence(spec: Spec) -> list[str]:
-    """Writes the recurrence of a spec, one line per assignment."""
-    p, imp, steps = spec.posterior, spec.importance, spec.steps
-    a = {"none": "", "head": "a_t ", "key": "Diag(a_t) "}[spec.decay.shape]
-    lines: list[str] = []
-    if spec.decay.source == "fixed":
-        lines.append("a_t = exp(g), fixed per head")
-    elif a and spec.decay.source != "derived":
-        lines.append("a_t = exp(g_t)")
+def _steps(spec: Spec) -> Iterator[Step]:
+    """Decide what a spec computes: the one place where its axes become operations."""
+    p, imp, erase, count = spec.posterior, spec.importance, spec.erase, spec.steps.count
+    given = spec.decay.shape != "none" and spec.decay.source != "derived"
+    g = "g" if given else None
+    beta = None if spec.write.shape == "none" else "beta"
+    # The key that predicts, and the one along which is removed where that is another.
+    e, removal = "p" if erase.key == "free" else "k", None
     if spec.key == "one_minus_decay":
-        lines.append("k_t = 1 - a_t")
-    beta = {"none": "", "head": "beta_t ", "value": "beta_t (.) "}.get(spec.write.shape, "")
-    if steps.source == "lagged":
-        lines += [
-            "two writes per token: (k_{t-1}, v_{t-1}) with beta_t (1 - trap_t), then the decay,",
-            "                      then (k_t, v_t) with beta_t trap_t",
-        ]
-    elif steps.count > 1:
-        lines.append(
-            f"{steps.count} writes per token; the decay acts at the first, "
-            "the read follows the last"
-        )
-    write = f"{beta}v_t"
-    if spec.log_evidence:
-        return [
-            *lines,
-            "z_t = log(exp(z_{t-1}) + exp(k_t));   I_t = exp(z_t)",
-            "mu_t = Diag(exp(z_{t-1} - z_t)) mu_{t-1} + exp(k_t - z_t) v_t^T",
-            f"y_t = mu_t^T {_QUERY}",
-        ]
+        yield TiedKey()
+    if erase.strength == "own" and erase.side == "prediction":
+        yield Times("e", "erase", e)
+        e = "e"
+    elif erase.strength == "own":
+        yield Times("removal", "a", e)
+        removal, count = "removal", 2
+    if spec.steps.source == "lagged":
+        beta = "beta"
+        gates = (beta,) if imp is None or imp.gate.shape == "none" else (beta, "b")
+        yield Lag(gates)
+        taps = {name: (f"{name}_before", name) for name in ("k", "v", *gates)}
+        yield _split(q=(None, "q"), g=(None, g), **taps)
+    elif spec.steps.count > 1:
+        later = [None] * (count - 1)
+        yield _split(q=(*later, "q"), g=(g, *later))
+    rated = spec.write.shape == "value" and erase.strength == "write"
     if p.precision == "full":
-        return [
-            *lines,
-            f"H_t = {a}H_{{t-1}} + beta_t k_t k_t^T",
-            f"G_t = {a}G_{{t-1}} + k_t ({write})^T",
-            f"y_t = G_t^T (H_t + Lambda)^-1 {_QUERY}",
-        ]
-    if imp is not None and imp.preconditioner is not None:
-        x = imp.preconditioner
-        lines.append("J_t = exp(g_importance_t) J_{t-1} + b_t k_t^2")
-        lines.append(f"m_t = {x.base} ^ -softsign(log(J_t + {x.eps:g}) - center)")
-    elif imp is not None:
-        evidence = "b_t k_t^2" if imp.gate.shape == "head" else "k_t^2 b_t^T"
-        before = "" if spec.hebbian else f";   I'_t = {a}J_{{t-1}} + I_p"
-        lines.append(f"J_t = {a}J_{{t-1}} + {evidence};   I_t = J_t + I_p{before}")
-    return lines + (
-        _hebbian_lines(spec, a, beta, write)
-        if spec.hebbian
-        else _corrected_lines(spec, a, beta, write)
+        w = "v"
+        if beta is not None:
+            yield Times("w", beta, "v")
+            w = "w"
+        yield Full(w, beta, g)
+    elif spec.importance_per_synapse or (rated and not spec.hebbian):
+        yield from _per_synapse(spec, g, beta, e, removal)
+    elif spec.log_evidence:
+        yield LogImportance()
+        yield Variance("z")
+        yield Linear("q", "kappa", "v", "forget", symbol="mu")
+    else:
+        steps = tuple(_per_key(spec, g, beta, e, removal))
+        # An engine may have a token in one piece, where importance scales one write.
+        if imp is not None and imp.preconditioner is None and count == 1:
+            yield OneToken(
+                steps,
+                beta,
+                g,
+                None if e == "k" else e,
+                "none" if spec.hebbian else p.correction,
+                p.gain,
+                spec.read.when,
+                erase.base,
+                erase.strength == "own",
+            )
+        else:
+            yield from steps
+    if spec.read.bonus:
+        yield Bonus(beta)
+    if spec.read.normalizer != "none":
+        yield Normalize(beta, g, spec.read.normalizer, spec.read.eps)
+    yield ReadOut(count)
+
+
+def _split(**parts: tuple[str | None, ...]) -> SubTokens:
+    """Leave out names that stand for nothing at any sub-token."""
+    return SubTokens(tuple((name, given) for name, given in parts.items() if any(given)))
+
+
+def _per_synapse(
+    spec: Spec, g: str | None, beta: str | None, e: str, removal: str | None
+) -> Iterator[Step]:
+    """Importance with one entry per key and value channel, or a gain with one."""
+    p, imp, v, evidence = spec.posterior, spec.importance, "v", "k"
+    if beta is not None and (spec.hebbian or spec.erase.strength == "own"):
+        # The write gate acts on the value alone.
+        yield Times("w", beta, "v")
+        v, beta = "w", None
+    if spec.hebbian:
+        yield Synapse(v, g, spec.read.when)
+        return
+    if imp is None:
+        yield Variance(None)
+    if removal is not None:
+        # The first sub-token sees all evidence, so that both use the same importance.
+        yield _split(
+            q=(None, "q"),
+            k=(removal, "k"),
+            e=(e, None),
+            evidence=("k", None),
+            b=("b", "b"),
+            g=(g, None),
+            **{v: (None, v)},
+        )
+        e, evidence = "e", "evidence"
+    yield SynapseDelta(
+        v,
+        beta,
+        None if imp is None else "b",
+        imp is not None and imp.gate.shape == "head",
+        g,
+        e,
+        evidence,
+        p.gain,
+        p.correction,
+        spec.erase.base,
     )
 
 
-def _hebbian_lines(spec: Spec, a: str, beta: str, write: str) -> list[str]:
-    read, metaplastic = spec.read, spec.metaplastic
-    at = "{t-1}" if read.when == "pre" else "t"
-    s = "h" if metaplastic else "S"
-    y = f"(h_{at} / I_{at})^T {_QUERY}" if metaplastic else f"S_{at}^T {_QUERY}"
-    if read.bonus:
-        y += f" + ((u (.) k_t) . {_QUERY}) {write}"
-    lines = [f"{s}_t = {a}{s}_{{t-1}} + k_t ({write})^T"]
-    if read.normalizer == "sum":
-        y = f"({y}) / (n_t . {_QUERY} + {read.eps:g})"
-    elif read.normalizer == "max_abs_one":
-        y = f"({y}) / max(|n_t . {_QUERY}|, 1)"
-    if read.normalizer != "none":
-        lines.append(f"n_t = {a}n_{{t-1}} + {beta}k_t")
-    return [*lines, f"y_t = {y}"]
-
-
-def _corrected_lines(spec: Spec, a: str, beta: str, write: str) -> list[str]:
-    p, imp, erase = spec.posterior, spec.importance, spec.erase
-    reciprocal = imp is not None and imp.preconditioner is None
-    mu = "mu" if imp is not None else "S"
-    prev = f"{mu}_{{t-1}}"
-    lines: list[str] = []
-    if a:
-        forget = "(a_t I_{t-1} / I'_t) (.) " if reciprocal else a
-        lines.append(f"{mu}' = {forget}{prev}")
-        prev = f"{mu}'"
-    if p.gain == "exact":
-        k, k2 = ("(k_t / I'_t)", "k_t^2 / I'_t") if reciprocal else ("k_t", "k_t^2")
-        lines.append(f"G_t = {beta}{k} / (1 + {beta}sum {k2})")
-        if p.correction == "diagonal":
-            lines.append(f"{mu}_t = {prev} (.) (1 - k_t (.) G_t) + G_t v_t^T")
-        else:
-            lines.append(f"{mu}_t = {prev} + G_t (v_t - {prev}^T k_t)^T")
-        return [*lines, f"y_t = {mu}_t^T {_QUERY}"]
-    over = " / I_t" if reciprocal else ""
-    k = "(m_t (.) k_t)" if imp is not None and not reciprocal else f"(k_t{over})" if over else "k_t"
-    e = "p_t" if erase.key == "free" else "k_t"
-    x = prev if erase.base == "decayed" else f"{mu}_{{t-1}}"
-    if erase.strength == "write":
-        update = f"{k} ({write} - {beta}{x}^T {e})^T"
-    elif erase.side == "prediction":
-        update = f"{k} ({write} - {x}^T (erase_t (.) {e}))^T"
+def _per_key(
+    spec: Spec, g: str | None, beta: str | None, e: str, removal: str | None
+) -> Iterator[Step]:
+    """Importance that is constant or one vector over keys: the classes of matrix products."""
+    p, imp, when = spec.posterior, spec.importance, spec.read.when
+    q, k, w, forget, found, symbol = "q", "k", "v", g, None, "S"
+    J = "J" if when == "post" else "J_before"
+    if imp is None:
+        yield Variance(None)
+    elif imp.preconditioner is not None:
+        yield Importance("g_importance", before=False)
+        yield Precondition(imp.preconditioner.base, imp.preconditioner.eps)
+        yield Times("kappa", "m", "k")
+        k, symbol = "kappa", "mu"
     else:
-        update = f"{k} ({write})^T - (a^r_t (.) {e}{over}) ({x}^T {e})^T"
-    return [*lines, f"{mu}_t = {prev} + {update}", f"y_t = {mu}_t^T {_QUERY}"]
-
-
-def _lowering(spec: Spec) -> list[str]:
-    """Says how the operands of the kernel class follow from the program's."""
-    kernel, imp, steps = _kernel(spec), spec.importance, spec.steps
-    lines: list[str] = []
-    if steps.source == "lagged":
-        lines.append(
-            "tokens -> 2 sub-tokens: the previous (k, v), then this one; the decay acts in between"
-        )
-    elif steps.count > 1:
-        lines.append(f"tokens -> {steps.count} sub-tokens; decay on the first, read after the last")
-    if spec.erase.side == "removal" and spec.erase.strength == "own":
-        lines.append("token -> 2 sub-tokens: remove along a (.) p, then write along k")
-    if spec.log_evidence:
-        lines.append("log-importance scan z_t;  g <- z_{t-1} - z_t;  k <- exp(k_t - z_t)")
-    elif imp is not None and imp.preconditioner is not None:
-        lines.append("importance scan J_t with its own decay;  write key <- m(J_t) (.) k")
-    elif imp is not None and kernel in (Kernel.LINEAR, Kernel.DELTA):
-        lines.append("importance scan J_t over keys, I = J + I_p")
+        pulled = not spec.hebbian and (g is not None or p.gain == "exact")
+        yield Importance(g, before=pulled or when == "pre")
+        yield Variance(J)
+        symbol = "h" if spec.hebbian else "mu"
         if spec.hebbian:
-            lines.append("query <- q / I_t")
+            yield Divide("read", "q", J)
+            q = "read"
+        elif pulled:
+            yield Forget(g)
+            forget, found = None if g is None else "forget", "found"
+    if p.gain == "exact":
+        diagonal = p.correction == "diagonal"
+        yield ExactGain(beta, found, forget, diagonal)
+        if diagonal:
+            yield Linear(q, "kappa", w, "kept", symbol=symbol)
         else:
-            lines.append("decay <- a I_{t-1} / I'_t;  write key <- k / I_t (exact gain: k / I'_t)")
-    if (
-        spec.posterior.gain == "exact"
-        and spec.posterior.correction == "full"
-        and kernel is Kernel.DELTA
-    ):
-        lines.append("rate <- beta / (1 + beta sum k^2 / I')")
-    if spec.posterior.correction == "diagonal" and kernel is Kernel.LINEAR and not spec.hebbian:
-        lines.append("decay <- a (1 - k G) per key;  key <- G")
-    if spec.read.normalizer != "none":
-        lines.append("normaliser: the same linear program with the one value channel 1")
-    lines.append(f"kernel class {kernel}: {_KERNEL_LINES[kernel]}")
-    return lines
-
-
-_KERNEL_LINES = {
-    Kernel.LINEAR: "S = Diag(a) S + k w^T, y = S^T q",
-    Kernel.DELTA: "S = Diag(a) S; S = S + k (w - S^T e)^T; y = S^T q",
-    Kernel.SYNAPSE: "h = Diag(a) h + k w^T; J = Diag(a) J + k^2 b^T; y = (h / (J + I_p))^T q",
-    Kernel.SYNAPSE_DELTA: "mean and importance per synapse, token by token",
-    Kernel.FULL: "G = a G + k w^T; H = a H + beta k k^T; y = G^T (H + Lambda)^-1 q",
-}
+            yield Times("e", "rate", "k")
+            yield Times("w", "rate", "v")
+            yield Delta(q, "e", "kappa", "w", forget, "decayed", symbol)
+        return
+    if beta is not None:
+        yield Times("w", beta, "v")
+        w = "w"
+    if spec.hebbian:
+        yield Linear(q, k, w, g, when, symbol)
+        return
+    if beta is not None and spec.erase.strength == "write":
+        yield Times("e", beta, e)
+        e = "e"
+    if imp is not None and imp.preconditioner is None:
+        yield Divide("kappa", "k", "J")
+        k = "kappa"
+        if removal is not None:
+            yield Divide("removed", removal, "J")
+            removal = "removed"
+    if removal is not None:
+        g = forget
+        yield _split(q=(None, q), e=(e, None), kappa=(removal, k), w=(None, w), g=(g, None))
+        e, k, w, forget = "e", "kappa", "w", "g"
+    yield Delta(q, e, k, w, forget, spec.erase.base, symbol)

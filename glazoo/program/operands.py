@@ -43,6 +43,8 @@ class Operand:
     """Accepted shapes over B, T, nT (tokens times steps), H, HV, K, V; () is a number."""
     meaning: str
     """What it is."""
+    symbol: str | None = None
+    """What formulas call it, if not by its name."""
     low: float = -math.inf
     """Smallest accepted value."""
     high: float = math.inf
@@ -130,9 +132,10 @@ def operands(spec: Spec) -> Iterator[Operand]:
         yield Operand("p", "erase_key", key, "erase key", idle=0.0, wide=False)
     if erase.strength == "own":
         predicts, shape = erase.side == "prediction", gate(steps, "key")
-        meaning = f"own gate of the {'prediction key' if predicts else 'removal'}"
         name = "erase" if predicts else "a"
-        yield Operand(name, "erase", shape, meaning, idle=0.0, usual=(0.0, 1.0))
+        meaning = f"own gate of the {'prediction key' if predicts else 'removal, r in formulas'}"
+        symbol = name if predicts else "r"
+        yield Operand(name, "erase", shape, meaning, symbol=symbol, idle=0.0, usual=(0.0, 1.0))
     if spec.read.bonus:
         yield Operand("u", "bonus", _shapes("HV K"), "same-token bonus")
     if imp is None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from glazoo.engines.posterior import forgetting, over
+from glazoo.program.elementwise import forgetting, over
 
 
 def _leaves(*shapes: tuple[int, ...]) -> list[torch.Tensor]:

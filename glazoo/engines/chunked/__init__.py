@@ -6,5 +6,17 @@ from glazoo.engines.chunked.importance import importance
 from glazoo.engines.chunked.linear import linear
 from glazoo.engines.chunked.synapse import synapse
 from glazoo.engines.chunked.synapse_delta import synapse_delta
+from glazoo.program.core import PosteriorStep
 
-__all__ = ["delta", "full", "importance", "linear", "synapse", "synapse_delta"]
+posterior_step: PosteriorStep | None = None
+"""A token of decoding takes the same few operations here, in one piece or in several."""
+
+__all__ = [
+    "delta",
+    "full",
+    "importance",
+    "linear",
+    "posterior_step",
+    "synapse",
+    "synapse_delta",
+]

@@ -1,0 +1,879 @@
+"""The steps of which programs consist.
+
+A step is data. It runs on an environment of tensors, with the core operations of an engine; it
+writes itself on an environment of terms, which gives the same recurrence as mathematics; and it
+counts its operations. Both environments know operands, states and what earlier steps made by the
+same names. Where a step takes a name, `None` stands for a one or for nothing to do.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from glazoo.program.core import Core, Kernel
+from glazoo.program.elementwise import forgetting, over
+from glazoo.program.sequences import interleave, last, positions, previous
+from glazoo.program.terms import Names, Shape, Term, apply, number
+
+__all__ = [
+    "Bonus",
+    "Delta",
+    "Divide",
+    "Env",
+    "ExactGain",
+    "Forget",
+    "Full",
+    "Importance",
+    "Lag",
+    "Linear",
+    "LogImportance",
+    "Normalize",
+    "OneToken",
+    "Precondition",
+    "ReadOut",
+    "StatePart",
+    "Step",
+    "SubTokens",
+    "Synapse",
+    "SynapseDelta",
+    "TiedKey",
+    "Times",
+    "Variance",
+]
+
+_KEY: Shape = ("K", "")
+_MEMORY: Shape = ("K", "V")
+_ONE, _PRIOR = number(1), Term("I_p", _KEY)
+
+
+@dataclass(slots=True)
+class Env:
+    """What the names of a program stand for while it runs."""
+
+    x: dict[str, Tensor]
+    """Operands, parts of the state, and what steps make: q is scaled, g is per token. A part of the
+    state is the initial one until the step that carries it has run, and then the final one."""
+    core: Core
+    narrow: torch.dtype
+    """Dtype in which core operations take tokens: what follows from several operands is computed in
+    the wide dtype and rounded once, where it is handed over."""
+    wide: torch.dtype
+    """Dtype of gates, states and normalisers, which are never rounded."""
+    cu_seqlens: Tensor | None
+    uncertainty: bool
+    """Whether the call asks for it."""
+
+    def gate(self, name: str | None) -> Tensor | None:
+        """Return a tensor as it is, or None."""
+        return None if name is None else self.x[name]
+
+    def token(self, name: str) -> Tensor:
+        """Return a tensor in the dtype of tokens."""
+        return self.x[name].to(self.narrow)
+
+    def heads(self, name: str) -> Tensor:
+        """Repeat the query/key heads of [B, T, H, K] for the value heads that read them."""
+        return _spread(self.x[name], self.x["v"].shape[2])
+
+    def prior(self) -> Tensor:
+        """Return the prior as [HV, K]."""
+        return self.x["prior"].expand(-1, self.x["q"].shape[-1])
+
+    def ones(self) -> Tensor:
+        """Return a write gate that is one, [B, T, HV]."""
+        v = self.x["v"]
+        return v.new_ones(v.shape[:3], dtype=self.wide)
+
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        """Return memory and importance at the start, for classes that keep both together."""
+        if "memory" not in self.x:
+            return None
+        return self.x["memory"], self.x["importance"]
+
+
+def _spread(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
+
+
+def _times(gate: Tensor | None, x: Tensor) -> Tensor:
+    """Multiply [B, T, H, D] by a gate [B, T, HV] or [B, T, HV, D]."""
+    if gate is None:
+        return x
+    x = _spread(x, gate.shape[2])
+    return x * (gate if gate.ndim == x.ndim else gate[..., None])
+
+
+@dataclass(frozen=True, slots=True)
+class StatePart:
+    """One tensor of the recurrent state."""
+
+    name: str
+    symbol: str
+    """Its name in the recurrence."""
+    shape: tuple[str, ...]
+    meaning: str
+
+
+class Step(ABC):
+    """One step of a program."""
+
+    __slots__ = ()
+    kernel: ClassVar[Kernel | None] = None
+    """The kernel class that it calls, for the one core call of a program."""
+
+    @abstractmethod
+    def run(self, env: Env) -> None:
+        """Compute."""
+
+    @abstractmethod
+    def write(self, names: Names) -> None:
+        """Write the same as mathematics."""
+
+    def cost(self, key_size: int, value_size: int) -> int:
+        """Count multiplications, additions and divisions per value head and (sub-)token."""
+        return 0
+
+    def state(self) -> tuple[StatePart, ...]:
+        """List what it carries from token to token."""
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class TiedKey(Step):
+    """The key that the decay leaves room for: k = 1 - a."""
+
+    def run(self, env: Env) -> None:
+        env.x["k"] = -torch.expm1(env.x["g"]).to(env.narrow)
+
+    def write(self, names: Names) -> None:
+        names.x["k"] = names.let("k", _ONE - names.x["g"])
+
+    def cost(self, key_size: int, value_size: int) -> int:
+        return key_size
+
+
+@dataclass(frozen=True, slots=True)
+class Times(Step):
+    """A gate times a key or a value."""
+
+    out: str
+    gate: str
+    of: str
+
+    def run(self, env: Env) -> None:
+        env.x[self.out] = _times(env.x[self.gate], env.x[self.of])
+
+    def write(self, names: Names) -> None:
+        names.x[self.out] = names.x[self.gate] * names.x[self.of]
+
+    def cost(self, key_size: int, value_size: int) -> int:
+        return value_size if self.of == "v" else key_size
+
+
+@dataclass(frozen=True, slots=True)
+class Lag(Step):
+    """The previous token's key and value, and how a token's gates are shared between both."""
+
+    gates: tuple[str, ...]
+    """Gates of writes; those that are no operand are ones."""
+
+    def run(self, env: Env) -> None:
+        x, trap = env.x, env.x["trap"]
+        for name, part in (("k", "lag_key"), ("v", "lag_value")):
+            first = x.get(part)
+            x[f"{name}_before"] = previous(x[name], first, env.cu_seqlens)
+            x[part] = last(x[name], first, env.cu_seqlens, env.wide)
+        for name in self.gates:
+            gate = x.get(name)
+            now = trap if gate is None or gate.ndim == trap.ndim else trap[..., None]
+            x[f"{name}_before"] = 1 - now if gate is None else gate * (1 - now)
+            x[name] = now if gate is None else gate * now
+
+    def write(self, names: Names) -> None:
+        x, trap = names.x, names.x["trap"]
+        for name in ("k", "v"):
+            x[f"{name}_before"] = names.before(name, x[name].shape)
+        for name in self.gates:
+            gate = x.get(name)
+            x[f"{name}_before"] = _ONE - trap if gate is None else gate * (_ONE - trap)
+            x[name] = trap if gate is None else gate * trap
+
+    def cost(self, key_size: int, value_size: int) -> int:
+        return 3 * len(self.gates)
+
+    def state(self) -> tuple[StatePart, ...]:
+        return (
+            StatePart("lag_key", "k", ("N", "H", "K"), "key of the last token"),
+            StatePart("lag_value", "v", ("N", "HV", "V"), "value of the last token"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SubTokens(Step):
+    """Several sub-tokens per token, of which the last one is read."""
+
+    parts: tuple[tuple[str, tuple[str | None, ...]], ...]
+    """What every name stands for at each sub-token; None: zero, for a decay one. Names that are not
+    listed are given per sub-token."""
+
+    @property
+    def count(self) -> int:
+        """Sub-tokens per token."""
+        return len(self.parts[0][1])
+
+    def run(self, env: Env) -> None:
+        made = {}
+        for name, parts in self.parts:
+            given = [None if part is None else env.x[part] for part in parts]
+            heads = max(x.shape[2] for x in given if x is not None)
+            spread = [None if x is None else _spread(x, heads) for x in given]
+            like = next(x for x in spread if x is not None)
+            zero = torch.zeros_like(like) if None in parts else like
+            made[name] = interleave(*(zero if x is None else x for x in spread))
+        env.x |= made
+        if env.cu_seqlens is not None:
+            env.cu_seqlens = self.count * env.cu_seqlens
+
+    def write(self, names: Names) -> None:
+        names.lines.append(f"for i = 1 to {self.count}:")
+        names.index, made = "i", {}
+        for name, parts in self.parts:
+            # Formulas know a decay by its exponential.
+            symbol, nothing = ("a", _ONE) if name == "g" else (name, number(0))
+            given = [nothing if part is None else names.x[part] for part in parts]
+            shape = next(x.shape for x in given if x is not nothing)
+            row = Term(f"[{', '.join(x.text for x in given)}]", shape)
+            made[name] = names.let(symbol, row)
+        names.x |= made
+
+
+@dataclass(frozen=True, slots=True)
+class Importance(Step):
+    """The scan of an importance over keys, above the prior."""
+
+    g: str | None
+    before: bool
+    """Whether the importance before each token is needed, too."""
+
+    def run(self, env: Env) -> None:
+        x, first = env.x, env.x.get("importance")
+        x["J"], x["importance"] = env.core.importance(
+            env.token("k"),
+            x["b"],
+            env.gate(self.g),
+            initial_state=first,
+            cu_seqlens=env.cu_seqlens,
+        )
+        if self.before:
+            x["J_before"] = previous(x["J"], first, env.cu_seqlens)
+
+    def write(self, names: Names) -> None:
+        x = names.x
+        x["J_before"] = names.before("J", _KEY)
+        x["J"] = names.let("J", names.decayed(self.g, "J", _KEY) + x["b"] * x["k"].squared)
+
+    def cost(self, key_size: int, value_size: int) -> int:
+        return 4 * key_size
+
+    def state(self) -> tuple[StatePart, ...]:
+        return (_importance(("K",)),)
+
+
+def _importance(channels: tuple[str, ...]) -> StatePart:
+    return StatePart("importance", "J", ("N", "HV", *channels), "importance above the prior")
+
+
+@dataclass(frozen=True, slots=True)
+class LogImportance(Step):
+    """The scan of an importance that counts e^k, in logarithms, and what it makes of decay and
+    key."""
+
+    def run(self, env: Env) -> None:
+        x, cu = env.x, env.cu_seqlens
+        k, first = env.heads("k").to(env.wide), x.get("importance")
+        if first is None:
+            n = k.shape[0] if cu is None else len(cu) - 1
+            first = k.new_full((n, *k.shape[2:]), -torch.inf)
+        if cu is None:
+            z = torch.logcumsumexp(k, 1) if k.shape[1] else k
+            z = torch.logaddexp(z, first[:, None])
+        else:
+            # Segmented scan by doubling: after i rounds z_t covers the last 2^i tokens of its
+            # sequence.
+            sequence, _ = positions(cu, k.shape[1])
+            z, reach = k, 1
+            while reach < k.shape[1]:
+                start = torch.zeros_like(sequence[:reach], dtype=torch.bool)
+                same = torch.cat([start, sequence[reach:] == sequence[:-reach]])
+                moved = torch.cat([torch.zeros_like(z[:, :reach]), z[:, :-reach]], 1)
+                z = torch.logaddexp(z, moved.masked_fill(~same[None, :, None, None], -torch.inf))
+                reach *= 2
+            z = torch.logaddexp(z, first[sequence][None])
+        x["z"], x["importance"] = z, last(z, first, cu, env.wide)
+        x["forget"], x["kappa"] = previous(z, first, cu) - z, (env.heads("k") - z).exp()
+
+    def write(self, names: Names) -> None:
+        x, before = names.x, names.before("z", _KEY)
+        z = names.let("z", apply("log", apply("exp", before) + apply("exp", x["k"])))
+        x["z"] = z
+        x["forget"], x["kappa"] = apply("exp", before - z), apply("exp", x["k"] - z)
+
+    def cost(self, key_size: int, value_size: int) -> int:
+        return 7 * key_size
+
+    def state(self) -> tuple[StatePart, ...]:
+        return (StatePart("importance", "z", ("N", "HV", "K"), "logarithm of importance"),)
+
+
+@dataclass(frozen=True, slots=True)
+class Forget(Step):
+    """How the mean is forgotten when its importance decays to the prior, and the importance I' that
+    a token finds."""
+
+    g: str | None
+
+    def run(self, env: Env) -> None:
+        x, g = env.x, env.gate(self.g)
+        if g is None:
+            x["found"] = x["J_before"] + x["prior"]
+        else:
+            wide = g if g.ndim == 4 else g[..., None]
+            x["forget"], x["found"] = forgetting(x["J_before"], wide, x["prior"])
+
+    def write(self, names: Names) -> None:
+        x = names.x
+        found = names.let("I'", names.decayed(self.g, "J", _KEY) + _PRIOR)
+        x["found"] = found
+        if self.g is not None:
+            x["forget"] = x[self.g] * (x["J_before"] + _PRIOR) / found
+
+    def cost(self, key_size: int, value_size: int) -> int:
+        return key_size if self.g is None else 4 * key_size
+
+
+@dataclass(frozen=True, slots=True)
+class Divide(Step):
+    """A key or query over the importance."""
+
+    out: str
+    of: str
+    importance: str
+    """J or J_before."""
+
+    def run(self, env: Env) -> None:
+        env.x[self.out] = over(env.heads(self.of), env.x[self.importance], env.x["prior"])
+
+    def write(self, names: Names) -> None:
+        names.x[self.out] = names.x[self.of] / (names.x[self.importance] + _PRIOR)
+
+    def cost(self, key_size: int, value_size: int) -> int:
+        return 2 * key_size
+
+
+@dataclass(frozen=True, slots=True)
+class Precondition(Step):
+    """The bounded factor on the write key that stands for a reciprocal importance:
+    base ^ -softsign(log(J + eps) - center)."""
+
+    base: float
+    eps: float
+
+    def run(self, env: Env) -> None:
+        x = (env.x["J"] + self.eps).log() - env.x["center"][:, None]
+        env.x["m"] = (-math.log(self.base) * x / (1 + x.abs())).exp()
+
+    def write(self, names: Names) -> None:
+        level = apply("log", names.x["J"] + number(self.eps)) - names.x["center"]
+        power = Term(f"{self.base:g}^(-{apply('softsign', level).text})", _KEY)
+        names.x["m"] = names.let("m", power)
+
+    def cost(self, key_size: int, value_size: int) -> int:
+        return 8 * key_size
+
+
+@dataclass(frozen=True, slots=True)
+class ExactGain(Step):
+    """The strength of the exact rank-one gain, and the key that it goes along."""
+
+    beta: str | None
+    found: str | None
+    g: str | None
+    diagonal: bool
+    """Whether every synapse corrects its own part of the prediction alone, which makes the gain
+    part of the decay."""
+
+    def run(self, env: Env) -> None:
+        x, key = env.x, env.heads("k")
+        beta = env.gate(self.beta)
+        scaled = key if self.found is None else key / x[self.found]
+        rate = 1 / (1 + _times(beta, (key * scaled).sum(-1, keepdim=True)))
+        x["rate"] = rate[..., 0] if beta is None else beta * rate[..., 0]
+        x["kappa"] = scaled
+        if self.diagonal:
+            x["kappa"] = x["rate"][..., None] * scaled
+            kept, g = torch.log1p(-key * x["kappa"]), env.gate(self.g)
+            x["kept"] = kept if g is None else kept + (g if g.ndim == 4 else g[..., None])
+
+    def write(self, names: Names) -> None:
+        x, k = names.x, names.x["k"]
+        beta = _ONE if self.beta is None else x[self.beta]
+        scaled = k if self.found is None else k / x[self.found]
+        total = k.T @ scaled if self.beta is None else beta * (k.T @ scaled)
+        x["rate"] = names.let("s", beta / (_ONE + total))
+        x["kappa"] = scaled
+        if self.diagonal:
+            x["kappa"] = names.let("G", x["rate"] * scaled)
+            kept = _ONE - k * x["kappa"]
+            x["kept"] = kept if self.g is None else x[self.g] * kept
+
+    def cost(self, key_size: int, value_size: int) -> int:
+        return (7 if self.diagonal else 3) * key_size
+
+
+@dataclass(frozen=True, slots=True)
+class Linear(Step):
+    """The class `linear`: S = Diag(a) S + k w^T, y = S^T q."""
+
+    q: str
+    k: str
+    w: str
+    g: str | None
+    read: str = "post"
+    symbol: str = "S"
+    kernel = Kernel.LINEAR
+
+    def run(self, env: Env) -> None:
+        env.x["y"], env.x["memory"] = env.core.linear(
+            env.token(self.q),
+            env.token(self.k),
+            env.token(self.w),
+            env.gate(self.g),
+            initial_state=env.x.get("memory"),
+            read=self.read,
+            cu_seqlens=env.cu_seqlens,
+        )
+
+    def write(self, names: Names) -> None:
+        x, old = names.x, names.before(self.symbol, _MEMORY)
+        new = names.decayed(self.g, self.symbol, _MEMORY) + x[self.k] @ x[self.w].T
+        new = names.let(self.symbol, new)
+        x["y"] = (new if self.read == "post" else old).T @ x[self.q]
+
+    def cost(self, key_size: int, value_size: int) -> int:
+        return 5 * key_size * value_size
+
+    def state(self) -> tuple[StatePart, ...]:
+        return (_memory(self.symbol),)
+
+
+_MEANINGS = {
+    "S": "mean",
+    "mu": "mean",
+    "h": "importance times mean",
+    "G": "decayed sum of k (beta v)^T",
+}
+
+
+def _memory(symbol: str) -> StatePart:
+    return StatePart("memory", symbol, ("N", "HV", "K", "V"), _MEANINGS[symbol])
+
+
+@dataclass(frozen=True, slots=True)
+class Delta(Step):
+    """The class `delta`: S = Diag(a) S; S = S + k (w - S^T e)^T; y = S^T q."""
+
+    q: str
+    e: str
+    k: str
+    w: str
+    g: str | None
+    base: str
+    symbol: str
+    kernel = Kernel.DELTA
+
+    def run(self, env: Env) -> None:
+        env.x["y"], env.x["memory"] = env.core.delta(
+            env.token(self.q),
+            env.token(self.e),
+            env.token(self.k),
+            env.token(self.w),
+            env.gate(self.g),
+            initial_state=env.x.get("memory"),
+            base=self.base,
+            cu_seqlens=env.cu_seqlens,
+        )
+
+    def write(self, names: Names) -> None:
+        x, old = names.x, names.before(self.symbol, _MEMORY)
+        mean = _decayed_mean(names, self.g, self.symbol)
+        seen = mean if self.base == "decayed" else old
+        new = mean + x[self.k] @ (x[self.w] - seen.T @ x[self.e]).T
+        x["y"] = names.let(self.symbol, new).T @ x[self.q]
+
+    def cost(self, key_size: int, value_size: int) -> int:
+        return 7 * key_size * value_size
+
+    def state(self) -> tuple[StatePart, ...]:
+        return (_memory(self.symbol),)
+
+
+def _decayed_mean(names: Names, g: str | None, symbol: str) -> Term:
+    """Write the mean after its decay, if there is one."""
+    mean = names.decayed(g, symbol, _MEMORY)
+    return mean if g is None else names.let(f"{symbol}'", mean)
+
+
+@dataclass(frozen=True, slots=True)
+class Synapse(Step):
+    """The class `synapse`: h = Diag(a) h + k w^T; J = Diag(a) J + k^2 b^T;
+    y = (h / (J + I_p))^T q."""
+
+    w: str
+    g: str | None
+    read: str
+    kernel = Kernel.SYNAPSE
+
+    def run(self, env: Env) -> None:
+        x = env.x
+        x["y"], (x["memory"], x["importance"]), doubt = env.core.synapse(
+            env.token("q"),
+            env.token("k"),
+            env.token(self.w),
+            x["b"],
+            env.gate(self.g),
+            prior=env.prior(),
+            initial_state=env.pair(),
+            read=self.read,
+            uncertainty=env.uncertainty,
+            cu_seqlens=env.cu_seqlens,
+        )
+        if doubt is not None:
+            x["uncertainty"] = doubt
+
+    def write(self, names: Names) -> None:
+        x = names.x
+        h, J = (names.decayed(self.g, s, _MEMORY) for s in ("h", "J"))
+        h = names.let("h", h + x["k"] @ x[self.w].T)
+        J = names.let("J", J + x["k"].squared @ x["b"].T)
+        if self.read == "pre":
+            h, J = (names.before(s, _MEMORY) for s in ("h", "J"))
+        x["y"] = (h / (J + _PRIOR)).T @ x["q"]
+        x["uncertainty"] = (_ONE / (J + _PRIOR)).T @ x["q"].squared
+
+    def cost(self, key_size: int, value_size: int) -> int:
+        return 10 * key_size * value_size
+
+    def state(self) -> tuple[StatePart, ...]:
+        return _memory("h"), _importance(("K", "V"))
+
+
+@dataclass(frozen=True, slots=True)
+class SynapseDelta(Step):
+    """The class `synapse_delta`: mean and importance per synapse, token by token."""
+
+    v: str
+    beta: str | None
+    b: str | None
+    """None: importance is the constant one."""
+    shared: bool
+    """Whether the importance of a key is equal for all value channels."""
+    g: str | None
+    e: str
+    evidence: str
+    gain: str
+    correction: str
+    base: str
+    kernel = Kernel.SYNAPSE_DELTA
+
+    def run(self, env: Env) -> None:
+        x, start = env.x, None
+        k, v = env.token("k"), env.token(self.v)
+        beta, b = env.gate(self.beta), env.gate(self.b)
+        if b is not None and self.shared:
+            b = b[..., None].expand(v.shape)
+        if "memory" in x:
+            memory = x["memory"]
+            importance = torch.zeros_like(memory) if b is None else x["importance"]
+            if self.shared:
+                importance = importance[..., None].expand(memory.shape)
+            start = memory, importance
+        prior = k.new_ones(v.shape[2], k.shape[-1], dtype=env.wide)
+        x["y"], (x["memory"], importance), doubt = env.core.synapse_delta(
+            env.token("q"),
+            k,
+            v,
+            env.ones() if beta is None else beta,
+            b,
+            env.gate(self.g),
+            e=None if self.e == "k" else env.token(self.e),
+            evidence=None if self.evidence == "k" else env.token(self.evidence),
+            prior=prior if b is None else env.prior(),
+            gain=self.gain,
+            correction=self.correction,
+            base=self.base,
+            initial_state=start,
+            uncertainty=env.uncertainty and b is not None,
+            cu_seqlens=env.cu_seqlens,
+        )
+        if b is not None:
+            x["importance"] = importance[..., 0] if self.shared else importance
+        if doubt is not None:
+            x["uncertainty"] = doubt[..., 0] if self.shared else doubt
+
+    def write(self, names: Names) -> None:
+        x, k, v = names.x, names.x["k"], names.x[self.v]
+        symbol, scaled, total = "S", k, None
+        if self.b is None:
+            mean = _decayed_mean(names, self.g, symbol)
+        else:
+            symbol = "mu"
+            shape, square = (_KEY if self.shared else _MEMORY), x[self.evidence].squared
+            new = x[self.b] * square if self.shared else square @ x[self.b].T
+            total = names.let("J", names.decayed(self.g, "J", shape) + new) + _PRIOR
+            mean = names.before(symbol, _MEMORY)
+            if self.g is not None or self.gain != "first_order":
+                found = names.let("I'", names.decayed(self.g, "J", shape) + _PRIOR)
+                scaled = k / found
+                if self.g is not None:
+                    forget = x[self.g] * (names.before("J", shape) + _PRIOR) / found
+                    mean = names.let("mu'", forget * mean)
+        beta = None if self.beta is None else x[self.beta]
+        old = names.before(symbol, _MEMORY)
+        seen = mean if self.base == "decayed" else old
+        if self.gain == "first_order":
+            error = v - seen.T @ x[self.e]
+            error = error if beta is None else beta * error
+            new = mean + (k if total is None else k / total) * error.T
+        else:
+            rate = _ONE if beta is None else beta.T
+            seen_by = k.T @ scaled if beta is None else beta.T * (k.T @ scaled)
+            gain = names.let("G", scaled * (rate / (_ONE + seen_by)))
+            if self.correction == "diagonal":
+                new = mean * (_ONE - k * gain) + gain * v.T
+            else:
+                new = mean + gain * (v - seen.T @ x[self.e]).T
+        x["y"] = names.let(symbol, new).T @ x["q"]
+        if total is not None:
+            x["uncertainty"] = (_ONE / total).T @ x["q"].squared
+
+    def cost(self, key_size: int, value_size: int) -> int:
+        return 14 * key_size * value_size
+
+    def state(self) -> tuple[StatePart, ...]:
+        if self.b is None:
+            return (_memory("S"),)
+        return _memory("mu"), _importance(("K",) if self.shared else ("K", "V"))
+
+
+@dataclass(frozen=True, slots=True)
+class Full(Step):
+    """The class `full`: G = a G + k w^T; H = a H + beta k k^T; y = G^T (H + Diag(I_p))^-1 q."""
+
+    w: str
+    beta: str | None
+    g: str | None
+    kernel = Kernel.FULL
+
+    def run(self, env: Env) -> None:
+        x = env.x
+        x["y"], (x["memory"], x["importance"]), doubt = env.core.full(
+            env.token("q"),
+            env.token("k"),
+            env.token(self.w),
+            env.ones() if self.beta is None else x[self.beta],
+            env.gate(self.g),
+            prior=env.prior(),
+            initial_state=env.pair(),
+            uncertainty=env.uncertainty,
+            cu_seqlens=env.cu_seqlens,
+        )
+        if doubt is not None:
+            x["uncertainty"] = doubt
+
+    def write(self, names: Names) -> None:
+        x, k, square = names.x, names.x["k"], ("K", "K")
+        new = k @ k.T if self.beta is None else x[self.beta] * (k @ k.T)
+        H = names.let("H", names.decayed(self.g, "H", square) + new)
+        G = names.let("G", names.decayed(self.g, "G", _MEMORY) + k @ x[self.w].T)
+        total = H + apply("Diag", _PRIOR)
+        solved = Term(f"{total.within(0)}^-1", square) @ x["q"]
+        x["y"], x["uncertainty"] = G.T @ solved, x["q"].T @ solved
+
+    def cost(self, key_size: int, value_size: int) -> int:
+        squares = key_size * key_size
+        return 5 * key_size * value_size + 5 * squares + key_size**3 // 3
+
+    def state(self) -> tuple[StatePart, ...]:
+        meaning = "importance above the prior"
+        return _memory("G"), StatePart("importance", "H", ("N", "HV", "K", "K"), meaning)
+
+
+@dataclass(frozen=True, slots=True)
+class OneToken(Step):
+    """Steps of which an engine may have a token of decoding in one piece."""
+
+    steps: tuple[Step, ...]
+    beta: str | None
+    g: str | None
+    e: str | None
+    correction: str
+    gain: str
+    read: str
+    base: str
+    own: bool
+    """Whether e holds the erase gate, so that beta acts on the value alone."""
+
+    def run(self, env: Env) -> None:
+        x, step = env.x, env.core.posterior_step
+        whole = step is not None and x["v"].shape[1] == 1 and env.cu_seqlens is None
+        if step is None or not whole or _differentiated(env):
+            for part in self.steps:
+                part.run(env)
+            return
+        x["y"], (x["memory"], x["importance"]), doubt = step(
+            env.token("q"),
+            env.token("k"),
+            env.token("v"),
+            env.gate(self.beta),
+            x["b"],
+            env.gate(self.g),
+            e=None if self.e is None else env.token(self.e),
+            prior=x["prior"],
+            initial_state=env.pair(),
+            correction=self.correction,
+            gain=self.gain,
+            read=self.read,
+            base=self.base,
+            own=self.own,
+            uncertainty=env.uncertainty,
+        )
+        if doubt is not None:
+            x["uncertainty"] = doubt
+
+    def write(self, names: Names) -> None:
+        for step in self.steps:
+            step.write(names)
+
+    def cost(self, key_size: int, value_size: int) -> int:
+        return sum(step.cost(key_size, value_size) for step in self.steps)
+
+    def state(self) -> tuple[StatePart, ...]:
+        return tuple(part for step in self.steps for part in step.state())
+
+
+def _differentiated(env: Env) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in env.x.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Variance(Step):
+    """The posterior variance of the output, if a call asks for it."""
+
+    importance: str | None
+    """J, J_before, z for its logarithm; None: importance is the constant one."""
+
+    def run(self, env: Env) -> None:
+        if not env.uncertainty:
+            return
+        squares = env.heads("q").to(env.wide).square()
+        if self.importance == "z":
+            squares = squares * (-env.x["z"]).exp()
+        elif self.importance is not None:
+            squares = squares / (env.x[self.importance] + env.x["prior"])
+        env.x["uncertainty"] = squares.sum(-1)
+
+    def write(self, names: Names) -> None:
+        q = names.x["q"]
+        if self.importance is None:
+            names.x["uncertainty"] = q.T @ q
+            return
+        importance = names.x[self.importance]
+        total = apply("exp", importance) if self.importance == "z" else importance + _PRIOR
+        names.x["uncertainty"] = (_ONE / total).T @ q.squared
+
+
+@dataclass(frozen=True, slots=True)
+class Bonus(Step):
+    """The same-token term of a read before the write: y + ((u (.) k)^T q) w."""
+
+    beta: str | None
+
+    def run(self, env: Env) -> None:
+        x = env.x
+        same = (x["u"] * env.heads("k") * env.heads("q")).sum(-1, keepdim=True)
+        x["y"] = x["y"] + same * _times(env.gate(self.beta), x["v"])
+
+    def write(self, names: Names) -> None:
+        x = names.x
+        w = x["v"] if self.beta is None else x[self.beta] * x["v"]
+        x["y"] = x["y"] + ((x["u"] * x["k"]).T @ x["q"]) * w
+
+    def cost(self, key_size: int, value_size: int) -> int:
+        return 3 * key_size + 2 * value_size
+
+
+@dataclass(frozen=True, slots=True)
+class Normalize(Step):
+    """The output over the decayed sum of similarities."""
+
+    beta: str | None
+    g: str | None
+    kind: str
+    eps: float
+
+    def run(self, env: Env) -> None:
+        x, first = env.x, env.x.get("normalizer")
+        ones = _times(env.gate(self.beta), x["v"].new_ones(1).expand(*x["v"].shape[:-1], 1))
+        mass, sums = env.core.linear(
+            env.token("q"),
+            env.token("k"),
+            ones.to(env.narrow),
+            env.gate(self.g),
+            initial_state=None if first is None else first[..., None],
+            cu_seqlens=env.cu_seqlens,
+        )
+        x["normalizer"], mass = sums[..., 0], mass.to(env.wide)
+        x["y"] = x["y"] / (mass + self.eps if self.kind == "sum" else mass.abs().clamp(min=1))
+
+    def write(self, names: Names) -> None:
+        x = names.x
+        written = x["k"] if self.beta is None else x[self.beta] * x["k"]
+        mass = names.let("n", names.decayed(self.g, "n", _KEY) + written).T @ x["q"]
+        if self.kind == "sum":
+            total = mass + number(self.eps)
+        else:
+            total = Term(f"max({apply('abs', mass).text}, 1)")
+        x["y"] = x["y"] / total
+
+    def cost(self, key_size: int, value_size: int) -> int:
+        return 5 * key_size + value_size
+
+    def state(self) -> tuple[StatePart, ...]:
+        return (StatePart("normalizer", "n", ("N", "HV", "K"), "decayed sum of written keys"),)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOut(Step):
+    """What a token gives: the read of its last sub-token."""
+
+    count: int
+
+    def run(self, env: Env) -> None:
+        if self.count == 1:
+            return
+        x, tokens = env.x, env.x["y"].shape[1]
+        for name in ("y", "uncertainty"):
+            # What was computed before tokens were split is per token already.
+            if name in x and x[name].shape[1] == tokens:
+                x[name] = x[name][:, self.count - 1 :: self.count]
+
+    def write(self, names: Names) -> None:
+        names.lines.append(f"y_t = {names.x['y'].text}")
+        if "uncertainty" in names.x:
+            names.lines.append(f"var_t = {names.x['uncertainty'].text}")
