@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-from typing import Any
 
 import torch
 
@@ -37,7 +35,7 @@ def run(call: Call) -> Result:
             "TRITON_INTERPRET=1 set before Python starts, CPU tensors"
         )
     try:
-        kernels: Any = importlib.import_module("glazoo.kernels")
+        from glazoo import kernels
     except ImportError as e:
         raise ValueError("impl='triton': Triton is not installed; pip install triton") from e
     return lowered.run(call, kernels, _tokens(call))
