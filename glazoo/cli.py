@@ -185,10 +185,10 @@ def _steps_table(program: Program, key_size: int, value_size: int) -> Table:
     table.add_column("step")
     table.add_column("makes")
     table.add_column("operations", justify="right")
-    for row in program.rows():
-        cost = row.times * row.step.cost(key_size, value_size)
-        texts = [text.strip() for text in row.texts]
-        table.add_row(type(row.step).__name__, Text("\n".join(texts)), f"{cost:,}")
+    for row in program.rows:
+        texts = "\n".join(text.strip() for text in row.texts)
+        cost = row.operations(key_size, value_size)
+        table.add_row(type(row.step).__name__, Text(texts), f"{cost:,}")
     return table
 
 

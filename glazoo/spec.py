@@ -609,14 +609,10 @@ class Spec(_Data):
             raise ValueError("read.when = pre is defined for Hebbian specs only")
         if self.steps.source == "lagged" and p.correction == "full":
             raise ValueError("steps.source = lagged is defined for Hebbian specs only")
-        several = self.steps.count > 1 or self.erase.side == "removal"
-        if several and (self.read.when == "pre" or self.read.normalizer != "none"):
-            raise ValueError(
-                "several steps per token, or a removal of its own, go with a plain read after the "
-                "write"
-            )
-        if self.steps.count > 1 and self.key == "one_minus_decay":
-            raise ValueError("key = one_minus_decay goes with one step per token")
+        if self.steps.count > 1 and (self.read.when == "pre" or self.read.normalizer != "none"):
+            raise ValueError("several steps per token go with a plain read after the write")
+        if self.steps.source == "lagged" and self.key != "operand":
+            raise ValueError("steps.source = lagged repeats a key of its own: key = operand")
         if self.read.normalizer != "none" and self.write.shape == "value":
             raise ValueError(
                 "read.normalizer counts written keys: it takes a write gate per head, "

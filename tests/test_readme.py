@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import glazoo
+
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Commands that train for minutes; they have tests of their own.
@@ -52,6 +54,18 @@ def test_the_readme_runs(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert ran >= 5
+
+
+def test_the_recurrences_shown_are_those_printed() -> None:
+    shown = 0
+    for kind, text in blocks():
+        name = re.match(r"\$ glazoo show (\S+)\n", text)
+        if kind == "console" and name is not None:
+            lines = [x.removeprefix("│ ") for x in text.splitlines() if x.startswith("│ ")]
+            if lines:
+                shown += 1
+                assert tuple(lines) == glazoo.lower(glazoo.load(name[1])).recurrence
+    assert shown
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "test-all", "lint", "gpu", "bench"])

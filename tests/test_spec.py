@@ -179,6 +179,16 @@ def test_load_gives_back_a_spec_and_reads_a_path(tmp_path: Path) -> None:
             r"a key-shaped input gate belongs to the key stream",
         ),
         (MINIMAL + "key = 'one_minus_decay'", r"unknown key posterior\.key"),
+        (
+            MINIMAL + "\n[write]\nshape = 'value'\n[read]\nnormalizer = 'sum'",
+            r"read\.normalizer counts written keys: it takes a write gate per head",
+        ),
+        (
+            "key = 'one_minus_decay'\n"
+            + MINIMAL
+            + "\n[decay]\nshape = 'key'\n[steps]\nsource = 'lagged'\ncount = 2",
+            r"steps\.source = lagged repeats a key of its own: key = operand",
+        ),
         ("name = ", r"not a TOML file"),
         (MINIMAL.replace('"mine"', '"Mine!"'), r"name: .*got 'Mine!'"),
         (MINIMAL + "\n[steps]\ncount = 0", r"steps\.count: .*got 0"),

@@ -3,42 +3,37 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from glazoo.program import steps as step
 from glazoo.program.core import Kernel
 from glazoo.program.operands import Operand, Role, operands
-from glazoo.program.steps import (
-    Bonus,
-    Delta,
-    Divide,
-    ExactGain,
-    Forget,
-    Full,
-    Importance,
-    Lag,
-    Linear,
-    LogImportance,
-    Normalize,
-    OneToken,
-    Precondition,
-    ReadOut,
-    StatePart,
-    Step,
-    SubTokens,
-    Synapse,
-    SynapseDelta,
-    TiedKey,
-    Times,
-    Variance,
-)
+from glazoo.program.steps import StatePart, Step
 from glazoo.program.terms import Names, Term, apply
+from glazoo.state import State
 
 if TYPE_CHECKING:
     from glazoo.spec import Spec
 
 __all__ = ["Program", "lower"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A step of a program, for tables."""
+
+    step: Step
+    times: int
+    """How often it runs per token."""
+    texts: tuple[str, ...]
+    """The lines that it writes, or what it makes for later steps."""
+
+    def operations(self, key_size: int, value_size: int) -> int:
+        """Count its operations per value head and token."""
+        return self.times * self.step.cost(key_size, value_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +43,14 @@ class Program:
 
     spec: Spec
     operands: tuple[Operand, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[Step | step.OneToken, ...]
     kernel: Kernel
     """The class of its core call."""
     state: tuple[StatePart, ...]
     recurrence: tuple[str, ...]
     """What the steps compute per head and token, in mathematical notation."""
+    rows: tuple[Row, ...]
+    """Each step with what it writes and costs."""
 
     def operand(self, name: str) -> Operand | None:
         """Return an operand by its name, or None if the program does not take it."""
@@ -66,30 +63,12 @@ class Program:
     def state_floats(self, key_size: int, value_size: int) -> int:
         """Count the numbers of the recurrent state per value head."""
         sizes = {"K": key_size, "V": value_size}
-        total = 0
-        for part in self.state:
-            n = 1
-            for d in part.shape:
-                n *= sizes.get(d, 1)
-            total += n
-        return total
+        return sum(math.prod(sizes.get(d, 1) for d in part.shape) for part in self.state)
 
     def flops_per_token(self, key_size: int, value_size: int) -> int:
         """Count multiplications, additions and divisions of the recurrent form per value head and
         token."""
-        return sum(row.times * row.step.cost(key_size, value_size) for row in self.rows())
-
-    def rows(self) -> Iterator[Row]:
-        """Iterate over the steps with what each one writes."""
-        names, times = _names(self.operands), 1
-        for step in _flat(self.steps):
-            known, lines = dict(names.x), len(names.lines)
-            step.write(names)
-            made = {n: x for n, x in names.x.items() if n not in known or known[n] != x}
-            texts = names.lines[lines:] or [f"{n} <- {x.text}" for n, x in made.items()]
-            yield Row(step, times, tuple(texts))
-            if isinstance(step, SubTokens):
-                times = step.count
+        return sum(row.operations(key_size, value_size) for row in self.rows)
 
     def describe(self) -> dict[str, Any]:
         """Return the program as plain data, for tables and machines."""
@@ -116,20 +95,9 @@ class Program:
             "recurrence": list(self.recurrence),
             "steps": [
                 {"step": type(row.step).__name__, "times": row.times, "writes": list(row.texts)}
-                for row in self.rows()
+                for row in self.rows
             ],
         }
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A step of a program, for tables."""
-
-    step: Step
-    times: int
-    """How often it runs per token."""
-    texts: tuple[str, ...]
-    """The lines that it writes, or what it makes for later steps."""
 
 
 @functools.lru_cache(maxsize=512)
@@ -145,24 +113,29 @@ def lower(spec: Spec) -> Program:
         The program.
     """
     steps, taken = tuple(_steps(spec)), tuple(operands(spec))
-    names = _names(taken)
-    for step in steps:
-        step.write(names)
-    order = ("memory", "importance", "normalizer", "lag_key", "lag_value")
-    parts = [part for step in steps for part in step.state()]
+    names, rows, times = _names(taken), [], 1
+    for part in steps:
+        for one in part.steps if isinstance(part, step.OneToken) else (part,):
+            known, lines = dict(names.x), len(names.lines)
+            one.write(names)
+            made = {name: x for name, x in names.x.items() if known.get(name) != x}
+            texts = names.lines[lines:] or [f"{name} <- {x.text}" for name, x in made.items()]
+            rows.append(Row(one, times, tuple(texts)))
+            if isinstance(one, step.SubTokens | step.ReadOut):
+                times = one.count if isinstance(one, step.SubTokens) else 1
+    names.lines.append(f"y_t = {names.x['y'].text}")
+    if "uncertainty" in names.x:
+        names.lines.append(f"var_t = {names.x['uncertainty'].text}")
+    parts = [part for row in rows for part in row.step.state()]
     return Program(
         spec=spec,
         operands=taken,
         steps=steps,
-        kernel=next(step.kernel for step in _flat(steps) if step.kernel is not None),
-        state=tuple(sorted(parts, key=lambda part: order.index(part.name))),
+        kernel=next(row.step.kernel for row in rows if row.step.kernel is not None),
+        state=tuple(sorted(parts, key=lambda part: State._fields.index(part.name))),
         recurrence=tuple(names.lines),
+        rows=tuple(rows),
     )
-
-
-def _flat(steps: tuple[Step, ...]) -> Iterator[Step]:
-    for step in steps:
-        yield from step.steps if isinstance(step, OneToken) else (step,)
 
 
 def _names(taken: tuple[Operand, ...]) -> Names:
@@ -185,71 +158,72 @@ def _names(taken: tuple[Operand, ...]) -> Names:
     return names
 
 
-def _steps(spec: Spec) -> Iterator[Step]:
+def _steps(spec: Spec) -> Iterator[Step | step.OneToken]:
     """Decide what a spec computes: the one place where its axes become operations."""
     p, imp, erase, count = spec.posterior, spec.importance, spec.erase, spec.steps.count
     given = spec.decay.shape != "none" and spec.decay.source != "derived"
     g = "g" if given else None
     beta = None if spec.write.shape == "none" else "beta"
+    if spec.substeps > 1:
+        later = [None] * (count - 1)
+        yield _split(q=(*later, "q"), g=(g, *later))
+    if spec.key == "one_minus_decay":
+        yield step.TiedKey()
     # The key that predicts, and the one along which is removed where that is another.
     e, removal = "p" if erase.key == "free" else "k", None
-    if spec.key == "one_minus_decay":
-        yield TiedKey()
     if erase.strength == "own" and erase.side == "prediction":
-        yield Times("e", "erase", e)
+        yield step.Times("e", "erase", e)
         e = "e"
     elif erase.strength == "own":
-        yield Times("removal", "a", e)
+        yield step.Times("removal", "a", e)
         removal, count = "removal", 2
     if spec.steps.source == "lagged":
         beta = "beta"
         gates = (beta,) if imp is None or imp.gate.shape == "none" else (beta, "b")
-        yield Lag(gates)
+        yield step.Lag(gates)
         taps = {name: (f"{name}_before", name) for name in ("k", "v", *gates)}
         yield _split(q=(None, "q"), g=(None, g), **taps)
-    elif spec.steps.count > 1:
-        later = [None] * (count - 1)
-        yield _split(q=(*later, "q"), g=(g, *later))
     rated = spec.write.shape == "value" and erase.strength == "write"
     if p.precision == "full":
         w = "v"
         if beta is not None:
-            yield Times("w", beta, "v")
+            yield step.Times("w", beta, "v")
             w = "w"
-        yield Full(w, beta, g)
+        yield step.Full(w, beta, g)
     elif spec.importance_per_synapse or (rated and not spec.hebbian):
         yield from _per_synapse(spec, g, beta, e, removal)
     elif spec.log_evidence:
-        yield LogImportance()
-        yield Variance("z")
-        yield Linear("q", "kappa", "v", "forget", symbol="mu")
+        yield step.LogImportance()
+        yield step.Variance("z")
+        yield step.Linear("q", "kappa", "v", "forget", symbol="mu")
     else:
-        steps = tuple(_per_key(spec, g, beta, e, removal))
+        parts = tuple(_per_key(spec, g, beta, e, removal))
         # An engine may have a token in one piece, where importance scales one write.
         if imp is not None and imp.preconditioner is None and count == 1:
-            yield OneToken(
-                steps,
-                beta,
-                g,
-                None if e == "k" else e,
-                "none" if spec.hebbian else p.correction,
-                p.gain,
-                spec.read.when,
-                erase.base,
-                erase.strength == "own",
+            yield step.OneToken(
+                parts,
+                beta=beta,
+                g=g,
+                e=None if e == "k" else e,
+                correction="none" if spec.hebbian else p.correction,
+                gain=p.gain,
+                read=spec.read.when,
+                base=erase.base,
+                own=erase.strength == "own",
             )
         else:
-            yield from steps
+            yield from parts
+    if count > 1:
+        yield step.ReadOut(count)
     if spec.read.bonus:
-        yield Bonus(beta)
+        yield step.Bonus(beta)
     if spec.read.normalizer != "none":
-        yield Normalize(beta, g, spec.read.normalizer, spec.read.eps)
-    yield ReadOut(count)
+        yield step.Normalize(beta, g, spec.read.normalizer, spec.read.eps)
 
 
-def _split(**parts: tuple[str | None, ...]) -> SubTokens:
+def _split(**parts: tuple[str | None, ...]) -> step.SubTokens:
     """Leave out names that stand for nothing at any sub-token."""
-    return SubTokens(tuple((name, given) for name, given in parts.items() if any(given)))
+    return step.SubTokens(tuple((name, given) for name, given in parts.items() if any(given)))
 
 
 def _per_synapse(
@@ -259,36 +233,40 @@ def _per_synapse(
     p, imp, v, evidence = spec.posterior, spec.importance, "v", "k"
     if beta is not None and (spec.hebbian or spec.erase.strength == "own"):
         # The write gate acts on the value alone.
-        yield Times("w", beta, "v")
+        yield step.Times("w", beta, "v")
         v, beta = "w", None
     if spec.hebbian:
-        yield Synapse(v, g, spec.read.when)
+        yield step.Synapse(v, g, spec.read.when)
         return
     if imp is None:
-        yield Variance(None)
+        yield step.Variance(None)
+    q, k, b = "q", "k", None if imp is None else "b"
     if removal is not None:
         # The first sub-token sees all evidence, so that both use the same importance.
         yield _split(
-            q=(None, "q"),
-            k=(removal, "k"),
+            read=(None, q),
+            kappa=(removal, k),
+            w=(None, v),
             e=(e, None),
-            evidence=("k", None),
-            b=("b", "b"),
-            g=(g, None),
-            **{v: (None, v)},
+            evidence=(k, None),
+            b=(b, b),
+            forget=(g, None),
         )
-        e, evidence = "e", "evidence"
-    yield SynapseDelta(
-        v,
-        beta,
-        None if imp is None else "b",
-        imp is not None and imp.gate.shape == "head",
-        g,
-        e,
-        evidence,
-        p.gain,
-        p.correction,
-        spec.erase.base,
+        q, k, v, e, evidence = "read", "kappa", "w", "e", "evidence"
+        g = None if g is None else "forget"
+    yield step.SynapseDelta(
+        q=q,
+        k=k,
+        v=v,
+        beta=beta,
+        b=b,
+        shared=imp is not None and imp.gate.shape == "head",
+        g=g,
+        e=e,
+        evidence=evidence,
+        gain=p.gain,
+        correction=p.correction,
+        base=spec.erase.base,
     )
 
 
@@ -300,50 +278,51 @@ def _per_key(
     q, k, w, forget, found, symbol = "q", "k", "v", g, None, "S"
     J = "J" if when == "post" else "J_before"
     if imp is None:
-        yield Variance(None)
+        yield step.Variance(None)
     elif imp.preconditioner is not None:
-        yield Importance("g_importance", before=False)
-        yield Precondition(imp.preconditioner.base, imp.preconditioner.eps)
-        yield Times("kappa", "m", "k")
+        yield step.Importance("g_importance", before=False)
+        yield step.Precondition(imp.preconditioner.base, imp.preconditioner.eps)
+        yield step.Times("kappa", "m", "k")
         k, symbol = "kappa", "mu"
     else:
         pulled = not spec.hebbian and (g is not None or p.gain == "exact")
-        yield Importance(g, before=pulled or when == "pre")
-        yield Variance(J)
+        yield step.Importance(g, before=pulled or when == "pre")
+        yield step.Variance(J)
         symbol = "h" if spec.hebbian else "mu"
         if spec.hebbian:
-            yield Divide("read", "q", J)
+            yield step.Divide("read", "q", J)
             q = "read"
         elif pulled:
-            yield Forget(g)
+            yield step.Forget(g)
             forget, found = None if g is None else "forget", "found"
     if p.gain == "exact":
         diagonal = p.correction == "diagonal"
-        yield ExactGain(beta, found, forget, diagonal)
+        yield step.ExactGain(beta, found, forget, diagonal)
         if diagonal:
-            yield Linear(q, "kappa", w, "kept", symbol=symbol)
+            yield step.Linear(q, "kappa", w, "kept", symbol=symbol)
         else:
-            yield Times("e", "rate", "k")
-            yield Times("w", "rate", "v")
-            yield Delta(q, "e", "kappa", "w", forget, "decayed", symbol)
+            yield step.Times("e", "rate", "k")
+            yield step.Times("w", "rate", "v")
+            yield step.Delta(q, "e", "kappa", "w", forget, "decayed", symbol)
         return
     if beta is not None:
-        yield Times("w", beta, "v")
+        yield step.Times("w", beta, "v")
         w = "w"
     if spec.hebbian:
-        yield Linear(q, k, w, g, when, symbol)
+        yield step.Linear(q, k, w, g, when, symbol)
         return
     if beta is not None and spec.erase.strength == "write":
-        yield Times("e", beta, e)
+        yield step.Times("e", beta, e)
         e = "e"
     if imp is not None and imp.preconditioner is None:
-        yield Divide("kappa", "k", "J")
+        yield step.Divide("kappa", "k", "J")
         k = "kappa"
         if removal is not None:
-            yield Divide("removed", removal, "J")
+            yield step.Divide("removed", removal, "J")
             removal = "removed"
     if removal is not None:
-        g = forget
-        yield _split(q=(None, q), e=(e, None), kappa=(removal, k), w=(None, w), g=(g, None))
-        e, k, w, forget = "e", "kappa", "w", "g"
-    yield Delta(q, e, k, w, forget, spec.erase.base, symbol)
+        yield _split(
+            read=(None, q), e=(e, None), kappa=(removal, k), w=(None, w), forget=(forget, None)
+        )
+        q, e, k, w, forget = "read", "e", "kappa", "w", None if forget is None else "forget"
+    yield step.Delta(q, e, k, w, forget, spec.erase.base, symbol)

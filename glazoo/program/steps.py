@@ -21,32 +21,6 @@ from glazoo.program.elementwise import forgetting, over
 from glazoo.program.sequences import interleave, last, positions, previous
 from glazoo.program.terms import Names, Shape, Term, apply, number
 
-__all__ = [
-    "Bonus",
-    "Delta",
-    "Divide",
-    "Env",
-    "ExactGain",
-    "Forget",
-    "Full",
-    "Importance",
-    "Lag",
-    "Linear",
-    "LogImportance",
-    "Normalize",
-    "OneToken",
-    "Precondition",
-    "ReadOut",
-    "StatePart",
-    "Step",
-    "SubTokens",
-    "Synapse",
-    "SynapseDelta",
-    "TiedKey",
-    "Times",
-    "Variance",
-]
-
 _KEY: Shape = ("K", "")
 _MEMORY: Shape = ("K", "V")
 _ONE, _PRIOR = number(1), Term("I_p", _KEY)
@@ -85,10 +59,17 @@ class Env:
         """Return the prior as [HV, K]."""
         return self.x["prior"].expand(-1, self.x["q"].shape[-1])
 
-    def ones(self) -> Tensor:
-        """Return a write gate that is one, [B, T, HV]."""
-        v = self.x["v"]
-        return v.new_ones(v.shape[:3], dtype=self.wide)
+    def rate(self, beta: str | None, v: str) -> Tensor:
+        """Return the write gate of values, [B, T, HV] or as it is; without one it is one."""
+        if beta is not None:
+            return self.x[beta]
+        return self.x[v].new_ones(self.x[v].shape[:3], dtype=self.wide)
+
+    def take(self, result: tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]) -> None:
+        """Keep output, memory, importance and variance of a class that gives them together."""
+        self.x["y"], (self.x["memory"], self.x["importance"]), doubt = result
+        if doubt is not None:
+            self.x["uncertainty"] = doubt
 
     def pair(self) -> tuple[Tensor, Tensor] | None:
         """Return memory and importance at the start, for classes that keep both together."""
@@ -126,6 +107,9 @@ class Step(ABC):
     __slots__ = ()
     kernel: ClassVar[Kernel | None] = None
     """The kernel class that it calls, for the one core call of a program."""
+    operations: ClassVar[tuple[tuple[str, float], ...]] = ()
+    """Multiplications, additions and divisions per value head and (sub-)token: a number per K, V
+    and products of them."""
 
     @abstractmethod
     def run(self, env: Env) -> None:
@@ -136,8 +120,9 @@ class Step(ABC):
         """Write the same as mathematics."""
 
     def cost(self, key_size: int, value_size: int) -> int:
-        """Count multiplications, additions and divisions per value head and (sub-)token."""
-        return 0
+        """Count its operations for given sizes."""
+        sizes = {"K": key_size, "V": value_size}
+        return sum(int(n * math.prod(sizes[d] for d in dims)) for dims, n in self.operations)
 
     def state(self) -> tuple[StatePart, ...]:
         """List what it carries from token to token."""
@@ -148,14 +133,13 @@ class Step(ABC):
 class TiedKey(Step):
     """The key that the decay leaves room for: k = 1 - a."""
 
+    operations = (("K", 1),)
+
     def run(self, env: Env) -> None:
         env.x["k"] = -torch.expm1(env.x["g"]).to(env.narrow)
 
     def write(self, names: Names) -> None:
         names.x["k"] = names.let("k", _ONE - names.x["g"])
-
-    def cost(self, key_size: int, value_size: int) -> int:
-        return key_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +166,7 @@ class Lag(Step):
 
     gates: tuple[str, ...]
     """Gates of writes; those that are no operand are ones."""
+    operations = (("", 6),)
 
     def run(self, env: Env) -> None:
         x, trap = env.x, env.x["trap"]
@@ -203,9 +188,6 @@ class Lag(Step):
             gate = x.get(name)
             x[f"{name}_before"] = _ONE - trap if gate is None else gate * (_ONE - trap)
             x[name] = trap if gate is None else gate * trap
-
-    def cost(self, key_size: int, value_size: int) -> int:
-        return 3 * len(self.gates)
 
     def state(self) -> tuple[StatePart, ...]:
         return (
@@ -245,7 +227,8 @@ class SubTokens(Step):
         names.index, made = "i", {}
         for name, parts in self.parts:
             # Formulas know a decay by its exponential.
-            symbol, nothing = ("a", _ONE) if name == "g" else (name, number(0))
+            symbol = {"g": "a", "forget": "f"}.get(name, name)
+            nothing = number(0) if symbol == name else _ONE
             given = [nothing if part is None else names.x[part] for part in parts]
             shape = next(x.shape for x in given if x is not nothing)
             row = Term(f"[{', '.join(x.text for x in given)}]", shape)
@@ -260,6 +243,7 @@ class Importance(Step):
     g: str | None
     before: bool
     """Whether the importance before each token is needed, too."""
+    operations = (("K", 4),)
 
     def run(self, env: Env) -> None:
         x, first = env.x, env.x.get("importance")
@@ -278,9 +262,6 @@ class Importance(Step):
         x["J_before"] = names.before("J", _KEY)
         x["J"] = names.let("J", names.decayed(self.g, "J", _KEY) + x["b"] * x["k"].squared)
 
-    def cost(self, key_size: int, value_size: int) -> int:
-        return 4 * key_size
-
     def state(self) -> tuple[StatePart, ...]:
         return (_importance(("K",)),)
 
@@ -293,6 +274,8 @@ def _importance(channels: tuple[str, ...]) -> StatePart:
 class LogImportance(Step):
     """The scan of an importance that counts e^k, in logarithms, and what it makes of decay and
     key."""
+
+    operations = (("K", 7),)
 
     def run(self, env: Env) -> None:
         x, cu = env.x, env.cu_seqlens
@@ -324,9 +307,6 @@ class LogImportance(Step):
         x["z"] = z
         x["forget"], x["kappa"] = apply("exp", before - z), apply("exp", x["k"] - z)
 
-    def cost(self, key_size: int, value_size: int) -> int:
-        return 7 * key_size
-
     def state(self) -> tuple[StatePart, ...]:
         return (StatePart("importance", "z", ("N", "HV", "K"), "logarithm of importance"),)
 
@@ -337,6 +317,7 @@ class Forget(Step):
     a token finds."""
 
     g: str | None
+    operations = (("K", 4),)
 
     def run(self, env: Env) -> None:
         x, g = env.x, env.gate(self.g)
@@ -353,9 +334,6 @@ class Forget(Step):
         if self.g is not None:
             x["forget"] = x[self.g] * (x["J_before"] + _PRIOR) / found
 
-    def cost(self, key_size: int, value_size: int) -> int:
-        return key_size if self.g is None else 4 * key_size
-
 
 @dataclass(frozen=True, slots=True)
 class Divide(Step):
@@ -365,15 +343,13 @@ class Divide(Step):
     of: str
     importance: str
     """J or J_before."""
+    operations = (("K", 2),)
 
     def run(self, env: Env) -> None:
         env.x[self.out] = over(env.heads(self.of), env.x[self.importance], env.x["prior"])
 
     def write(self, names: Names) -> None:
         names.x[self.out] = names.x[self.of] / (names.x[self.importance] + _PRIOR)
-
-    def cost(self, key_size: int, value_size: int) -> int:
-        return 2 * key_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -383,6 +359,7 @@ class Precondition(Step):
 
     base: float
     eps: float
+    operations = (("K", 8),)
 
     def run(self, env: Env) -> None:
         x = (env.x["J"] + self.eps).log() - env.x["center"][:, None]
@@ -392,9 +369,6 @@ class Precondition(Step):
         level = apply("log", names.x["J"] + number(self.eps)) - names.x["center"]
         power = Term(f"{self.base:g}^(-{apply('softsign', level).text})", _KEY)
         names.x["m"] = names.let("m", power)
-
-    def cost(self, key_size: int, value_size: int) -> int:
-        return 8 * key_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,6 +381,7 @@ class ExactGain(Step):
     diagonal: bool
     """Whether every synapse corrects its own part of the prediction alone, which makes the gain
     part of the decay."""
+    operations = (("K", 7),)
 
     def run(self, env: Env) -> None:
         x, key = env.x, env.heads("k")
@@ -432,9 +407,6 @@ class ExactGain(Step):
             kept = _ONE - k * x["kappa"]
             x["kept"] = kept if self.g is None else x[self.g] * kept
 
-    def cost(self, key_size: int, value_size: int) -> int:
-        return (7 if self.diagonal else 3) * key_size
-
 
 @dataclass(frozen=True, slots=True)
 class Linear(Step):
@@ -447,6 +419,7 @@ class Linear(Step):
     read: str = "post"
     symbol: str = "S"
     kernel = Kernel.LINEAR
+    operations = (("KV", 5),)
 
     def run(self, env: Env) -> None:
         env.x["y"], env.x["memory"] = env.core.linear(
@@ -464,9 +437,6 @@ class Linear(Step):
         new = names.decayed(self.g, self.symbol, _MEMORY) + x[self.k] @ x[self.w].T
         new = names.let(self.symbol, new)
         x["y"] = (new if self.read == "post" else old).T @ x[self.q]
-
-    def cost(self, key_size: int, value_size: int) -> int:
-        return 5 * key_size * value_size
 
     def state(self) -> tuple[StatePart, ...]:
         return (_memory(self.symbol),)
@@ -496,6 +466,7 @@ class Delta(Step):
     base: str
     symbol: str
     kernel = Kernel.DELTA
+    operations = (("KV", 7),)
 
     def run(self, env: Env) -> None:
         env.x["y"], env.x["memory"] = env.core.delta(
@@ -516,9 +487,6 @@ class Delta(Step):
         new = mean + x[self.k] @ (x[self.w] - seen.T @ x[self.e]).T
         x["y"] = names.let(self.symbol, new).T @ x[self.q]
 
-    def cost(self, key_size: int, value_size: int) -> int:
-        return 7 * key_size * value_size
-
     def state(self) -> tuple[StatePart, ...]:
         return (_memory(self.symbol),)
 
@@ -538,10 +506,11 @@ class Synapse(Step):
     g: str | None
     read: str
     kernel = Kernel.SYNAPSE
+    operations = (("KV", 10),)
 
     def run(self, env: Env) -> None:
         x = env.x
-        x["y"], (x["memory"], x["importance"]), doubt = env.core.synapse(
+        result = env.core.synapse(
             env.token("q"),
             env.token("k"),
             env.token(self.w),
@@ -553,8 +522,7 @@ class Synapse(Step):
             uncertainty=env.uncertainty,
             cu_seqlens=env.cu_seqlens,
         )
-        if doubt is not None:
-            x["uncertainty"] = doubt
+        env.take(result)
 
     def write(self, names: Names) -> None:
         x = names.x
@@ -566,9 +534,6 @@ class Synapse(Step):
         x["y"] = (h / (J + _PRIOR)).T @ x["q"]
         x["uncertainty"] = (_ONE / (J + _PRIOR)).T @ x["q"].squared
 
-    def cost(self, key_size: int, value_size: int) -> int:
-        return 10 * key_size * value_size
-
     def state(self) -> tuple[StatePart, ...]:
         return _memory("h"), _importance(("K", "V"))
 
@@ -577,6 +542,8 @@ class Synapse(Step):
 class SynapseDelta(Step):
     """The class `synapse_delta`: mean and importance per synapse, token by token."""
 
+    q: str
+    k: str
     v: str
     beta: str | None
     b: str | None
@@ -590,11 +557,12 @@ class SynapseDelta(Step):
     correction: str
     base: str
     kernel = Kernel.SYNAPSE_DELTA
+    operations = (("KV", 14),)
 
     def run(self, env: Env) -> None:
         x, start = env.x, None
-        k, v = env.token("k"), env.token(self.v)
-        beta, b = env.gate(self.beta), env.gate(self.b)
+        k, v = env.token(self.k), env.token(self.v)
+        b = env.gate(self.b)
         if b is not None and self.shared:
             b = b[..., None].expand(v.shape)
         if "memory" in x:
@@ -605,14 +573,14 @@ class SynapseDelta(Step):
             start = memory, importance
         prior = k.new_ones(v.shape[2], k.shape[-1], dtype=env.wide)
         x["y"], (x["memory"], importance), doubt = env.core.synapse_delta(
-            env.token("q"),
+            env.token(self.q),
             k,
             v,
-            env.ones() if beta is None else beta,
+            env.rate(self.beta, self.v),
             b,
             env.gate(self.g),
-            e=None if self.e == "k" else env.token(self.e),
-            evidence=None if self.evidence == "k" else env.token(self.evidence),
+            e=None if self.e == self.k else env.token(self.e),
+            evidence=None if self.evidence == self.k else env.token(self.evidence),
             prior=prior if b is None else env.prior(),
             gain=self.gain,
             correction=self.correction,
@@ -627,7 +595,7 @@ class SynapseDelta(Step):
             x["uncertainty"] = doubt[..., 0] if self.shared else doubt
 
     def write(self, names: Names) -> None:
-        x, k, v = names.x, names.x["k"], names.x[self.v]
+        x, k, v = names.x, names.x[self.k], names.x[self.v]
         symbol, scaled, total = "S", k, None
         if self.b is None:
             mean = _decayed_mean(names, self.g, symbol)
@@ -658,12 +626,9 @@ class SynapseDelta(Step):
                 new = mean * (_ONE - k * gain) + gain * v.T
             else:
                 new = mean + gain * (v - seen.T @ x[self.e]).T
-        x["y"] = names.let(symbol, new).T @ x["q"]
+        x["y"] = names.let(symbol, new).T @ x[self.q]
         if total is not None:
-            x["uncertainty"] = (_ONE / total).T @ x["q"].squared
-
-    def cost(self, key_size: int, value_size: int) -> int:
-        return 14 * key_size * value_size
+            x["uncertainty"] = (_ONE / total).T @ x[self.q].squared
 
     def state(self) -> tuple[StatePart, ...]:
         if self.b is None:
@@ -679,22 +644,21 @@ class Full(Step):
     beta: str | None
     g: str | None
     kernel = Kernel.FULL
+    operations = (("KV", 5), ("KK", 5), ("KKK", 1 / 3))
 
     def run(self, env: Env) -> None:
-        x = env.x
-        x["y"], (x["memory"], x["importance"]), doubt = env.core.full(
+        result = env.core.full(
             env.token("q"),
             env.token("k"),
             env.token(self.w),
-            env.ones() if self.beta is None else x[self.beta],
+            env.rate(self.beta, self.w),
             env.gate(self.g),
             prior=env.prior(),
             initial_state=env.pair(),
             uncertainty=env.uncertainty,
             cu_seqlens=env.cu_seqlens,
         )
-        if doubt is not None:
-            x["uncertainty"] = doubt
+        env.take(result)
 
     def write(self, names: Names) -> None:
         x, k, square = names.x, names.x["k"], ("K", "K")
@@ -705,17 +669,13 @@ class Full(Step):
         solved = Term(f"{total.within(0)}^-1", square) @ x["q"]
         x["y"], x["uncertainty"] = G.T @ solved, x["q"].T @ solved
 
-    def cost(self, key_size: int, value_size: int) -> int:
-        squares = key_size * key_size
-        return 5 * key_size * value_size + 5 * squares + key_size**3 // 3
-
     def state(self) -> tuple[StatePart, ...]:
         meaning = "importance above the prior"
         return _memory("G"), StatePart("importance", "H", ("N", "HV", "K", "K"), meaning)
 
 
 @dataclass(frozen=True, slots=True)
-class OneToken(Step):
+class OneToken:
     """Steps of which an engine may have a token of decoding in one piece."""
 
     steps: tuple[Step, ...]
@@ -736,7 +696,7 @@ class OneToken(Step):
             for part in self.steps:
                 part.run(env)
             return
-        x["y"], (x["memory"], x["importance"]), doubt = step(
+        result = step(
             env.token("q"),
             env.token("k"),
             env.token("v"),
@@ -753,18 +713,7 @@ class OneToken(Step):
             own=self.own,
             uncertainty=env.uncertainty,
         )
-        if doubt is not None:
-            x["uncertainty"] = doubt
-
-    def write(self, names: Names) -> None:
-        for step in self.steps:
-            step.write(names)
-
-    def cost(self, key_size: int, value_size: int) -> int:
-        return sum(step.cost(key_size, value_size) for step in self.steps)
-
-    def state(self) -> tuple[StatePart, ...]:
-        return tuple(part for step in self.steps for part in step.state())
+        env.take(result)
 
 
 def _differentiated(env: Env) -> bool:
@@ -803,6 +752,7 @@ class Bonus(Step):
     """The same-token term of a read before the write: y + ((u (.) k)^T q) w."""
 
     beta: str | None
+    operations = (("K", 3), ("V", 2))
 
     def run(self, env: Env) -> None:
         x = env.x
@@ -814,9 +764,6 @@ class Bonus(Step):
         w = x["v"] if self.beta is None else x[self.beta] * x["v"]
         x["y"] = x["y"] + ((x["u"] * x["k"]).T @ x["q"]) * w
 
-    def cost(self, key_size: int, value_size: int) -> int:
-        return 3 * key_size + 2 * value_size
-
 
 @dataclass(frozen=True, slots=True)
 class Normalize(Step):
@@ -826,6 +773,7 @@ class Normalize(Step):
     g: str | None
     kind: str
     eps: float
+    operations = (("K", 5), ("V", 1))
 
     def run(self, env: Env) -> None:
         x, first = env.x, env.x.get("normalizer")
@@ -851,9 +799,6 @@ class Normalize(Step):
             total = Term(f"max({apply('abs', mass).text}, 1)")
         x["y"] = x["y"] / total
 
-    def cost(self, key_size: int, value_size: int) -> int:
-        return 5 * key_size + value_size
-
     def state(self) -> tuple[StatePart, ...]:
         return (StatePart("normalizer", "n", ("N", "HV", "K"), "decayed sum of written keys"),)
 
@@ -865,15 +810,13 @@ class ReadOut(Step):
     count: int
 
     def run(self, env: Env) -> None:
-        if self.count == 1:
-            return
         x, tokens = env.x, env.x["y"].shape[1]
         for name in ("y", "uncertainty"):
             # What was computed before tokens were split is per token already.
             if name in x and x[name].shape[1] == tokens:
                 x[name] = x[name][:, self.count - 1 :: self.count]
+        if env.cu_seqlens is not None:
+            env.cu_seqlens = env.cu_seqlens // self.count
 
     def write(self, names: Names) -> None:
-        names.lines.append(f"y_t = {names.x['y'].text}")
-        if "uncertainty" in names.x:
-            names.lines.append(f"var_t = {names.x['uncertainty'].text}")
+        names.index = "t"

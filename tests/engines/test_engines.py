@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from oracles import make_operands, make_state
+from program.unusual import UNUSUAL
 
 import glazoo
 from glazoo.engines import available
+from glazoo.theory.instances import Instance
 from glazoo.theory.instances import operands as draw
 
 FORMS = [(n, None) for n in glazoo.names()] + [
@@ -126,6 +128,18 @@ def test_gradients(name, gate, impl) -> None:
         # H is symmetric: only the symmetric part of its gradient means anything.
         actual[-1], expected[-1] = (x + x.mT for x in (actual[-1], expected[-1]))
     assert_same(actual, expected, 19 * 5 * 5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("label", UNUSUAL)
+def test_what_no_file_combines_agrees_with_the_reference(label, packed) -> None:
+    drawn = Instance(B=1, T=9, H=1, G=2, K=4, V=3, start=not packed, seed=5)
+    spec = UNUSUAL[label]
+    operands, state = {"k": None} | drawn.operands(spec), drawn.state(spec)
+    cu = torch.tensor([0, 4, 4, 9]) if packed else None
+    options = {"initial_state": state, "cu_seqlens": cu, "output_uncertainty": spec.has_variance}
+    actual, expected = (run(spec, operands, e, **options) for e in ("chunked", "reference"))
+    assert_same(everything(actual), everything(expected), 9 * 4 * 3)
 
 
 # One of each kernel class, and of what a program derives before and after it.

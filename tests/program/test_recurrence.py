@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from program.unusual import UNUSUAL
 from program.written import evaluate
 
 import glazoo
@@ -12,7 +13,7 @@ from glazoo.theory.forms import forms
 from glazoo.theory.instances import Instance, run
 from glazoo.theory.maps import explicit
 
-FORMS = {form.label: form.spec for form in forms()}
+FORMS = {form.label: form.spec for form in forms()} | UNUSUAL
 
 
 def column(x: torch.Tensor) -> np.ndarray:

@@ -152,7 +152,6 @@ def evaluate(
         made: Values = dict(of_token)
         with np.errstate(divide="ignore"):
             made |= _assign(first, values, 0)
-            before["t"] |= made
             for i in range(count if inside else 0):
                 own = of_parts[i] if i < len(of_parts) else {}
                 values |= {f"{x}_i": value for x, value in own.items()}
@@ -160,8 +159,9 @@ def evaluate(
                 values |= {f"{x}_{{i-1}}": value for x, value in here.items()}
                 before["i"] |= here
                 kept |= here
+            made |= _assign(after, values, 0)
+            before["t"] |= made
             kept |= made
-            _assign(after, values, 0)
         outputs.append(values)
     return outputs, kept
 
