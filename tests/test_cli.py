@@ -43,6 +43,11 @@ def test_show() -> None:
     shown = json.loads(data.stdout)
     assert glazoo.Spec.model_validate(shown["spec"]) == glazoo.load("metaplastic_gated_deltanet")
     assert shown["program"]["kernel"] == "delta"
+    steps = [step["step"] for step in shown["program"]["steps"]]
+    assert steps[0] == "Importance"
+    assert steps[-1] == "Delta"
+    for row in glazoo.lower(glazoo.load("gated_deltanet")).rows:
+        assert type(row.step).__name__ in text.stdout
 
 
 def test_a_refusal_is_one_line_and_exit_code_two() -> None:

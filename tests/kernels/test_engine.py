@@ -67,17 +67,18 @@ class Case:
         self.parts = [i for i, x in enumerate(parts) if x is not None]
         arrays = [operands[n] for n in self.names] + [parts[i] for i in self.parts]
         self.tensors = [torch.from_numpy(np.array(x)) for x in arrays]
+        wide = {o.name for o in glazoo.lower(self.spec).operands if o.wide}
+        self.tokens = {n for n in self.names if n not in wide}
         for i, n in enumerate(self.names):
-            if n in ("q", "k", "v", "p"):
+            if n in self.tokens:
                 self.tensors[i] = self.tensors[i].half().double()
         self.uncertainty = self.spec.has_variance
 
     def given(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """Operands as a caller has them: tokens in dtype, gates and states in float32."""
         names = self.names + [""] * len(self.parts)
-        tokens = ("q", "k", "v", "p")
         return [
-            x.to(DEVICE, dtype if n in tokens else torch.float32)
+            x.to(DEVICE, dtype if n in self.tokens else torch.float32)
             for n, x in zip(names, self.tensors, strict=True)
         ]
 
