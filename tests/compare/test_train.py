@@ -240,7 +240,7 @@ def test_the_plasticity_may_learn_more_slowly_than_the_rest() -> None:
         training = Training(steps=3, batch=4, eval_examples=4, plasticity_rate=share)
         run = run_of("x", spec=load("metaplastic_deltanet"), training=training)
         torch.manual_seed(0)
-        model = Model(run.spec, run.model, run.task.tokens)
+        model = Model(run.spec, run.model, run.task.interface)
         scale = model.attention[0].importance.scale
         with torch.no_grad():
             scale.fill_(0.5)
