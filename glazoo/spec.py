@@ -27,6 +27,7 @@ __all__ = [
     "Stream",
     "freeze",
     "metaplasticize",
+    "no_exact_gain",
 ]
 
 
@@ -106,10 +107,11 @@ class Gate(_Data):
     softplus_temperature = -softplus(x) sigmoid(x_tau). Other gates give the value: sigmoid = factor
     sigmoid(x); softplus; softplus_power = softplus(x) ** sigmoid(x_tau); softcap_exp = exp(cap
     tanh(x / cap))."""
-    tie: Literal["none", "step", "write", "decay", "one_minus_decay"] = "none"
+    tie: Literal["none", "step", "write", "precision", "decay", "one_minus_decay"] = "none"
     """step: the discretisation step softplus(x + dt_bias) of the decay; write: the formula's value
-    times the write gate; decay: the formula reads the decay's own projections; one_minus_decay: 1 -
-    exp(decay)."""
+    times the write gate; precision: the formula's value times the precision beta / (1 - beta k.k)
+    of the observation whose rate the write gate is; decay: the formula reads the decay's own
+    projections; one_minus_decay: 1 - exp(decay)."""
     schedule: Literal["one_minus_power_of_two", "alibi_depth"] | None = None
     """Fixed decays only. one_minus_power_of_two = log(1 - 2^(-5 - h)); alibi_depth = -2^(-8 (h + 1)
     / H) (1 - layer / (layers - 1 + 1e-5) + 1e-5)."""
@@ -186,11 +188,22 @@ class Posterior(_Data):
     """How much of the prediction is subtracted before writing: nothing (Hebbian), the synapse's own
     part, all of it (delta rule)."""
     gain: Literal["first_order", "exact"] = "first_order"
-    """Learning rate beta k / I_t, or the exact rank-one gain beta (k / I') / (1 + beta sum k^2 /
-    I')."""
+    """Learning rate beta k / I_t, or the exact rank-one gain (k / I') r / (1 + r sum k^2 / I') of
+    an observation with precision r."""
+    beta: Literal["precision", "rate"] = "precision"
+    """What the write gate is to the exact gain. precision: r = beta. rate: beta k is the step at
+    importance 1, as in a delta rule, so that r = beta / (1 - beta k.k) and the gain is
+    beta (k / I') / (1 - s + beta sum k^2 / I') with s = beta k.k, where s > 1 counts as infinitely
+    precise: the denominator is then divided by s, with 1 - s as 0."""
 
     @model_validator(mode="after")
     def _known_combination(self) -> Self:
+        exact_delta = ("diagonal", "full", "exact")
+        if self.beta == "rate" and (self.precision, self.correction, self.gain) != exact_delta:
+            raise ValueError(
+                "posterior.beta = rate belongs to precision, correction, gain = "
+                f"{', '.join(exact_delta)}: with constant importance it is the first-order gain"
+            )
         here = (self.precision, self.correction, self.gain)
         allowed = {
             ("frozen", "none", "first_order"),
@@ -594,6 +607,14 @@ class Spec(_Data):
             raise ValueError(
                 "gain = exact predicts with the written key: [erase] must stay at its defaults"
             )
+        if p.beta == "rate" and (reason := _no_rate(self.write)):
+            raise ValueError(f"posterior.beta = rate: {reason}")
+        ties = {gate.tie for gate in (self.decay, self.write, self.erase.gate)}
+        measured = imp is not None and imp.gate.tie == "precision"
+        if "precision" in ties or (measured and p.beta != "rate"):
+            raise ValueError(
+                "tie = precision belongs to importance.gate, where posterior.beta = rate"
+            )
         if self.write.shape == "key":
             raise ValueError(
                 "write.shape = key: a key-shaped input gate belongs to the key stream, "
@@ -630,8 +651,44 @@ class Spec(_Data):
         return self
 
 
+def _no_rate(write: Gate) -> str | None:
+    """Says why a write gate is not the rate of an observation's precision, or gives None."""
+    bounded = (write.tie, write.parameterization) == ("none", "sigmoid") and write.factor <= 1
+    if write.shape == "none":
+        return "without a write gate every observation is infinitely precise"
+    if not bounded and write.tie != "one_minus_decay":
+        return (
+            f"the write gate (parameterization {write.parameterization!r}, factor "
+            f"{write.factor:g}, tie {write.tie!r}) may exceed 1, and a rate above 1 has no "
+            "precision"
+        )
+    return None
+
+
+def no_exact_gain(spec: Spec) -> str | None:
+    """Says why the metaplastic form of a source has no exact gain, or gives None if it has one.
+
+    Args:
+        spec: a spec with `posterior.precision = "frozen"`.
+
+    Returns:
+        The reason, for a message, or None.
+    """
+    if spec.posterior.gain == "exact":
+        return None
+    if spec.posterior.correction != "full":
+        return f"{spec.name!r} subtracts no prediction"
+    if spec.erase != Erase():
+        return f"{spec.name!r} predicts otherwise than it writes ([erase] is not at its defaults)"
+    return _no_rate(spec.write)
+
+
 def metaplasticize(
-    spec: Spec, *, gate: Literal["head", "value"] | None = None, rank: int = 16
+    spec: Spec,
+    *,
+    gate: Literal["head", "value"] | None = None,
+    gain: Literal["first_order", "exact"] | None = None,
+    rank: int = 16,
 ) -> Spec:
     """Gives the metaplastic counterpart of a spec: it gains an importance gate and a prior, and
     nothing else changes.
@@ -641,10 +698,14 @@ def metaplasticize(
 
     Args:
         spec: a spec with `posterior.precision = "frozen"`.
-        gate: shape of the importance gate b. `"value"` (one importance per synapse) is the
-            published form; `"head"` (one importance vector over keys) keeps the source's matmul
-            kernel. Default: `"value"` for Hebbian sources, `"head"` for those that subtract a
-            prediction, whose per-synapse form has no matmul kernel.
+        gate: shape of the importance gate b. `"head"`, the default, gives one importance vector
+            over keys and keeps the source's matmul kernel; `"value"` gives one importance per
+            synapse: the published form of Hebbian sources, at twice their state, and without a
+            matmul kernel for those that subtract a prediction.
+        gain: learning rate of a source that subtracts its prediction: `"first_order"`, beta k / I,
+            or `"exact"`, that of the posterior for the precision beta / (1 - beta k.k), which also
+            multiplies the importance gate. Default: `"exact"` where `no_exact_gain` knows no
+            reason against it.
         rank: rank of the projection that makes the gate depend on the token.
 
     Returns:
@@ -652,7 +713,8 @@ def metaplasticize(
         `spec` computes.
 
     Raises:
-        SpecError: `spec` is metaplastic already.
+        SpecError: `spec` is metaplastic already, an option is not one of the above, or `spec` has
+            no such gain.
 
     Reference: arXiv:2602.09075, section 3 and appendix (Mamba2 as a limit of Palimpsa).
     """
@@ -662,29 +724,42 @@ def metaplasticize(
             f"(posterior.precision = {spec.posterior.precision!r}); "
             "only a spec with frozen precision has a metaplastic counterpart"
         )
-    if gate is None:
-        gate = "value" if spec.posterior.correction == "none" else "head"
+    gate = "head" if gate is None else gate
     if gate not in ("head", "value"):
         raise SpecError(f"gate: got {gate!r}, accepted are 'head' and 'value'")
-    correction = "diagonal" if spec.posterior.correction == "none" else spec.posterior.correction
+    source = spec.posterior
+    reason = no_exact_gain(spec)
+    if gain is None:
+        gain = "exact" if reason is None else "first_order"
+    if gain not in ("first_order", "exact"):
+        raise SpecError(f"gain: got {gain!r}, accepted are 'first_order' and 'exact'")
+    if gain == "exact" and reason is not None:
+        raise SpecError(f"gain: 'exact' is not possible here: {reason}")
+    if gain == "first_order" and source.gain == "exact":
+        raise SpecError(f"gain: got 'first_order', but the gain of {spec.name!r} is exact already")
+    rate = gain != source.gain
     importance = Importance(
         gate=Gate(
             shape=gate,
             parameterization="sigmoid",
             factor=2.0,
-            tie="write",
+            tie="precision" if rate else "write",
             rank=rank,
             weight_init=Init(distribution="zeros"),
         ),
     )
+    posterior = {
+        "precision": "diagonal",
+        "correction": "diagonal" if source.correction == "none" else source.correction,
+        "gain": gain,
+        "beta": "rate" if rate else source.beta,
+    }
     return Spec.model_validate(
         spec.model_copy(
             update={
                 "name": f"metaplastic_{spec.name}",
                 "counterpart": spec.name,
-                "posterior": spec.posterior.model_copy(
-                    update={"precision": "diagonal", "correction": correction}
-                ),
+                "posterior": source.model_copy(update=posterior),
                 "importance": importance,
             }
         ).model_dump()
@@ -694,7 +769,8 @@ def metaplasticize(
 def freeze(spec: Spec) -> Spec:
     """Gives the spec without its importance state: the inverse of `metaplasticize`.
 
-        precision diagonal -> frozen;  correction diagonal with the first-order gain -> none
+        precision diagonal -> frozen;  correction diagonal with the first-order gain -> none;
+        exact gain of a rate -> first-order gain
 
     Args:
         spec: a spec with `posterior.precision = "diagonal"`.
@@ -715,6 +791,7 @@ def freeze(spec: Spec) -> Spec:
             f"{spec.name!r} has no frozen counterpart: its write is defined by its importance "
             f"(precision = {p.precision!r}, evidence = {imp.evidence!r})"
         )
+    rate = {"gain": "first_order", "beta": "precision"} if p.beta == "rate" else {}
     return Spec.model_validate(
         spec.model_copy(
             update={
@@ -724,6 +801,7 @@ def freeze(spec: Spec) -> Spec:
                     update={
                         "precision": "frozen",
                         "correction": "none" if spec.hebbian else p.correction,
+                        **rate,
                     }
                 ),
                 "importance": None,

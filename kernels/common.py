@@ -23,6 +23,9 @@ NO_GATE = tl.constexpr(0)
 HEAD_GATE = tl.constexpr(1)
 KEY_GATE = tl.constexpr(2)
 
+GAINS = ("first_order", "exact", "exact_rate")
+"""Learning rates of a posterior, by the number that kernels know them by."""
+
 
 @triton.jit
 def locate_chunk(i_c, T, cu_seqlens, chunk_ids, chunk_offsets, BT: tl.constexpr):

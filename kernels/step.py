@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
+    GAINS,
     Tiles,
     check_device,
     check_importance,
@@ -233,11 +234,19 @@ def posterior_step_kernel(
         if EXACT:
             b_r = tl.load(beta + row).to(tl.float32) if BETA == 1 else 1.0
             b_c = b_k / b_before
-            b_r /= 1.0 + b_r * tl.sum(b_k * b_c, 0)
+            b_x = b_r * tl.sum(b_k * b_c, 0)
+            if EXACT == 2:
+                b_w = b_r * tl.sum(b_k * b_k, 0)
+                b_m = tl.maximum(b_w, 1.0)
+                b_r /= (b_m - b_w + b_x) / b_m
+            else:
+                b_r /= 1.0 + b_x
             if DIAGONAL:
                 b_s += (b_r * b_c)[:, None] * (b_v[None, :] - b_k[:, None] * b_s)
             else:
-                b_s += b_c[:, None] * (b_r * (b_v - tl.sum(b_s * b_k[:, None], 0)))[None, :]
+                # In the order of the delta rule's own step.
+                b_w = b_r * b_v - tl.sum(b_s * (b_r * b_k)[:, None], 0)
+                b_s += b_c[:, None] * b_w[None, :]
         else:
             b_e = b_k
             if e is not None:
@@ -397,7 +406,7 @@ def run_posterior_step(
     memory: Tensor | None,
     importance: Tensor | None,
     delta: bool,
-    exact: bool,
+    gain: int,
     diagonal: bool,
     pre: bool,
     prev: bool,
@@ -437,7 +446,7 @@ def run_posterior_step(
         new_memory=new_memory,
         new_importance=new_importance,
         DELTA=delta,
-        EXACT=exact,
+        EXACT=gain,
         DIAGONAL=diagonal,
         PRE=pre,
         PREV=prev,
@@ -596,8 +605,9 @@ def posterior_step(
         diagonal, exact:    mu = mu' (1 - k G) + G v^T
         u = sum_k q_k^2 / I_k, the uncertainty
 
-    with a = exp(g), x = mu' (base "decayed") or mu_{t-1} ("prev") and
-    G = beta (k / I') / (1 + beta sum k^2 / I').
+    with a = exp(g), x = mu' (base "decayed") or mu_{t-1} ("prev"),
+    G = beta (k / I') / (1 + beta sum k^2 / I') and, where the gain is "exact_rate",
+    G = beta (k / I') / ((m - s + beta sum k^2 / I') / m) with s = beta sum k^2, m = max(s, 1).
 
     Args:
         q: queries, scaled, [B, 1, H or HV, K].
@@ -610,7 +620,8 @@ def posterior_step(
         e: erase keys of the first-order delta rule, [B, 1, H or HV, K]; None is k.
         initial_state: memory [B, HV, K, V] and J [B, HV, K]; zeros if None.
         correction: "none", "full" or, with the exact gain, "diagonal".
-        gain: "first_order" or "exact".
+        gain: "first_order", "exact" (beta is the observation's precision) or, with the correction
+            "full", "exact_rate" (beta k is the step at importance 1).
         read: "post" or, without a correction, "pre".
         base: the mean that the first-order delta rule predicts from, "decayed" or "prev".
         own: whether e holds the erase gate, so that beta acts on v alone.
@@ -629,7 +640,7 @@ def posterior_step(
     """
     for name, choice, accepted in (
         ("correction", correction, ("none", "full", "diagonal")),
-        ("gain", gain, ("first_order", "exact")),
+        ("gain", gain, GAINS),
         ("read", read, ("post", "pre")),
         ("base", base, ("decayed", "prev")),
     ):
@@ -654,7 +665,7 @@ def posterior_step(
     if tuple(b.shape) != (B, 1, HV):
         raise ValueError(f"b: got shape {tuple(b.shape)}; expected {(B, 1, HV)}")
     check_importance(k, b, g, start[1], None)
-    wide = [(B, 1, HV)] if gain == "exact" else [(B, 1, HV), (B, 1, HV, V)]
+    wide = [(B, 1, HV), (B, 1, HV, V)] if gain == "first_order" else [(B, 1, HV)]
     if beta is not None and tuple(beta.shape) not in wide:
         raise ValueError(
             f"beta: got shape {tuple(beta.shape)}; expected {' or '.join(map(str, wide))}"
@@ -676,7 +687,7 @@ def posterior_step(
         prior[:, 0] if tuple(prior.shape) == (HV, 1) else prior,
         *states,
         correction != "none",
-        gain == "exact",
+        GAINS.index(gain),
         correction == "diagonal",
         read == "pre",
         base == "prev",

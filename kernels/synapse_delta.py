@@ -7,7 +7,8 @@
     exact:              mu = mu' + G * (v - x^T e)^T            G = (k / I') gamma^T
     exact, diagonal:    mu = mu' * (1 - k G) + G v^T
 
-with gamma = beta / (1 + beta sum_k k^2 / I') and x = mu', or mu_{t-1} for the base "prev".
+with gamma = beta / (1 + beta z), z = sum_k k^2 / I', and x = mu', or mu_{t-1} for the base "prev".
+Where beta is a rate, gamma = beta / ((m - s + beta z) / m) with s = beta sum_k k^2, m = max(s, 1).
 
 A gain that differs from synapse to synapse does not factor, so there is no matmul form: the states
 stay in registers, and programs share the work by heads and values. Backward, the states at some
@@ -24,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
+    GAINS,
     Tiles,
     check_device,
     check_operands,
@@ -81,6 +83,23 @@ def add(p_x, b_x, m_x, PARTS: tl.constexpr):
 
 
 @triton.jit
+def gain_total(b_k, b_before, b_beta, EXACT: tl.constexpr):
+    """What the exact gain divides beta by; and for a rate (EXACT 2) s and sum k^2, else twice 0."""
+    b_z = b_beta * tl.sum((b_k * b_k)[:, None] * b_before, 0)
+    b_s = b_z * 0.0
+    b_n = b_s
+    if EXACT == 2:
+        # In the order of the sum above: equal to it, to the last bit, at importance 1.
+        b_n = tl.sum((b_k * b_k)[:, None] + tl.zeros_like(b_before), 0)
+        b_s = b_beta * b_n
+        b_most = tl.maximum(b_s, 1.0)
+        b_z = (b_most - b_s + b_z) / b_most
+    else:
+        b_z += 1.0
+    return b_z, b_s, b_n
+
+
+@triton.jit
 def correct(
     b_m,
     b_j,
@@ -117,11 +136,11 @@ def correct(
     else:
         b_u = b_v - tl.sum(b_x * b_e[:, None], 0)
     if EXACT:
-        b_s = tl.sum((b_k * b_k)[:, None] * b_before, 0)
-        b_g = b_k[:, None] * b_before * (b_beta / (1.0 + b_beta * b_s))[None, :]
+        b_gamma = b_beta / gain_total(b_k, b_before, b_beta, EXACT)[0]
+        b_g = b_k[:, None] * b_before
         if DIAGONAL:
-            b_x -= b_x * (b_k[:, None] * b_g)
-        b_m = b_x + b_g * b_u[None, :]
+            b_x -= b_x * (b_k[:, None] * b_g * b_gamma[None, :])
+        b_m = b_x + b_g * (b_gamma * b_u)[None, :]
     else:
         b_m = b_x + (b_k[:, None] * b_after) * (b_beta * b_u)[None, :]
     return b_m, b_j, b_after
@@ -373,8 +392,8 @@ def synapse_delta_backward_kernel(
                 else:
                     b_u -= tl.sum(b_x * b_e[:, None], 0)
             if EXACT:
-                b_s = tl.sum((b_k * b_k)[:, None] * b_before, 0)
-                b_den = 1.0 / (1.0 + b_beta * b_s)
+                b_den, b_s, b_n = gain_total(b_k, b_before, b_beta, EXACT)
+                b_den = 1.0 / b_den
                 b_gamma = b_beta * b_den
                 b_kr = b_k[:, None] * b_before
                 b_y = b_x + b_kr * (b_gamma * b_u)[None, :]
@@ -404,12 +423,17 @@ def synapse_delta_backward_kernel(
                     b_dk = tl.zeros([BK], tl.float32)
                 b_derr = tl.sum(b_dm * b_kr, 0) * b_gamma
                 b_dgamma = tl.sum(b_w * b_kr, 0)
+                b_dbeta = b_dgamma * b_den * b_den
                 b_ds = -b_dgamma * b_gamma * b_gamma
-                tl.store(
-                    dbeta + row * V + o_v,
-                    (b_dgamma * b_den * b_den).to(dbeta.dtype.element_ty),
-                    mask=m_v,
-                )
+                if EXACT == 2:
+                    # From s = 1 on, the total is z / sum k^2, whatever beta is.
+                    b_full = b_s >= 1.0
+                    b_n = 1.0 / tl.where(b_full, b_n, 1.0)
+                    b_dbeta = tl.where(b_full, b_dgamma * b_den, b_dbeta)
+                    b_s = tl.where(b_full, b_dgamma * b_gamma * b_n, -b_ds)
+                    b_ds = tl.where(b_full, -b_s * b_den, b_ds)
+                    b_dk += 2.0 * b_k * tl.sum(b_s, 0)
+                tl.store(dbeta + row * V + o_v, b_dbeta.to(dbeta.dtype.element_ty), mask=m_v)
                 b_w *= b_gamma[None, :]
                 b_dk += tl.sum((b_w + 2.0 * b_k[:, None] * b_ds[None, :]) * b_before, 1)
                 b_dr = b_k[:, None] * (b_w + b_k[:, None] * b_ds[None, :])
@@ -495,7 +519,7 @@ def run_synapse_delta_forward(
     m: Tensor | None,
     j: Tensor | None,
     cu_seqlens: Tensor | None,
-    gain_exact: bool,
+    gain: int,
     diagonal: bool,
     prev: bool,
     uncertainty: bool,
@@ -537,7 +561,7 @@ def run_synapse_delta_forward(
         T=T,
         PIECE=PIECE,
         GATE=gate_kind(g),
-        EXACT=gain_exact,
+        EXACT=gain,
         DIAGONAL=diagonal,
         PREV=prev,
         HQ=q.shape[2],
@@ -584,7 +608,7 @@ def run_synapse_delta_backward(
     m: Tensor | None,
     j: Tensor | None,
     cu_seqlens: Tensor | None,
-    gain_exact: bool,
+    gain: int,
     diagonal: bool,
     prev: bool,
     exact: bool,
@@ -612,7 +636,7 @@ def run_synapse_delta_backward(
         "T": T,
         "PIECE": PIECE,
         "GATE": gate,
-        "EXACT": gain_exact,
+        "EXACT": gain,
         "DIAGONAL": diagonal,
         "PREV": prev,
         "HQ": q.shape[2],
@@ -723,10 +747,10 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, do, dm, dj, du):  # type: ignore[no-untyped-def]
-    gain_exact, diagonal, prev, uncertainty, exact = ctx.flags
+    gain, diagonal, prev, uncertainty, exact = ctx.flags
     saved = ctx.saved_tensors
     found = synapse_delta_backward(
-        do, dm, dj, du if uncertainty else None, *saved, gain_exact, diagonal, prev, exact
+        do, dm, dj, du if uncertainty else None, *saved, gain, diagonal, prev, exact
     )
     found = [x if given is not None else None for x, given in zip(found, saved, strict=False)]
     return *found, *(None,) * 6
@@ -814,7 +838,7 @@ def run_synapse_delta_step(
     prior: Tensor,
     m: Tensor,
     j: Tensor,
-    gain_exact: bool,
+    gain: int,
     diagonal: bool,
     prev: bool,
     uncertainty: bool,
@@ -846,7 +870,7 @@ def run_synapse_delta_step(
         o=o,
         u=u,
         GATE=gate_kind(g),
-        EXACT=gain_exact,
+        EXACT=gain,
         DIAGONAL=diagonal,
         PREV=prev,
         HQ=q.shape[2],
@@ -903,20 +927,20 @@ def _operands(
     correction: str,
     base: str,
     cu_seqlens: Tensor | None,
-) -> tuple[list[Any], list[bool]]:
+) -> tuple[list[Any], list[Any]]:
     """Checked and spread operands, and the flags of the rule, in the operators' order."""
     for name, choice, accepted in (
-        ("gain", gain, ("first_order", "exact")),
+        ("gain", gain, GAINS),
         ("correction", correction, ("full", "diagonal")),
         ("base", base, ("decayed", "prev")),
     ):
         if choice not in accepted:
             raise ValueError(
-                f"{name}: got {choice!r}; accepted are {accepted[0]!r} and {accepted[1]!r}"
+                f"{name}: got {choice!r}; accepted are {', '.join(map(repr, accepted))}"
             )
-    if correction == "diagonal" and gain == "first_order":
+    if correction == "diagonal" and gain != "exact":
         raise ValueError(
-            "correction: got 'diagonal' with gain 'first_order'; accepted with it is 'full'"
+            f"correction: got 'diagonal' with gain {gain!r}; accepted with it is 'full'"
         )
     e = k if e is None else e
     c = k if evidence is None else evidence
@@ -927,7 +951,7 @@ def _operands(
     beta = _spread("beta", beta, v)
     b = None if b is None else _spread("b", b, v)
     prior = full_prior(prior, v.shape[2], k.shape[3])
-    flags = [gain == "exact", correction == "diagonal", base == "prev"]
+    flags = [GAINS.index(gain), correction == "diagonal", base == "prev"]
     return [q, k, e, c, v, beta, b, g, prior], flags
 
 
@@ -1000,8 +1024,9 @@ def synapse_delta(
         exact, diagonal:   mu = mu' * (1 - k G) + G v^T
         o_t = mu_t^T q_t,  u_t = (1 / I_t)^T q_t^2, the uncertainty
 
-    with x = mu' (base "decayed") or mu_{t-1} ("prev"), G = (k / I') gamma^T and
-    gamma = beta / (1 + beta sum k^2 / I').
+    with x = mu' (base "decayed") or mu_{t-1} ("prev"), G = (k / I') gamma^T,
+    gamma = beta / (1 + beta sum k^2 / I') and, where the gain is "exact_rate",
+    gamma = beta / ((m - s + beta sum k^2 / I') / m) with s = beta sum k^2, m = max(s, 1).
 
     Args:
         q: queries, scaled, [B, T, H or HV, K].
@@ -1013,8 +1038,9 @@ def synapse_delta(
         e: erase keys, like k; None is k.
         evidence: keys whose squares the importance counts, like k; None is k.
         prior: importance before the first token, > 0, [HV] or [HV, K].
-        gain: "first_order" or "exact".
-        correction: "full" or, with the exact gain, "diagonal".
+        gain: "first_order", "exact" (beta is the observation's precision) or "exact_rate" (beta k
+            is the step at importance 1).
+        correction: "full" or, with the gain "exact", "diagonal".
         initial_state: mu and J, both [N, HV, K, V]; zeros if None.
         base: "decayed" or "prev", which mean the prediction reads.
         uncertainty: whether to return u.

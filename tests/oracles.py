@@ -136,6 +136,7 @@ SIGNATURES: dict[str, Signature] = {}
 METAPLASTIC_SIGNATURES: dict[str, Signature] = {}
 ORACLES: dict[str, Oracle] = {}
 METAPLASTIC_ORACLES: dict[str, Oracle] = {}
+FIRST_ORDER_ORACLES: dict[str, Oracle] = {}  # the other gain of those whose default is exact
 
 Loop = Callable[[Head], None]
 
@@ -151,13 +152,13 @@ def oracle(name: str, **signature: Any) -> Callable[[Loop], Loop]:
     return register
 
 
-def metaplastic(name: str) -> Callable[[Loop], Loop]:
+def metaplastic(name: str, zoo: dict[str, Oracle] = METAPLASTIC_ORACLES) -> Callable[[Loop], Loop]:
     """Register a loop as the metaplastic form of a variant: same operands, and b and prior."""
 
     def register(loop: Loop) -> Loop:
         sig = Signature(**{**vars(SIGNATURES[name]), "importance": "metaplastic"})
         METAPLASTIC_SIGNATURES[name] = sig
-        METAPLASTIC_ORACLES[name] = _over_heads(f"metaplastic {name}", sig, loop)
+        zoo[name] = _over_heads(f"metaplastic {name}", sig, loop)
         return loop
 
     return register
@@ -738,6 +739,22 @@ def along(mu: Array, e: Array) -> Array:
 @metaplastic("gated_deltanet")
 @metaplastic("kda")
 def meta_delta(x: Head) -> None:
+    """The step beta k on importance one is that of an observation with this precision."""
+    mu, J = x.S, x.J
+    for t in range(x.T):
+        k, v, precision = x.k[t], x.v[t][:, None], x.beta[t] / (1 - x.beta[t] * x.k[t] @ x.k[t])
+        mu, J = predict(x.al[t], mu, J, x.prior)
+        kI = k / (J + x.prior)
+        mu = mu + (v - along(mu, k)) * (precision * kI / (1 + precision * (kI @ k)[:, None]))
+        J = J + outer(x.b[t], k**2)
+        read_mean(x, t, mu, J)
+    x.S, x.J = mu, J
+
+
+@metaplastic("deltanet", FIRST_ORDER_ORACLES)
+@metaplastic("gated_deltanet", FIRST_ORDER_ORACLES)
+@metaplastic("kda", FIRST_ORDER_ORACLES)
+def meta_delta_first_order(x: Head) -> None:
     mu, J = x.S, x.J
     for t in range(x.T):
         k, v, beta = x.k[t], x.v[t][:, None], x.beta[t]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from oracles import (
+    FIRST_ORDER_ORACLES,
     METAPLASTIC_ORACLES,
     METAPLASTIC_SIGNATURES,
     ORACLES,
@@ -178,7 +179,7 @@ def substeps(first: Array, second: Array) -> Array:
     return np.stack([first, second], axis=1).reshape(-1, *first.shape[1:])
 
 
-def dense_delta_row(name: str, x: Ops, row: int) -> tuple[Array, Array]:
+def dense_delta_row(name: str, x: Ops, row: int, first_order: bool = False) -> tuple[Array, Array]:
     al, q, v, beta, k = x["al"], x["q"], x["v"][:, row], x["beta"][:, row], x["k"]
     if name == "gated_deltaproduct":
         al = substeps(al, np.ones_like(al))
@@ -213,6 +214,9 @@ def dense_delta_row(name: str, x: Ops, row: int) -> tuple[Array, Array]:
             prev=True,
         )
         return y[1::2], S
+    if name in FIRST_ORDER_ORACLES and "prior" in x and not first_order:
+        total = 1 - beta * (k**2 * (1 - 1 / decayed)).sum(-1)
+        return solve_row(al, k, bk / decayed / total[:, None], v, q)
     if name in ("implicit_delta", "longhorn"):
         gain = bk / decayed / (1 + beta * (k**2 / decayed).sum(-1))[:, None]
         if name == "implicit_delta":
@@ -221,19 +225,23 @@ def dense_delta_row(name: str, x: Ops, row: int) -> tuple[Array, Array]:
     return solve_row(al, bk, k / after, beta * v, q)
 
 
+DELTA_CASES = [(c, False) for c in CASES if c[0] in DELTA]
+DELTA_CASES += [((n, gate), True) for n in FIRST_ORDER_ORACLES for gate in GATES]
+
+
 @pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("case", [c for c in CASES if c[0] in DELTA], ids=case_ids)
+@pytest.mark.parametrize(("case", "first_order"), DELTA_CASES, ids=case_ids)
 def test_delta_memory_solves_one_triangular_system(
-    case: tuple[str, str | None], regime: str
+    case: tuple[str, str | None], first_order: bool, regime: str
 ) -> None:
     name, gate = case
     ops = make_operands(name, seeded(case, regime), gate=gate, regime=regime)
-    result = run(name, ops, gate)
+    result = FIRST_ORDER_ORACLES[name](ops) if first_order else run(name, ops, gate)
     for i in range(B):
         for j in range(HV):
             x = head_of(name, gate, ops, i, j)
             for row in range(V):
-                y, S = dense_delta_row(name, x, row)
+                y, S = dense_delta_row(name, x, row, first_order)
                 close(result.output[i, :, j, row], y)
                 close(result.memory[i, j, :, row], S)
 
@@ -307,8 +315,13 @@ def test_diagonal_posteriors_are_exact_for_one_hot_keys() -> None:
     ops["b"] = ops["beta"]
     posterior = {n: x for n, x in ops.items() if n != "b"}
     exact = run("mesanet", posterior)
-    for name in ("palimpsa", "gated_deltanet", "implicit_delta"):
-        result = run(name, ops, "head", scale=1.0)
+    rate = {**ops, "beta": ops["beta"] / (1 + ops["beta"])}  # of these precisions
+    for result in (
+        run("palimpsa", ops, "head", scale=1.0),
+        run("implicit_delta", ops, "head", scale=1.0),
+        FIRST_ORDER_ORACLES["gated_deltanet"](ops, scale=1.0),
+        run("gated_deltanet", rate, "head", scale=1.0),
+    ):
         close(result.output, exact.output)
         close(result.uncertainty, exact.uncertainty)
     # Longhorn never forgets.
@@ -685,7 +698,7 @@ def test_with_a_head_gate_importance_moves_into_the_query_or_into_decay_and_keys
         "beta": ops["beta"][..., None] * np.ones(3),
         "erase": ops["beta"][..., None] / importance,
     }
-    close(run("gated_deltanet", ops, "head").output, run("gdn2", general).output)
+    close(FIRST_ORDER_ORACLES["gated_deltanet"](ops).output, run("gdn2", general).output)
 
 
 def test_states_are_taken_by_field_name() -> None:

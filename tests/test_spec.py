@@ -6,6 +6,7 @@ import json
 import tomllib
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,11 +84,75 @@ def test_freeze_inverts_metaplasticize(name: str, gate: str | None) -> None:
 
 
 @pytest.mark.parametrize("name", FROZEN)
-def test_the_default_gate_follows_the_axes(name: str) -> None:
+def test_importance_is_one_vector_over_keys_by_default(name: str) -> None:
     metaplastic = metaplasticize(glazoo.load(name))
     assert metaplastic.importance is not None
-    hebbian = glazoo.load(name).posterior.correction == "none"
-    assert metaplastic.importance.gate.shape == ("value" if hebbian else "head")
+    assert metaplastic.importance.gate.shape == "head"
+
+
+EXACT = ("deltanet", "gated_deltanet", "kda")
+"""The shipped sources whose write gate is the rate of a precision."""
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_a_delta_rule_gets_the_exact_gain_where_it_has_one(name: str) -> None:
+    source = glazoo.load(name)
+    default = metaplasticize(source)
+    assert default.importance is not None
+    if name in EXACT:
+        assert (default.posterior.gain, default.posterior.beta) == ("exact", "rate")
+        assert default.importance.gate.tie == "precision"
+        first = metaplasticize(source, gain="first_order")
+        assert (first.posterior.gain, first.posterior.beta) == ("first_order", "precision")
+        assert first.importance is not None
+        assert first.importance.gate.tie == "write"
+        assert freeze(first) == freeze(default) == source
+        assert default == metaplasticize(source, gain="exact")
+    else:
+        assert (default.posterior.gain, default.posterior.beta) == (
+            source.posterior.gain,
+            "precision",
+        )
+        assert default.importance.gate.tie == "write"
+
+
+@pytest.mark.parametrize(
+    ("name", "gain", "message"),
+    [
+        ("gla", "exact", "gain: 'exact' is not possible here: 'gla' subtracts no prediction"),
+        ("comba", "exact", "'comba' predicts otherwise than it writes"),
+        ("rwkv7", "exact", "'rwkv7' predicts otherwise than it writes"),
+        ("gated_deltaproduct", "exact", r"factor 2, tie 'none'\) may exceed 1"),
+        ("implicit_delta", "first_order", "the gain of 'implicit_delta' is exact already"),
+        ("kda", "half", "gain: got 'half', accepted are 'first_order' and 'exact'"),
+    ],
+)
+def test_a_gain_that_a_source_does_not_have(name: str, gain: Any, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        metaplasticize(glazoo.load(name), gain=gain)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"posterior": {"precision": "frozen"}, "importance": None}, "posterior.beta = rate"),
+        ({"posterior": {"gain": "first_order"}}, "it is the first-order gain"),
+        ({"posterior": {"correction": "diagonal"}}, "posterior.beta = rate belongs to"),
+        ({"posterior": {"beta": "precision"}}, "tie = precision belongs to importance.gate"),
+        ({"write": {"tie": "precision"}}, "may exceed 1"),
+        ({"decay": {"tie": "precision"}}, "tie = precision belongs to importance.gate"),
+        ({"write": {"factor": 2.0}}, "factor 2, tie 'none'.* a rate above 1 has no precision"),
+        ({"write": {"parameterization": "softplus"}}, "'softplus'.* may exceed 1"),
+        ({"write": {"shape": "none"}}, "every observation is infinitely precise"),
+        ({"erase": {"base": "prev"}}, "gain = exact predicts with the written key"),
+    ],
+)
+def test_a_rate_where_it_has_no_meaning(change: dict[str, Any], message: str) -> None:
+    data = metaplasticize(glazoo.load("gated_deltanet")).model_dump()
+    for part, values in change.items():
+        data[part] = None if values is None else data[part] | values
+    with pytest.raises(ValueError, match=message):
+        Spec.model_validate(data)
 
 
 @pytest.mark.parametrize("name", METAPLASTIC)
@@ -119,7 +184,8 @@ def test_an_unknown_gate_is_refused() -> None:
 
 
 def test_meta_mamba2_is_the_metaplastic_form_of_mamba2_up_to_its_layer() -> None:
-    published, ours = glazoo.load("meta_mamba2"), glazoo.load("metaplastic_mamba2")
+    published = glazoo.load("meta_mamba2")
+    ours = metaplasticize(glazoo.load("mamba2"), gate="value")
     assert published.posterior == ours.posterior
     assert glazoo.lower(published).kernel == glazoo.lower(ours).kernel
     assert glazoo.lower(published).recurrence == glazoo.lower(ours).recurrence

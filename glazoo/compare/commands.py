@@ -36,6 +36,14 @@ GateShape = Annotated[
         "own counterpart has.",
     ),
 ]
+Gain = Annotated[
+    Literal["spec", "first_order", "exact"],
+    typer.Option(
+        "--gain",
+        help="With --metaplastic: learning rate of the forms that subtract their prediction, or "
+        "what the variant's own counterpart has.",
+    ),
+]
 Plots = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw figures (matplotlib).")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of all random draws.")]
 Jobs = Annotated[int | None, typer.Option(min=1, help="Processes. Default: one per CPU core.")]
@@ -47,6 +55,7 @@ def capacity(
     *,
     metaplastic: Metaplastic = False,
     gate: GateShape = "spec",
+    gain: Gain = "spec",
     keys: Annotated[
         list[str] | None,
         typer.Option(help="Kinds of keys: random, clustered, anisotropic. Default: all three."),
@@ -92,7 +101,7 @@ def capacity(
             raise CompareError(f"keys: got {kind!r}, accepted are {', '.join(KEY_KINDS)}")
     kinds = [k for k in KEY_KINDS if not keys or k in keys]
     counts = default_pairs(state, value_size) if pairs is None else _integers("pairs", pairs)
-    specs = _specs(names, metaplastic, gate)
+    specs = _specs(names, metaplastic, gate, gain)
     plans = [
         CapacityPlan(s, n, k, state, value_size, counts, seeds, seed, threshold, impl)
         for k in kinds
@@ -173,6 +182,7 @@ def decay(
     *,
     metaplastic: Metaplastic = False,
     gate: GateShape = "spec",
+    gain: Gain = "spec",
     time_constant: Annotated[
         float,
         typer.Option(help="Tokens in which the decay alone leaves 1/e; 0: no decay."),
@@ -218,7 +228,7 @@ def decay(
         prior=prior,
         erase=erase,
     )
-    specs = _specs(names, metaplastic, gate)
+    specs = _specs(names, metaplastic, gate, gain)
     make_folder(out)
     curves = []
     bar = _progress("following one association", len(specs), quiet=as_json)
@@ -322,7 +332,7 @@ def _decay_axes(curves: list[Any]) -> list[Any]:
     ]
 
 
-def _specs(names: list[str], metaplastic: bool, gate: str) -> dict[str, Spec]:
+def _specs(names: list[str], metaplastic: bool, gate: str, gain: str) -> dict[str, Spec]:
     """Loads specs by label; with `metaplastic`, each is followed by its counterpart."""
     out: dict[str, Spec] = {}
     for name in names:
@@ -330,10 +340,13 @@ def _specs(names: list[str], metaplastic: bool, gate: str) -> dict[str, Spec]:
         if out.setdefault(spec.name, spec) != spec:
             raise CompareError(f"two different specs are named {spec.name!r}: give one a new name")
         if metaplastic and not spec.metaplastic:
-            shape: Any = None if gate == "spec" else gate
-            made = metaplasticize(spec, gate=shape)
-            label = made.name if gate == "spec" else f"{made.name} ({gate})"
-            out.setdefault(label, made)
+            options: dict[str, Any] = {"gate": gate}
+            if spec.posterior.correction == "full":
+                options["gain"] = gain
+            chosen = {name: x for name, x in options.items() if x != "spec"}
+            made = metaplasticize(spec, **chosen)
+            label = ", ".join(x.replace("_", " ") for x in chosen.values())
+            out.setdefault(f"{made.name} ({label})" if label else made.name, made)
     return out
 
 
@@ -403,6 +416,7 @@ def compare(
     ] = "quick",
     metaplastic: Metaplastic = False,
     gate: GateShape = "spec",
+    gain: Gain = "spec",
     state: Annotated[
         list[int] | None,
         typer.Option(help="State budget of a layer in bytes; give it again for more budgets."),
@@ -507,7 +521,7 @@ def compare(
     }
     training = Training(**(p.training.model_dump() | changes))
     plan = Plan(
-        _specs(names, metaplastic, gate),
+        _specs(names, metaplastic, gate, gain),
         plan_task,
         tuple(model.model_copy(update={"state_bytes": b}) for b in budgets),
         training,
@@ -686,6 +700,7 @@ def bench(
     *,
     metaplastic: Metaplastic = False,
     gate: GateShape = "spec",
+    gain: Gain = "spec",
     engine: Annotated[
         list[str] | None,
         typer.Option(help="Engine; give it again for more. Default: all but the reference."),
@@ -734,7 +749,7 @@ def bench(
         _known("mode", m, MODES)
     modes = [m for m in MODES if not mode or m in mode]
     _check_device(device)
-    specs = _specs(names, metaplastic, gate)
+    specs = _specs(names, metaplastic, gate, gain)
     if out is not None:
         make_folder(out)
     if threads is not None:

@@ -247,7 +247,9 @@ class _MeanField:
         if self.spec.hebbian:
             return decay, self.beta, 0.0
         if spec.posterior.gain == "exact":
-            gain = self.beta / before / (1 + self.beta / before)
+            # Unit keys: 1 - beta k.k is what a rate leaves of the one.
+            known = 1.0 if spec.posterior.beta == "precision" else max(1.0 - self.beta, 0.0)
+            gain = self.beta / before / (known + self.beta / before)
             return forget, gain, gain * forget
         removal = self.beta if spec.erase.strength == "write" else self.gates.erase
         base = forget if spec.erase.base == "decayed" else 1.0

@@ -145,7 +145,7 @@ def gate_grid(program: Program, pairs: int) -> list[Gates]:
     writes = [1.0]
     if "write" in roles and spec.read.normalizer == "max_abs_one":
         writes = [0.01, 0.1, 1.0, 10.0]
-    elif "write" in roles and spec.posterior.gain == "exact":
+    elif "write" in roles and (spec.posterior.gain, spec.posterior.beta) == ("exact", "precision"):
         writes = [0.1, 1.0, 10.0, 100.0, 1000.0]
     elif "write" in roles and not spec.hebbian:
         writes = [0.1, 0.2, 0.4, 0.7, 1.0]

@@ -28,7 +28,7 @@ from glazoo.converters.families.layouts import layout_of
 from glazoo.converters.files import Progress, Staging, checksum, one_line
 from glazoo.converters.gate import gate_shapes, initial_gate
 from glazoo.converters.report import AddedTensor, ConversionReport, FileRecord, RevertReport
-from glazoo.converters.settings import FORMAT_VERSION, Settings
+from glazoo.converters.settings import FORMAT_VERSION, READABLE, Settings
 from glazoo.converters.tensors import NewTensor, Shard, read_shard, write_shard
 from glazoo.converters.tokenizers import TOKENIZER_CONFIG, settled
 from glazoo.program import lower
@@ -562,7 +562,7 @@ def convert_checkpoint(
     rank: int | None = None,
     layers: Sequence[int] | None = None,
     seed: int = 0,
-    gain: str = "first_order",
+    gain: str | None = None,
     dtype: Dtype | None = None,
     link: bool = True,
     remote_code: bool = True,
@@ -572,8 +572,10 @@ def convert_checkpoint(
 ) -> ConversionReport:
     """Converts a checkpoint folder into its metaplastic counterpart.
 
-        b_t = kappa beta_t 2 sigmoid(b_up b_down h_t) ;
+        b_t = kappa r_t 2 sigmoid(b_up b_down h_t) ;
         kappa = `plasticity`, b_up = 0, I_p = 1 at the start
+
+    with r_t the write gate or, for the exact gain, the precision whose rate it is.
 
     `AutoModelForCausalLM.from_pretrained(dst)` loads the result after `import glazoo.models`;
     without glazoo, transformers refuses its model_type. No tensor of the source is rewritten unless
@@ -582,15 +584,17 @@ def convert_checkpoint(
     Args:
         src: the source folder; it is not changed.
         dst: the folder to make. It appears complete or not at all.
-        plasticity: kappa in [0, 1]; 0 computes what the source computes.
-        gate: "value" for one importance per synapse, "head" for one importance vector over keys per
-            head; default: "head" for delta rules, "value" for all others.
+        plasticity: kappa, from 0, which computes what the source computes, to 1; sources that
+            subtract no prediction accept more.
+        gate: "head", the default, for one importance vector over keys per head; "value" for one
+            importance per synapse.
         rank: rank of the importance gate's projection; default a sixteenth of the hidden size, at
             most 128.
         layers: indices of the layers to convert; default all that can be.
         seed: seed of the gate's inner projection.
         gain: learning rate of a delta rule: "first_order", beta k / I, or "exact", that of the
-            exact rank-one update. Both are the source at kappa = 0.
+            posterior for the precision beta / (1 - beta k.k). Both are the source at kappa = 0.
+            Default: "exact" where the family has it.
         dtype: write the source's weights in this dtype: "float32", "bfloat16" or "float16". The
             added tensors are float32 always, and what the family or the checkpoint keeps in float32
             on purpose stays. A narrower dtype cannot be undone: `revert_checkpoint` then gives the
@@ -679,6 +683,7 @@ def convert_checkpoint(
         architecture=family.converted_architecture(checkpoint.architecture),
         spec=settings.metaplastic_spec(family.source_spec(config)).name,
         gate=settings.gate,
+        gain=settings.gain,
         rank=settings.rank,
         plasticity=settings.plasticity,
         seed=settings.seed,
@@ -967,10 +972,10 @@ def _recast(
 
 def _manifest_entries(source: Path) -> list[tuple[str, str, int, str]]:
     manifest = _read_json(source / MANIFEST, MANIFEST)
-    if manifest.get("format_version") != FORMAT_VERSION:
+    if manifest.get("format_version") not in READABLE:
         raise ConversionError(
             f"{MANIFEST} has format_version {manifest.get('format_version')!r}, this glazoo reads "
-            f"{FORMAT_VERSION}"
+            f"{', '.join(map(str, READABLE))}"
         )
     try:
         entries = [

@@ -33,14 +33,15 @@ def convert(
         float,
         typer.Option(
             metavar="KAPPA",
-            help="Where on the continuum to start: 0 is the source, 1 the full metaplastic form.",
+            help="Where on the continuum to start: 0 is the source, 1 the full metaplastic form. "
+            "Sources that subtract no prediction accept more.",
         ),
     ] = 0.0,
     gate: Annotated[
         Literal["value", "head"] | None,
         typer.Option(
-            help="One importance per synapse, or one vector over keys per head. Default: head for "
-            "delta rules, value for all others."
+            help="One importance vector over keys per head, or one importance per synapse (the "
+            "published form, twice the state). Default: head."
         ),
     ] = None,
     rank: Annotated[
@@ -50,9 +51,12 @@ def convert(
         str, typer.Option(help="Layers to convert, for example 0,2-5. Default: all that can be.")
     ] = "all",
     gain: Annotated[
-        Literal["first_order", "exact"],
-        typer.Option(help="Learning rate of a delta rule; both start at the source."),
-    ] = "first_order",
+        Literal["first_order", "exact"] | None,
+        typer.Option(
+            help="Learning rate of a delta rule; both start at the source. Default: exact, the "
+            "posterior's, where the family has it."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the importance gate's projection.")] = 0,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,9 @@ from torch import Tensor, nn
 
 from glazoo.converters.settings import GateShape
 from glazoo.layers.clamp import live_clamp
+from glazoo.layers.parts import KeepsWide
+from glazoo.layers.plasticity import importance_gate
+from glazoo.spec import Gate
 
 __all__ = ["GATE_TENSORS", "ImportanceGate", "gate_shapes", "initial_gate"]
 
@@ -48,15 +50,16 @@ def initial_gate(
     return torch.full(shape, value, dtype=torch.float32, device="cpu")
 
 
-class ImportanceGate(nn.Module):
+class ImportanceGate(KeepsWide):
     """The importance gate and the prior of one mixer.
 
-        b_t = kappa beta_t 2 sigmoid(b_up b_down h_t) ;
+        b_t = kappa r_t 2 sigmoid(b_up b_down h_t) ;
         kappa = max(b_scale, 0) with a live gradient ;  I_p = exp(ip_log)
 
-    with h_t the mixer's input and beta_t its write gate. `b_up` starts at zero, so at the start b_t
-    = kappa beta_t exactly: kappa = 0 is the source, kappa = 1 the full metaplastic form. `ip_log`
-    starts at zero: I_p = 1.
+    with h_t the mixer's input and r_t what `observed_precision` makes of its write gate: the gate
+    itself, or the precision whose rate it is. `b_up` starts at zero, so at the start b_t = kappa
+    r_t exactly: kappa = 0 is the source, kappa = 1 the full metaplastic form. `ip_log` starts at
+    zero: I_p = 1.
 
     The factors are bare parameters rather than linear layers, so that quantisers and adapters that
     collect linear layers leave them alone, and they stay in float32 or wider whatever the model is
@@ -86,6 +89,7 @@ class ImportanceGate(nn.Module):
     ) -> None:
         super().__init__()
         self.heads, self.value, self.gate = heads, value, gate
+        self.opening = Gate(shape=gate, parameterization="sigmoid", factor=2.0, tie="write")
         self.plasticity, self.seed, self.layer = plasticity, seed, layer
         for name, shape in gate_shapes(
             hidden=hidden, heads=heads, value=value, rank=rank, gate=gate
@@ -117,7 +121,8 @@ class ImportanceGate(nn.Module):
 
         Args:
             hidden: the mixer's input, [B, T, D].
-            write: the write gate beta, [B, T, HV], float32 or float64.
+            write: what the gate multiplies, from `observed_precision`, [B, T, HV], float32 or
+                float64.
 
         Returns:
             b >= 0, [B, T, HV] for a head gate and [B, T, HV, V] for a value gate, and I_p > 0,
@@ -125,26 +130,11 @@ class ImportanceGate(nn.Module):
         """
         # The two small products run in the model's dtype; what they give enters a sigmoid.
         low = F.linear(F.linear(hidden, self.b_down.to(hidden.dtype)), self.b_up.to(hidden.dtype))
-        opening = 2 * torch.sigmoid(low.to(write.dtype))
-        strength = live_clamp(self.b_scale).to(write.dtype) * write
-        if self.gate == "value":
-            strength = strength.unsqueeze(-1)
-            opening = opening.unflatten(-1, (self.heads, self.value))
+        z = low.to(write.dtype).unflatten(-1, (self.heads, -1))
+        kappa = live_clamp(self.b_scale).to(write.dtype)
         # One call gives both: between calls, an offloading hook takes the parameters away.
-        return strength * opening, self.ip_log.to(write.dtype).exp()
+        return importance_gate(self.opening, z, write, kappa), self.ip_log.to(write.dtype).exp()
 
     def extra_repr(self) -> str:
         rank = self.b_down.shape[0]
         return f"heads={self.heads}, value={self.value}, gate={self.gate!r}, rank={rank}"
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ImportanceGate:
-        def keep_wide(t: Tensor) -> Tensor:
-            moved = fn(t)
-            if moved.is_floating_point() and moved.dtype.itemsize < 4:
-                return t.to(device=moved.device)
-            return moved
-
-        # `half()`, `bfloat16()` and `to(dtype)` all end here: they move the parameters, but do not
-        # narrow them.
-        super()._apply(keep_wide, recurse)  # type: ignore[no-untyped-call]
-        return self

@@ -24,13 +24,15 @@ def metaplasticize_model(
     rank: int | None = None,
     layers: Sequence[int] | None = None,
     seed: int = 0,
-    gain: str = "first_order",
+    gain: str | None = None,
     impl: str = "auto",
 ) -> nn.Module:
     """Turns a causal language model into its metaplastic counterpart, in place.
 
-        b_t = kappa beta_t 2 sigmoid(b_up b_down h_t) ;
+        b_t = kappa r_t 2 sigmoid(b_up b_down h_t) ;
         kappa = `plasticity`, b_up = 0, I_p = 1 at the start
+
+    with r_t the write gate or, for the exact gain, the precision whose rate it is.
 
     At kappa = 0 the model computes what it did before, up to the rounding of the scan, and the
     gates can be trained at once. Parameters keep their identity, tied weights stay tied;
@@ -39,15 +41,16 @@ def metaplasticize_model(
 
     Args:
         model: a supported model, `transformers.Mamba2ForCausalLM` for example.
-        plasticity: kappa in [0, 1].
-        gate: "value" for one importance per synapse, "head" for one importance vector over keys per
-            head; default: "head" for delta rules, "value" for all others.
+        plasticity: kappa, from 0 to 1; sources that subtract no prediction accept more.
+        gate: "head", the default, for one importance vector over keys per head; "value" for one
+            importance per synapse.
         rank: rank of the importance gate's projection; default a sixteenth of the hidden size, at
             most 128.
         layers: indices of the layers to convert; default all that can be.
         seed: seed of the gate's inner projection.
         gain: learning rate of a delta rule: "first_order", beta k / I, or "exact", that of the
-            exact rank-one update. Both are the source at kappa = 0.
+            posterior for the precision beta / (1 - beta k.k). Both are the source at kappa = 0.
+            Default: "exact" where the family has it.
         impl: engine of the scan, as in `glazoo.attention`.
 
     Returns:

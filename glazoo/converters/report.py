@@ -117,6 +117,7 @@ class ConversionReport(Report):
     architecture: str
     spec: str
     gate: str
+    gain: str
     rank: int
     plasticity: float
     seed: int
@@ -158,6 +159,7 @@ class ConversionReport(Report):
                     ("family, spec", f"{self.family}, {self.spec}"),
                     ("architecture", self.architecture),
                     ("importance gate", f"{self.gate}-shaped, rank {self.rank}, seed {self.seed}"),
+                    ("gain", self.gain.replace("_", " ")),
                     ("plasticity kappa", f"{self.plasticity:g}"),
                     ("layers converted", f"{len(self.layers)} ({_ranges(self.layers)})"),
                     (

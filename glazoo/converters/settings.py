@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 from glazoo.converters.errors import ConversionError
+from glazoo.layers.plasticity import refused_plasticity
 from glazoo.spec import Spec, metaplasticize
 from glazoo.zoo import load
 
-__all__ = ["FORMAT_VERSION", "Gain", "GateShape", "Settings", "default_rank"]
+__all__ = ["FORMAT_VERSION", "READABLE", "Gain", "GateShape", "Settings", "default_rank"]
 
-FORMAT_VERSION = 1
-"""Version of the converted format; raised whenever an older reader would misread a newer folder."""
+FORMAT_VERSION = 2
+"""Version of the converted format; raised whenever an older reader would misread a newer folder.
+Version 1 had neither `beta` nor `tie`."""
+READABLE = range(1, FORMAT_VERSION + 1)
+"""Versions that this reader understands."""
 
 GateShape = Literal["head", "value"]
 Gain = Literal["first_order", "exact"]
@@ -47,6 +50,10 @@ class Settings:
     """Seed of the importance gate's inner projection."""
     gain: Gain = "first_order"
     """Learning rate of a delta rule."""
+    beta: Literal["precision", "rate"] = "precision"
+    """What the write gate is to the exact gain."""
+    tie: Literal["write", "precision"] = "write"
+    """What the importance gate multiplies."""
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -63,20 +70,19 @@ class Settings:
         rank: int | None,
         layers: Sequence[int] | None,
         seed: int,
-        gain: str = "first_order",
+        gain: str | None = None,
         no_exact_gain: str | None = None,
     ) -> Settings:
         """Checks what a caller asked for and fills in the defaults."""
-        if not (isinstance(plasticity, int | float) and math.isfinite(plasticity)):
-            raise ConversionError(f"plasticity: got {plasticity!r}, expected a number in [0, 1]")
-        if not 0.0 <= plasticity <= 1.0:
-            raise ConversionError(f"plasticity: got {plasticity!r}, accepted are numbers in [0, 1]")
         source = load(spec)
+        if reason := refused_plasticity(source, plasticity):
+            raise ConversionError(reason)
         if gate is None:
-            # Per synapse, a rule that subtracts a prediction has no form in matrix products.
-            gate = "value" if source.posterior.correction == "none" else "head"
+            gate = "head"
         if gate not in ("head", "value"):
             raise ConversionError(f"gate: got {gate!r}, accepted are 'head' and 'value'")
+        if gain is None:
+            gain = "exact" if no_exact_gain is None else "first_order"
         if gain not in ("first_order", "exact"):
             raise ConversionError(f"gain: got {gain!r}, accepted are 'first_order' and 'exact'")
         if gain == "exact" and no_exact_gain is not None:
@@ -105,13 +111,17 @@ class Settings:
             layers=chosen,
             seed=seed,
             gain=cast(Gain, gain),
+            beta="rate" if gain == "exact" else "precision",
+            tie="precision" if gain == "exact" else "write",
         )
 
     def metaplastic_spec(self, source: Spec) -> Spec:
         """Gives the spec that the converted mixers follow, from that of the source's."""
-        spec = metaplasticize(source, gate=self.gate, rank=self.rank)
-        posterior = spec.posterior.model_copy(update={"gain": self.gain})
-        return Spec.model_validate(spec.model_copy(update={"posterior": posterior}).model_dump())
+        spec = metaplasticize(source, gate=self.gate, gain="first_order", rank=self.rank)
+        data = spec.model_dump()
+        data["posterior"] |= {"gain": self.gain, "beta": self.beta}
+        data["importance"]["gate"]["tie"] = self.tie
+        return Spec.model_validate(data)
 
     def to_block(self) -> dict[str, Any]:
         """Gives the block as JSON data."""
@@ -129,11 +139,19 @@ class Settings:
                 "the configuration has no block 'metaplastic': it is not a converted model's"
             )
         version = block.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in READABLE:
             raise ConversionError(
-                f"metaplastic.format_version is {version!r}, this glazoo reads {FORMAT_VERSION}: "
-                "install the glazoo that wrote it"
+                f"metaplastic.format_version is {version!r}, this glazoo reads "
+                f"{', '.join(map(str, READABLE))}: install the glazoo that wrote it"
             )
+        if (
+            version == 1
+            and block.get("gain") == "exact"
+            and block.get("base_model_type") != "glazoo"
+        ):
+            # The mixers of other packages made the precision of their write gate themselves;
+            # glazoo's own took it for the precision.
+            block = block | {"beta": "rate"}
         try:
             return cls(
                 **{

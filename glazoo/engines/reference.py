@@ -240,33 +240,37 @@ class _Sequence:
             return
         previous = self.memory
         mean = forget * previous
+        strength, erase = w.beta, self.spec.erase
         if p.gain == "exact":
-            gain = (
-                w.beta
-                * (w.k / before)
-                / (1 + w.beta * (w.k.square() / before).sum(2, keepdim=True))
-            )
-            if p.correction == "diagonal":
-                self.memory = mean * (1 - w.k * gain) + gain * w.v
-            else:
-                self.memory = mean + gain * (w.v - (mean * w.k).sum(2, keepdim=True))
+            rate, strength = 1 / before, self._exact_strength(w, before)
+        elif imp is None or imp.preconditioner is None:
+            rate = 1 / after
+        else:
+            rate = self._precondition(imp.preconditioner)
+        if p.correction == "diagonal":
+            gain = rate * (w.k * strength)
+            self.memory = mean * (1 - w.k * gain) + gain * w.v
             return
-        rate = (
-            1 / after
-            if imp is None or imp.preconditioner is None
-            else self._precondition(imp.preconditioner)
-        )
-        base = mean if self.spec.erase.base == "decayed" else previous
-        erase = self.spec.erase
+        base = mean if erase.base == "decayed" else previous
         if erase.strength == "write":
-            removed = w.k * w.beta * (base * w.p).sum(2, keepdim=True)
+            removed = w.k * strength * (base * w.p).sum(2, keepdim=True)
         elif erase.side == "prediction":
             assert w.erase is not None
             removed = w.k * (base * (w.erase * w.p)).sum(2, keepdim=True)
         else:
             assert w.erase is not None
             removed = (w.erase * w.p) * (base * w.p).sum(2, keepdim=True)
-        self.memory = mean + rate * (w.k * (w.beta * w.v) - removed)
+        self.memory = mean + rate * (w.k * (strength * w.v) - removed)
+
+    def _exact_strength(self, w: _Write, before: Tensor) -> Tensor:
+        """Gives what the exact gain makes of the write gate: [B, HV, 1, 1 or V]."""
+        found = w.beta * (w.k.square() / before).sum(2, keepdim=True)
+        if self.spec.posterior.beta == "precision":
+            return w.beta / (1 + found)
+        # In this order the quotient is beta, to the last bit, where importance is 1.
+        s = w.beta * w.k.square().sum(2, keepdim=True)
+        most = s.clamp(min=1)
+        return w.beta / ((most - s + found) / most)
 
     def _observe_log_evidence(self, w: _Write) -> None:
         assert self.importance is not None

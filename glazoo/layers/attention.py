@@ -33,7 +33,7 @@ from glazoo.layers.parts import (
     wide_dtype,
     wide_parameter,
 )
-from glazoo.layers.plasticity import ImportanceModule
+from glazoo.layers.plasticity import ImportanceModule, observed_precision, refused_plasticity
 from glazoo.program import lower
 from glazoo.spec import Decay, Gate, Spec, SpecError, Stream, metaplasticize
 from glazoo.state import Output, OutputWithUncertainty, State
@@ -418,13 +418,14 @@ class GatedLinearAttention(KeepsWide):
         *,
         plasticity: float = 0.0,
         gate: str | None = None,
+        gain: str | None = None,
         rank: int | None = None,
     ) -> None:
         """Turns the layer into its metaplastic form in place, as `glazoo.layers.metaplasticize`."""
         rank = max(1, min(128, self.sizes.hidden // 16)) if rank is None else rank
-        spec = metaplasticize(self.spec, gate=gate, rank=rank)  # type: ignore[arg-type]
-        if not (isinstance(plasticity, int | float) and 0.0 <= plasticity <= 1.0):
-            raise ValueError(f"plasticity: got {plasticity!r}, accepted are numbers in [0, 1]")
+        spec = metaplasticize(self.spec, gate=gate, gain=gain, rank=rank)  # type: ignore[arg-type]
+        if reason := refused_plasticity(spec, plasticity):
+            raise ValueError(reason)
         weight = self.o_proj.weight
         module = self._importance(spec).to(weight.device)
         if weight.dtype.itemsize > 4:
@@ -789,7 +790,7 @@ class GatedLinearAttention(KeepsWide):
         importance = self.importance
         if importance is not None and spec.importance is not None:
             if spec.importance.gate.shape != "none":
-                operands["b"] = importance(inputs.hidden, operands.get("beta"))
+                operands["b"] = importance(inputs.hidden, self._observed(operands))
             prior = importance.prior(wide_dtype(inputs.hidden))
             if prior is not None:
                 operands["prior"] = prior
@@ -798,6 +799,14 @@ class GatedLinearAttention(KeepsWide):
             if importance.own_decay is not None:
                 own = importance.own_decay(inputs.hidden).value
                 operands["g_importance"] = self._unstacked(own)
+
+    def _observed(self, operands: dict[str, Tensor]) -> Tensor | None:
+        """Gives what the importance gate multiplies."""
+        if "beta" not in operands:
+            return None
+        # Keys that follow from the decay are no stream of the layer.
+        k = operands["k"] if "k" in operands else -torch.expm1(operands["g"])
+        return observed_precision(self.spec, operands["beta"], k)
 
     def _write(self, inputs: _Inputs, decay: GateValue | None) -> Tensor:
         gate = self.spec.write

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal, TypeVar
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from glazoo.layers.attention import GatedLinearAttention
+from glazoo.layers.plasticity import refused_plasticity
 from glazoo.spec import SpecError
 
 __all__ = ["layers_of", "metaplasticize", "set_plasticity"]
@@ -27,21 +27,24 @@ def metaplasticize(
     *,
     plasticity: float = 0.0,
     gate: Literal["head", "value"] | None = None,
+    gain: Literal["first_order", "exact"] | None = None,
     rank: int | None = None,
     layers: Sequence[int] | None = None,
 ) -> M:
     """Turns a layer, or the layers of a model, into their metaplastic form, in place.
 
-        J_t = a_t J_{t-1} + b_t k_t^2 ;   b_t = kappa beta_t 2 sigmoid(b_up b_down x_t)
+        J_t = a_t J_{t-1} + b_t k_t^2 ;   b_t = kappa r_t 2 sigmoid(b_up b_down x_t)
 
-    With kappa = 0 and the prior at one the module computes what it did before; the gradient of
-    kappa is alive there. Checkpoints of other families: `glazoo.converters`.
+    with r_t the write gate or, for the exact gain, the precision whose rate it is. With kappa = 0
+    and the prior at one the module computes what it did before; the gradient of kappa is alive
+    there. Checkpoints of other families: `glazoo.converters`.
 
     Args:
         module: a `GatedLinearAttention`, or a module that holds some, such as `GlazooForCausalLM`,
             whose configuration then names the new specs.
-        plasticity: kappa in [0, 1].
+        plasticity: kappa, from 0 to 1; a Hebbian layer accepts more.
         gate: shape of the importance gate, as in `glazoo.metaplasticize`.
+        gain: learning rate of a delta rule, as in `glazoo.metaplasticize`.
         rank: rank of the gate's projection. Default: a sixteenth of the width, at most 128.
         layers: indices of the layers to convert. Default: all that are not metaplastic.
 
@@ -54,7 +57,6 @@ def metaplasticize(
 
     Reference: arXiv:2602.09075.
     """
-    _check_plasticity(plasticity)
     if rank is not None and rank < 1:
         raise ValueError(f"rank: got {rank}, accepted are integers >= 1")
     found = list(layers_of(module).values())
@@ -71,8 +73,9 @@ def metaplasticize(
         chosen = [m for m in found if m.layer_idx in set(layers)]
         if done := [m.layer_idx for m in chosen if m.spec.metaplastic]:
             raise SpecError(f"layers: {done} are metaplastic already")
+    _check_plasticity(chosen, plasticity)
     for layer in chosen:
-        layer.metaplasticize_(plasticity=plasticity, gate=gate, rank=rank)
+        layer.metaplasticize_(plasticity=plasticity, gate=gate, gain=gain, rank=rank)
     for m in module.modules():
         # Models keep the specs of their layers in their configuration.
         update = getattr(m, "update_specs", None)
@@ -86,30 +89,32 @@ def set_plasticity(module: M, plasticity: float) -> M:
 
     Args:
         module: a layer or a model.
-        plasticity: kappa in [0, 1]: 0 is the source, 1 the full Bayesian form.
+        plasticity: kappa, from 0, the source, to 1, the full Bayesian form; Hebbian layers accept
+            more.
 
     Raises:
         SpecError: no layer has the factor.
         ValueError: `plasticity` is out of its domain.
     """
-    _check_plasticity(plasticity)
-    scales = [
-        m.importance.scale
+    chosen = [
+        m
         for m in layers_of(module).values()
         if m.importance is not None
         and m.importance.scale is not None
         and m.importance.spec.scale.parameterization == "clamp"
     ]
-    if not scales:
+    if not chosen:
         raise SpecError("module: no layer was made metaplastic from another")
+    _check_plasticity(chosen, plasticity)
     with torch.no_grad():
-        for scale in scales:
-            scale.fill_(plasticity)
+        for layer in chosen:
+            assert layer.importance is not None
+            assert layer.importance.scale is not None
+            layer.importance.scale.fill_(plasticity)
     return module
 
 
-def _check_plasticity(plasticity: float) -> None:
-    if not isinstance(plasticity, int | float) or not math.isfinite(plasticity):
-        raise ValueError(f"plasticity: got {plasticity!r}, accepted are numbers in [0, 1]")
-    if not 0.0 <= plasticity <= 1.0:
-        raise ValueError(f"plasticity: got {plasticity!r}, accepted are numbers in [0, 1]")
+def _check_plasticity(layers: Sequence[GatedLinearAttention], plasticity: float) -> None:
+    for layer in layers:
+        if reason := refused_plasticity(layer.spec, plasticity):
+            raise ValueError(reason)

@@ -12,15 +12,113 @@ from torch import Tensor, nn
 from glazoo.layers.clamp import live_clamp
 from glazoo.layers.gates import GateModule
 from glazoo.layers.parts import KeepsWide, draw, fill, wide_dtype, wide_parameter
-from glazoo.spec import Importance, Init, SpecError
+from glazoo.spec import Gate, Importance, Init, Spec, SpecError
 
-__all__ = ["ImportanceModule"]
+__all__ = [
+    "MAX_PRECISION",
+    "ImportanceModule",
+    "importance_gate",
+    "observed_precision",
+    "refused_plasticity",
+]
+
+MAX_PRECISION = math.exp(8)
+"""Largest precision that one token adds to importance: the odds of a sigmoid write gate at 8. Above
+it, 1 - beta k.k has lost more than three of float32's seven digits, and a single token would fix
+its channels for the rest of a context. The gain itself needs no such bound."""
+
+
+def observed_precision(
+    spec: Spec,
+    beta: Float[Tensor, "B nT HV *V"],
+    k: Float[Tensor, "B nT H K"],
+) -> Float[Tensor, "B nT HV *V"]:
+    """Gives what the importance gate of a spec multiplies, from the write gate and the keys.
+
+        importance.gate.tie = precision:  min(beta / (1 - beta k.k), e^8), and e^8 from
+                                          beta k.k = 1 on
+        otherwise:                        beta
+
+    With unit keys and beta = sigmoid(z) the precision is e^z, the odds.
+
+    Args:
+        spec: the metaplastic spec.
+        beta: the write gate as the recurrence takes it, in float32 or wider.
+        k: keys as the recurrence takes them; value heads are a multiple of their heads.
+
+    Returns:
+        The precision, >= 0, of the write gate's shape and dtype, or the write gate itself.
+    """
+    if spec.importance is None or spec.importance.gate.tie != "precision":
+        return beta
+    square = k.to(beta.dtype).square().sum(-1).repeat_interleave(beta.shape[2] // k.shape[2], 2)
+    rest = 1 - beta * (square if beta.ndim == 3 else square[..., None])
+    known = rest * MAX_PRECISION > beta
+    # No division by what is not used: its gradient would be nan.
+    return torch.where(known, beta / rest.where(known, rest.new_ones(())), MAX_PRECISION)
+
+
+def refused_plasticity(spec: Spec, plasticity: object) -> str | None:
+    """Says why a number is no plasticity to start from, or gives None if it is one.
+
+    A rule that subtracts its prediction observes with the precision of its write gate, kappa = 1,
+    at most. The write of a Hebbian rule is no precision, and kappa is the unit between the two.
+
+    Args:
+        spec: a spec, or its metaplastic form.
+        plasticity: kappa.
+
+    Returns:
+        The reason, for a message, or None.
+    """
+    most = math.inf if spec.hebbian else 1.0
+    if (
+        isinstance(plasticity, int | float)
+        and math.isfinite(plasticity)
+        and 0 <= plasticity <= most
+    ):
+        return None
+    accepted = "numbers from 0 on" if spec.hebbian else f"numbers in [0, 1] for {spec.name!r}"
+    return f"plasticity: got {plasticity!r}, accepted are {accepted}"
+
+
+def importance_gate(
+    gate: Gate,
+    z: Float[Tensor, "B nT HV D"],
+    write: Float[Tensor, "B nT HV *V"] | None,
+    scale: Float[Tensor, " HV"] | None,
+) -> Float[Tensor, "B nT HV *V"]:
+    """Gives the importance gate b >= 0 from its projection.
+
+        b = scale [write] factor sigmoid(z)   or   scale [write] softplus(z)
+
+    Args:
+        gate: the gate, of shape head or value.
+        z: its projection, in float32 or wider; D is 1 for a head gate, V for a value gate.
+        write: what a tied gate multiplies, from `observed_precision`; unset means 1.
+        scale: the plasticity kappa >= 0 of every head; unset means 1.
+
+    Returns:
+        [B, n T, HV], or [B, n T, HV, V] for one importance per synapse.
+    """
+    sigmoid = gate.parameterization == "sigmoid"
+    opening = gate.factor * torch.sigmoid(z) if sigmoid else F.softplus(z)
+    if gate.tie in ("write", "precision") and write is not None:
+        if write.ndim == 3:
+            write = write[..., None]
+        elif gate.shape != "value":
+            # A write gate per value channel has no head-shaped counterpart but its mean.
+            write = write.mean(-1, keepdim=True)
+        opening = opening * write
+    if scale is not None:
+        opening = opening * scale.to(z.dtype)[:, None]
+    return opening if gate.shape == "value" else opening.squeeze(-1)
 
 
 class ImportanceModule(KeepsWide):
     """Importance of one layer: its gate, scale, prior, own decay and preconditioner's center.
 
-        b_t = scale [beta_t] gate(x_t) ;   I_p = exp(prior)  or  softplus(prior) + floor
+        b_t = scale [write_t] gate(x_t) ;   I_p = exp(prior)  or  softplus(prior) + floor
 
     Every parameter here is float32 or wider whatever the layer is cast to, the projection
     included; the projection's two small products run in the input's dtype.
@@ -109,7 +207,8 @@ class ImportanceModule(KeepsWide):
 
         Args:
             x: [B, T, D], the layer's input.
-            write: the write gate beta, [B, n T, HV] or [B, n T, HV, V]; unset means 1.
+            write: what the gate multiplies, from `observed_precision`, [B, n T, HV] or
+                [B, n T, HV, V]; unset means 1.
 
         Returns:
             [B, n T, HV], or [B, n T, HV, V] for one importance per synapse.
@@ -124,25 +223,12 @@ class ImportanceModule(KeepsWide):
             z = F.linear(low, self.up.to(x.dtype)).to(dtype)
             if self.bias is not None:
                 z = z + self.bias.to(dtype)
-        per_value = gate.shape == "value"
-        z = z.unflatten(-1, (self.steps, self.heads, -1)).flatten(1, 2)
-        opening = (
-            gate.factor * torch.sigmoid(z)
-            if gate.parameterization == "sigmoid"
-            else (F.softplus(z))
-        )
-        if gate.tie == "write" and write is not None:
-            if write.ndim == 3:
-                write = write[..., None]
-            elif not per_value:
-                # A write gate per value channel has no head-shaped counterpart but its mean.
-                write = write.mean(-1, keepdim=True)
-            opening = opening * write
+        scale = None
         if self.scale is not None:
             clamped = self.spec.scale.parameterization == "clamp"
             scale = live_clamp(self.scale) if clamped else F.softplus(self.scale)
-            opening = opening * scale.to(dtype)[:, None]
-        return opening if per_value else opening.squeeze(-1)
+        z = z.unflatten(-1, (self.steps, self.heads, -1)).flatten(1, 2)
+        return importance_gate(gate, z, write, scale)
 
     def prior(self, dtype: torch.dtype) -> Float[Tensor, "HV *K"] | None:
         """Gives the prior importance I_p > 0, [HV] or [HV, K]; None where the spec has none."""

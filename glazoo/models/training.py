@@ -67,10 +67,12 @@ class Data(_Section):
 class Metaplastic(_Section):
     """Conversion of the model before it is trained."""
 
-    plasticity: float = Field(default=0.0, ge=0.0, le=1.0)
+    plasticity: float = Field(default=0.0, ge=0.0)
     """kappa at the start."""
     gate: Literal["head", "value"] | None = None
     """Shape of the importance gate."""
+    gain: Literal["first_order", "exact"] | None = None
+    """Learning rate of a delta rule."""
     rank: int | None = Field(default=None, ge=1)
     """Rank of the importance gate's projection."""
 

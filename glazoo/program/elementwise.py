@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["forgetting", "over"]
+__all__ = ["exact_strength", "forgetting", "over", "whitened"]
 
 
 class _Over(torch.autograd.Function):
@@ -103,3 +103,76 @@ def forgetting(
     priors = prior.expand(importance.shape[2:])
     out: tuple[Tensor, Tensor] = _Forgetting.apply(importance, g, priors)  # type: ignore[no-untyped-call]
     return out
+
+
+class _Whitened(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, key: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(key, before)
+        wide = key.to(before.dtype)
+        scaled = wide / before
+        # Both sums over one array, in one order: equal to the last bit where importance is 1.
+        products = wide * scaled
+        found = products.sum(-1)
+        return scaled, found, torch.mul(wide, wide, out=products).sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        dscaled, dfound, dsquare = grads
+        key, before = ctx.saved_tensors
+        scaled = key / before
+        through = dscaled / before
+        reached = scaled * dfound.unsqueeze(-1)
+        dbefore = (through + reached).mul_(scaled).neg_()
+        dkey = through.add_(reached, alpha=2).addcmul_(key, dsquare.unsqueeze(-1), value=2)
+        return dkey.to(key.dtype), dbefore
+
+
+def whitened(
+    key: Float[Tensor, "B T HV K"], before: Float[Tensor, "B T HV K"]
+) -> tuple[Float[Tensor, "B T HV K"], Float[Tensor, "B T HV"], Float[Tensor, "B T HV"]]:
+    """Measures keys by the importance that they find, for the exact gain.
+
+    Args:
+        key: keys, a head per value head.
+        before: I' > 0, in float32 or wider.
+
+    Returns:
+        k / I', sum k^2 / I' and sum k^2, in the dtype of I'; differentiable once in both arguments.
+    """
+    if torch.compiler.is_compiling():
+        wide = key.to(before.dtype)
+        scaled = wide / before
+        return scaled, (wide * scaled).sum(-1), (wide * wide).sum(-1)
+    out: tuple[Tensor, Tensor, Tensor] = _Whitened.apply(key, before)  # type: ignore[no-untyped-call]
+    return out
+
+
+def exact_strength(
+    beta: Float[Tensor, "*shape"] | None,
+    found: Float[Tensor, "*shape"],
+    square: Float[Tensor, "*shape"] | None,
+) -> Float[Tensor, "*shape"]:
+    """What the exact gain makes of a write gate: gain = (k / I') strength.
+
+        a precision:  beta / (1 + beta found)
+        a rate:       beta / ((m - s + beta found) / m),  s = beta square,  m = max(s, 1)
+
+    In this order of operations the second is beta, to the last bit, where found = square. Its
+    denominator is never below min(1, found / square).
+
+    Args:
+        beta: write gate, >= 0; None is 1.
+        found: sum k^2 / I'.
+        square: sum k^2 where the write gate is a rate, None where it is a precision.
+
+    Returns:
+        The strength, >= 0.
+    """
+    reached = found if beta is None else beta * found
+    if square is None:
+        return (1 if beta is None else beta) / (1 + reached)
+    s = square if beta is None else beta * square
+    most = s.clamp(min=1)
+    return (1 if beta is None else beta) / ((most - s + reached) / most)

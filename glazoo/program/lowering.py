@@ -206,7 +206,7 @@ def _steps(spec: Spec) -> Iterator[Step | step.OneToken]:
                 g=g,
                 e=None if e == "k" else e,
                 correction="none" if spec.hebbian else p.correction,
-                gain=p.gain,
+                gain=_gain(spec),
                 read=spec.read.when,
                 base=erase.base,
                 own=erase.strength == "own",
@@ -219,6 +219,12 @@ def _steps(spec: Spec) -> Iterator[Step | step.OneToken]:
         yield step.Bonus(beta)
     if spec.read.normalizer != "none":
         yield step.Normalize(beta, g, spec.read.normalizer, spec.read.eps)
+
+
+def _gain(spec: Spec) -> str:
+    """Return the gain as the kernels name it."""
+    p = spec.posterior
+    return "exact_rate" if p.beta == "rate" else p.gain
 
 
 def _split(**parts: tuple[str | None, ...]) -> step.SubTokens:
@@ -264,7 +270,7 @@ def _per_synapse(
         g=g,
         e=e,
         evidence=evidence,
-        gain=p.gain,
+        gain=_gain(spec),
         correction=p.correction,
         base=spec.erase.base,
     )
@@ -297,7 +303,7 @@ def _per_key(
             forget, found = None if g is None else "forget", "found"
     if p.gain == "exact":
         diagonal = p.correction == "diagonal"
-        yield step.ExactGain(beta, found, forget, diagonal)
+        yield step.ExactGain(beta, found, forget, diagonal, p.beta == "rate")
         if diagonal:
             yield step.Linear(q, "kappa", w, "kept", symbol=symbol)
         else:

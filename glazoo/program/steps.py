@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from glazoo.program.core import Core, Kernel
-from glazoo.program.elementwise import forgetting, over
+from glazoo.program.elementwise import exact_strength, forgetting, over, whitened
 from glazoo.program.sequences import interleave, last, positions, previous
 from glazoo.program.terms import Names, Shape, Term, apply, number
 
@@ -371,6 +371,17 @@ class Precondition(Step):
         names.x["m"] = names.let("m", power)
 
 
+def _strength(names: Names, beta: Term | None, found: Term, square: Term | None) -> Term:
+    """Write what the exact gain makes of a write gate: a precision, or with `square` a rate."""
+    beta = _ONE if beta is None else beta
+    reached = found if beta is _ONE else beta * found
+    if square is None:
+        return beta / (_ONE + reached)
+    known = names.let("c", square if beta is _ONE else beta * square)
+    most = names.let("d", Term(f"max({known.text}, 1)", known.shape))
+    return beta / ((most - known + reached) / most)
+
+
 @dataclass(frozen=True, slots=True)
 class ExactGain(Step):
     """The strength of the exact rank-one gain, and the key that it goes along."""
@@ -381,14 +392,17 @@ class ExactGain(Step):
     diagonal: bool
     """Whether every synapse corrects its own part of the prediction alone, which makes the gain
     part of the decay."""
-    operations = (("K", 7),)
+    rated: bool
+    """Whether the write gate is the rate of a precision, and not a precision."""
 
     def run(self, env: Env) -> None:
         x, key = env.x, env.heads("k")
-        beta = env.gate(self.beta)
-        scaled = key if self.found is None else key / x[self.found]
-        rate = 1 / (1 + _times(beta, (key * scaled).sum(-1, keepdim=True)))
-        x["rate"] = rate[..., 0] if beta is None else beta * rate[..., 0]
+        beta, square = env.gate(self.beta), None
+        if self.found is None:
+            scaled, found = key, key.to(env.wide).square().sum(-1)
+        else:
+            scaled, found, square = whitened(key, x[self.found])
+        x["rate"] = exact_strength(beta, found, square if self.rated else None)
         x["kappa"] = scaled
         if self.diagonal:
             x["kappa"] = x["rate"][..., None] * scaled
@@ -397,15 +411,18 @@ class ExactGain(Step):
 
     def write(self, names: Names) -> None:
         x, k = names.x, names.x["k"]
-        beta = _ONE if self.beta is None else x[self.beta]
+        beta = None if self.beta is None else x[self.beta]
         scaled = k if self.found is None else k / x[self.found]
-        total = k.T @ scaled if self.beta is None else beta * (k.T @ scaled)
-        x["rate"] = names.let("s", beta / (_ONE + total))
+        strength = _strength(names, beta, k.T @ scaled, k.T @ k if self.rated else None)
+        x["rate"] = names.let("s", strength)
         x["kappa"] = scaled
         if self.diagonal:
             x["kappa"] = names.let("G", x["rate"] * scaled)
             kept = _ONE - k * x["kappa"]
             x["kept"] = kept if self.g is None else x[self.g] * kept
+
+    def cost(self, key_size: int, value_size: int) -> int:
+        return (9 if self.rated else 7) * key_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -619,9 +636,10 @@ class SynapseDelta(Step):
             error = error if beta is None else beta * error
             new = mean + (k if total is None else k / total) * error.T
         else:
-            rate = _ONE if beta is None else beta.T
-            seen_by = k.T @ scaled if beta is None else beta.T * (k.T @ scaled)
-            gain = names.let("G", scaled * (rate / (_ONE + seen_by)))
+            rated = self.gain == "exact_rate"
+            beta = None if beta is None else beta.T
+            strength = _strength(names, beta, k.T @ scaled, k.T @ k if rated else None)
+            gain = names.let("G", scaled * strength)
             if self.correction == "diagonal":
                 new = mean * (_ONE - k * gain) + gain * v.T
             else:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from glazoo.spec import Spec, metaplasticize
 from glazoo.zoo import load, names
@@ -28,7 +29,8 @@ _GATES: tuple[Literal["head", "value"], ...] = ("head", "value")
 def forms(
     which: Sequence[str | Path | Spec] | None = None, *, metaplastic: bool = True
 ) -> tuple[Form, ...]:
-    """Gives variants and, for those that have one, their metaplastic forms with both gate shapes.
+    """Gives variants and, for those that have them, their metaplastic forms with both gate shapes
+    and every gain.
 
     Args:
         which: names, paths of spec files, or specs; default: all that are shipped.
@@ -47,12 +49,15 @@ def forms(
         out.append(Form(spec.name, expression, spec))
         if spec.metaplastic or not metaplastic:
             continue
-        for gate in _GATES:
+        default = metaplasticize(spec).posterior
+        gains: list[Any] = [default.gain] + ["first_order"] * (default.beta == "rate")
+        for gate, gain in itertools.product(_GATES, gains):
+            label = gate if gain == default.gain else f"{gate}, {gain.replace('_', ' ')}"
             out.append(
                 Form(
-                    f"metaplastic_{spec.name}[{gate}]",
-                    f"glazoo.metaplasticize({expression}, gate={gate!r})",
-                    metaplasticize(spec, gate=gate),
+                    f"metaplastic_{spec.name}[{label}]",
+                    f"glazoo.metaplasticize({expression}, gate={gate!r}, gain={gain!r})",
+                    metaplasticize(spec, gate=gate, gain=gain),
                 )
             )
     return tuple(out)

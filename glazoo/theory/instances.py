@@ -108,8 +108,9 @@ def keys_are_unit(spec: Spec) -> bool:
 
     A delta rule on its own key contracts only for beta |k|^2 <= 2; longer keys make it diverge.
     """
-    rule = spec.posterior.correction == "full" and spec.erase.key == "write"
-    return spec.layer.k.norm == "l2" or (rule and spec.posterior.gain == "first_order")
+    p = spec.posterior
+    rule = p.correction == "full" and spec.erase.key == "write"
+    return spec.layer.k.norm == "l2" or (rule and (p.gain == "first_order" or p.beta == "rate"))
 
 
 def operands(

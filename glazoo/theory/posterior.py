@@ -2,7 +2,8 @@
 
 A memory is asked to store pairs of random keys and values, and then read at random queries; the
 exact posterior over memories answers the same queries. All variants get the same gates: noise
-precision beta as write gate and as importance gate, one decay per token, prior 1.
+precision beta as write gate (as its rate, where the write gate is one) and as importance gate, one
+decay per token, prior 1.
 """
 
 from __future__ import annotations
@@ -250,7 +251,7 @@ def _operands(spec: Spec, p: _Problem) -> Operands:
     gates: dict[Role, Tensor] = {
         "decay": p.g,
         "importance_decay": p.g,
-        "write": p.beta,
+        "write": p.beta / (1 + p.beta) if spec.posterior.beta == "rate" else p.beta,
         "importance": p.beta,
         "erase": erase,
         "tap": torch.ones_like(p.beta),

@@ -245,7 +245,14 @@ def _corrected(
         decay = decay * (before + I_p) / I_decayed
     zero = torch.zeros_like(ones)
     if p.gain == "exact":
-        gain = beta * (k / I_decayed) / (1 + beta * (k.square() / I_decayed).sum(-1, keepdim=True))
+        found = (k.square() / I_decayed).sum(-1, keepdim=True)
+        total = 1 + beta * found
+        if p.beta == "rate":
+            # Where no precision gives the rate, that of an infinite one in the limit.
+            length = k.square().sum(-1, keepdim=True)
+            s = beta * length
+            total = torch.where(s <= 1, total - s, found / length)
+        gain = beta * (k / I_decayed) / total
         if p.correction == "diagonal":
             return _sums(decay * (1 - k * gain), gain * w.v, start)
         return _triangular(decay, k, gain, w.v * ones[..., :1], start, prev=False)

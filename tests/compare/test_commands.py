@@ -60,6 +60,21 @@ def test_decay_writes_theory_beside_the_measurement(tmp_path: Path) -> None:
     assert data["curves"][1]["gates"]["decay"] != data["curves"][0]["gates"]["decay"]
 
 
+def test_the_forms_to_compare_are_chosen_by_gate_and_gain(tmp_path: Path) -> None:
+    sizes = ("--state", "512", "--value-size", "4", "--pairs", "4", "--seeds", "2", "--jobs", "1")
+    args = ("capacity", "gla", "kda", "--metaplastic", *sizes, "--keys", "random", "--no-plots")
+    for options, labels in (
+        ((), ["metaplastic_gla", "metaplastic_kda"]),
+        (
+            ("--gate", "value", "--gain", "first_order"),
+            ["metaplastic_gla (value)", "metaplastic_kda (value, first order)"],
+        ),
+    ):
+        data = run(*args, *options, "--out", str(tmp_path / "c"), "--json")
+        found = [c["label"] for c in data["curves"]]
+        assert found == ["gla", labels[0], "kda", labels[1]]
+
+
 def test_bench_measures_engines_and_says_which_are_not_there(tmp_path: Path) -> None:
     args = ("--tokens", "8", "--key-size", "4", "--value-size", "4", "--seconds", "0.01")
     data = run("bench", "mamba2", "--engine", "reference", "--engine", "chunked", *args, "--json")

@@ -114,16 +114,18 @@ def test_everything_else_is_carried_over(source: Path, tmp_path: Path) -> None:
     assert after["model_type"] == "metaplastic_mamba2"
     assert after["architectures"] == ["MetaplasticMamba2ForCausalLM"]
     assert after["metaplastic"] == {
-        "format_version": 1,
+        "format_version": 2,
         "base_model_type": "mamba2",
         "base_architectures": ["Mamba2ForCausalLM"],
         "spec": "mamba2",
-        "gate": "value",
+        "gate": "head",
         "rank": 2,
         "plasticity": 0.0,
         "layers": [0, 1],
         "seed": 0,
         "gain": "first_order",
+        "beta": "precision",
+        "tie": "write",
     }
     assert (dst.stat().st_mode & 0o777) == (source.stat().st_mode & 0o777)
 

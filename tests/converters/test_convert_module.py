@@ -401,8 +401,7 @@ def test_packed_sequences_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"plasticity": -0.1}, r"plasticity: got -0.1, accepted are numbers in \[0, 1\]"),
-        ({"plasticity": 1.5}, "plasticity: got 1.5"),
+        ({"plasticity": -0.1}, r"plasticity: got -0.1, accepted are numbers from 0 on"),
         ({"plasticity": float("nan")}, "plasticity: got nan"),
         ({"gate": "key"}, "gate: got 'key', accepted are 'head' and 'value'"),
         ({"rank": 0}, "rank: got 0, accepted are 1 to 32"),

@@ -277,7 +277,7 @@ def test_converted_already(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"plasticity": 2.0}, "plasticity: got 2.0"),
+        ({"plasticity": -2.0}, "plasticity: got -2.0"),
         ({"gate": "both"}, "gate: got 'both'"),
         ({"rank": 100}, "rank: got 100"),
         ({"layers": [9]}, r"layers: \[9\] hold no convertible mixer; convertible are \[0, 1\]"),

@@ -119,8 +119,8 @@ def test_convert_verify_train_save_reload_generate_revert(name: str, tmp_path: P
     config = tiny_config(name)
     assert report.layers == family.layers(config)
     assert not report.warnings
-    delta = family.source_spec(config).posterior.correction == "full"
-    assert report.gate == ("head" if delta else "value")
+    exact = family.no_exact_gain(config) is None
+    assert (report.gate, report.gain) == ("head", "exact" if exact else "first_order")
 
     verified = verify_checkpoint(source, converted, batch=2, tokens=21, new_tokens=5, float64=True)
     assert [c.name for c in verified.checks] == CHECKS + [f"{c} (float64)" for c in CHECKS]
@@ -224,25 +224,26 @@ def test_bfloat16_models_agree_within_their_rounding(name: str) -> None:
     assert wide == {torch.float32}
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear"])
+@pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear", "glazoo-delta"])
 @pytest.mark.parametrize("gate", ["head", "value"])
-def test_the_exact_gain_starts_at_the_source_too(name: str, gate: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gain", ["first_order", "exact"])
+def test_both_gains_start_at_the_source(name: str, gate: str, gain: str, tmp_path: Path) -> None:
     source = tiny_model(name)
     source.save_pretrained(tmp_path / "s")
-    convert_checkpoint(tmp_path / "s", tmp_path / "c", gain="exact", gate=gate)
+    convert_checkpoint(tmp_path / "s", tmp_path / "c", gain=gain, gate=gate)
     verified = verify_checkpoint(
         tmp_path / "s", tmp_path / "c", batch=2, tokens=21, new_tokens=4, float64=True
     )
     assert not [c for c in verified.checks if not c.passed]
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "c").eval()
-    first: Any = metaplasticize_model(source, gate=gate)
-    for m in (model, first):
+    default: Any = metaplasticize_model(source, gate=gate)
+    for m in (model, default):
         open_gates(m)
     ids, _ = ids_and_mask()
     with torch.no_grad():
-        exact, plain = model(ids).logits, first(ids).logits
-    # Away from the source they are two models.
-    assert float((exact - plain).abs().max()) > 1e-3
+        here, there = model(ids).logits, default(ids).logits
+    # Away from the source they are two models, of which exact is the default.
+    assert (float((here - there).abs().max()) > 1e-3) == (gain == "first_order")
 
 
 def test_the_exact_gain_is_refused_where_there_is_none() -> None:
@@ -257,6 +258,15 @@ def test_the_exact_gain_is_refused_where_there_is_none() -> None:
     assert metaplasticize_model(tame, gain="exact") is tame
     with pytest.raises(ConversionError, match="gain: got 'half'"):
         metaplasticize_model(tiny_model("qwen3_next"), gain="half")
+
+
+def test_how_far_a_conversion_may_start_from_the_source() -> None:
+    message = r"got 1\.5, accepted are numbers in \[0, 1\] for 'gated_deltanet'"
+    for gain in ("first_order", "exact"):
+        with pytest.raises(ConversionError, match=message):
+            metaplasticize_model(tiny_model("qwen3_next"), 1.5, gain=gain)
+    model = metaplasticize_model(tiny_model("mamba2"), 1.5)
+    assert {x for _, gate in gates(model) for x in gate.b_scale.tolist()} == {1.5}
 
 
 def test_layers_of_other_kinds_are_left_alone(tmp_path: Path) -> None:

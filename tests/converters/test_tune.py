@@ -211,7 +211,7 @@ def test_windows_are_those_of_the_decay() -> None:
 
 def test_inspection_of_a_folder(converted: Path, text: Path) -> None:
     report = inspect_model(converted)
-    assert (report.family, report.spec, report.gate) == ("mamba2", "mamba2", "value")
+    assert (report.family, report.spec, report.gate) == ("mamba2", "mamba2", "head")
     assert report.use == ()
     assert all(g.opening == 0 and not any(g.kappa) for g in report.gates)
     measured = inspect_model(converted, [text], tokenizer="bytes", tokens=50)

@@ -179,6 +179,6 @@ def test_folders_that_do_not_load_are_refused(source: Path, tmp_path: Path) -> N
     with pytest.raises(ConversionError, match="cannot load") as caught:
         verify_checkpoint(source, tmp_path / "c")
     assert "\n" not in str(caught.value)
-    edit_json(tmp_path / "c" / "config.json", metaplastic={"format_version": 2})
-    with pytest.raises(ConversionError, match="format_version is 2, this glazoo reads 1"):
+    edit_json(tmp_path / "c" / "config.json", metaplastic={"format_version": 3})
+    with pytest.raises(ConversionError, match="is 3, this glazoo reads 1, 2: install"):
         verify_checkpoint(source, tmp_path / "c")

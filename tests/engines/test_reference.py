@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from oracles import (
+    FIRST_ORDER_ORACLES,
     METAPLASTIC_ORACLES,
     ORACLES,
     OracleResult,
@@ -100,6 +102,18 @@ def test_agrees_with_the_oracle(name: str, gate: str | None, regime: str) -> Non
     state = None if start is None else state_of(start)
     result = call(spec_of(name, gate), operands, initial_state=state, output_final_state=True)
     assert_matches(result, truth, T * K)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("gate", ["head", "value"])
+@pytest.mark.parametrize("name", FIRST_ORDER_ORACLES)
+def test_the_first_order_gain_agrees_with_the_oracle(name: str, gate: Any, regime: str) -> None:
+    rng = np.random.default_rng(17)
+    operands = make_operands(name, rng, 2, 9, 2, 4, 5, 3, gate, regime)
+    start = make_state(name, rng, 2, 2, 4, 5, 3, gate)
+    spec = glazoo.metaplasticize(glazoo.load(name), gate=gate, gain="first_order")
+    result = call(spec, operands, initial_state=state_of(start), output_final_state=True)
+    assert_matches(result, FIRST_ORDER_ORACLES[name](operands, initial_state=start), 9 * 5)
 
 
 @pytest.mark.parametrize("tokens", [0, 1])

@@ -151,8 +151,10 @@ def test_metaplasticize_refuses() -> None:
         metaplasticize(layer("palimpsa"))
     with pytest.raises(SpecError, match="no GatedLinearAttention"):
         metaplasticize(torch.nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"plasticity: got 1\.5"):
-        metaplasticize(layer("gla"), plasticity=1.5)
+    with pytest.raises(ValueError, match=r"got 1\.5, accepted are numbers in \[0, 1\]"):
+        metaplasticize(layer("kda"), plasticity=1.5)
+    with pytest.raises(ValueError, match=r"got -0\.5, accepted are numbers from 0 on"):
+        metaplasticize(layer("gla"), plasticity=-0.5)
     with pytest.raises(ValueError, match=r"layers: got \[7\]"):
         metaplasticize(layer("gla"), layers=[7])
     with pytest.raises(SpecError, match="no layer was made metaplastic"):

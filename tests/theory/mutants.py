@@ -222,7 +222,7 @@ MUTANTS = (
     ),
     Mutant(
         "sign_of_the_erase",
-        (("w.k * (w.beta * w.v) - removed", "w.k * (w.beta * w.v) + removed"),),
+        (("w.k * (strength * w.v) - removed", "w.k * (strength * w.v) + removed"),),
         ("deltanet",),
         (
             "sigmoid-delta-is-a-one-step-posterior",
@@ -272,8 +272,10 @@ MUTANTS = (
     Mutant(
         "exact_gain_at_the_new_importance",
         (
-            ("(w.k / before)", "(w.k / after)"),
-            ("w.k.square() / before", "w.k.square() / after"),
+            (
+                "1 / before, self._exact_strength(w, before)",
+                "1 / after, self._exact_strength(w, after)",
+            ),
         ),
         ("implicit_delta",),
         (
@@ -283,7 +285,7 @@ MUTANTS = (
     ),
     Mutant(
         "first_order_gain_at_the_old_importance",
-        (("            1 / after\n", "            1 / before\n"),),
+        (("            rate = 1 / after\n", "            rate = 1 / before\n"),),
         ("gated_deltanet",),
         (
             "metaplastic-delta-is-generalised-delta",
@@ -293,7 +295,7 @@ MUTANTS = (
     ),
     Mutant(
         "exact_gain_not_normalised",
-        (("/ (1 + w.beta * (w.k.square()", "/ (1 + 0 * w.beta * (w.k.square()"),),
+        (("w.beta / (1 + found)", "w.beta / (1 + 0 * found)"),),
         ("implicit_delta", "longhorn"),
         (
             "implicit-delta-is-normalised-delta",
@@ -302,6 +304,24 @@ MUTANTS = (
             "exact-gain-contracts",
             "delta-rule-solves-a-triangular-system",
         ),
+    ),
+    Mutant(
+        "rate_taken_for_a_precision",
+        (('if self.spec.posterior.beta == "precision":', "if True:"),),
+        ("kda",),
+        (
+            "metaplastic-at-zero-is-its-source",
+            "rate-at-zero-is-its-source-bit-for-bit",
+            "rate-gain-is-the-posterior's",
+            "rate-beyond-one-keeps-its-factor",
+            "full-step-recalls",
+        ),
+    ),
+    Mutant(
+        "rate_without_a_bound",
+        (("most = s.clamp(min=1)", "most = torch.ones_like(s)"),),
+        ("gated_deltanet",),
+        ("rate-beyond-one-keeps-its-factor",),
     ),
     Mutant(
         "lag_off_by_one",
@@ -529,3 +549,12 @@ MUTANTS = (
         ),
     ),
 )
+
+ANOTHER_ORDER = Mutant(
+    "rate_summed_in_another_order",
+    (("w.beta * (w.k.square() / before).sum", "(w.beta * w.k.square() / before).sum"),),
+    ("gated_deltanet",),
+    ("rate-at-zero-is-its-source-bit-for-bit",),
+)
+"""No mistake but another rounding, which only a comparison of one implementation with itself
+sees."""

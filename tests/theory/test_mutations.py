@@ -3,12 +3,12 @@
 import functools
 
 import pytest
-from theory.mutants import MUTANTS, Mutant
+from theory.mutants import ANOTHER_ORDER, MUTANTS, Mutant
 
 import glazoo
 from glazoo.theory import ENTRIES, verify
 from glazoo.theory.catalogue import entry
-from glazoo.theory.entry import Kind
+from glazoo.theory.entry import Kind, Trial
 
 # What compares an implementation with the reference would catch anything; the theory has to do it
 # by itself.
@@ -47,6 +47,18 @@ def test_the_statements_that_catch_mutants_hold_for_the_reference(specs: tuple[s
     statements = {i for m in MUTANTS if m.specs == specs for i in m.caught_by}
     op = functools.partial(glazoo.attention, impl="reference")
     assert verify.passed(verify.run([*sorted(statements), *specs], op=op))
+
+
+@pytest.mark.parametrize("gate", ["head", "value"])
+def test_another_order_of_a_sum_costs_the_bits_of_the_source(gate: str) -> None:
+    (name,), (statement,) = ANOTHER_ORDER.specs, ANOTHER_ORDER.caught_by
+    spec = glazoo.metaplasticize(glazoo.load(name), gate=gate)
+    bits = entry(statement)
+    instance = bits.domain.sample_long(0)
+    found = bits.judge(Trial(ANOTHER_ORDER.op(), spec, instance))
+    assert (found.passed, found.what) == (False, "bits of the output")
+    truth = functools.partial(glazoo.attention, impl="reference")
+    assert bits.judge(Trial(truth, spec, instance)).passed
 
 
 def test_a_mutant_that_no_longer_fits_the_reference_is_an_error() -> None:

@@ -26,10 +26,12 @@ def test_the_ranking_that_the_theory_predicts() -> None:
     )
     mean = {spec: d.mean for (spec, _), d in found.items()}
     exact_gain = mean["metaplastic_implicit_delta[head]"]
-    first_order = mean["metaplastic_gated_deltanet[head]"]
+    first_order = mean["metaplastic_gated_deltanet[head, first order]"]
     assert mean["mesanet"] < 1e-10
     assert 0.05 < exact_gain < mean["implicit_delta"] < first_order
     assert exact_gain < mean["palimpsa"]
+    # The write gate as the rate of the precision: the same gain.
+    assert mean["metaplastic_gated_deltanet[head]"] == pytest.approx(exact_gain)
     # Importance brings every source closer.
     assert first_order < 0.8 * mean["gated_deltanet"]
     assert mean["palimpsa"] < 0.8 * mean["mamba2"]

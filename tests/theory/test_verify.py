@@ -108,7 +108,7 @@ def test_a_failure_shrinks_to_a_small_instance_and_a_snippet_that_shows_it() -> 
     report = verify.failures(results)
     assert len(report) == 1
     assert report[0].startswith("prefix-of-outputs fails for kda on op: output: ")
-    assert "also fails for: metaplastic_kda[head], metaplastic_kda[value]" in report[0]
+    assert "also fails for: metaplastic_kda[head], metaplastic_kda[head, first order]" in report[0]
 
 
 def test_without_hypothesis_the_instance_at_hand_has_to_do(monkeypatch) -> None:

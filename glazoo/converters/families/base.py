@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from glazoo.converters.errors import ConversionError
-from glazoo.spec import Spec
+from glazoo.spec import Spec, no_exact_gain
 from glazoo.zoo import load
 
 __all__ = ["Block", "Family", "Sizes", "TensorRule"]
@@ -183,13 +183,10 @@ class Family:
 
     def no_exact_gain(self, config: Any) -> str | None:
         """Says why the mixers cannot have the exact gain, or gives None if they can."""
-        spec = self.source_spec(config)
-        if spec.posterior.correction != "full":
-            return f"{spec.name!r} subtracts no prediction"
         field = self.write_above_one
         if field is not None and getattr(self.text_config(config), field):
-            return f"{field} lets the write gate exceed 1, which no exact gain can"
-        return None
+            return f"{field} lets the write gate exceed 1, and a rate above 1 has no precision"
+        return no_exact_gain(self.source_spec(config))
 
     def split_key(self, key: str) -> tuple[int, str, str] | None:
         """Splits a tensor name into layer, mixer prefix and name inside the mixer, if it belongs to

@@ -37,10 +37,11 @@ class DeltaMixer(ConvolvedMixer):
     """Forward pass of a delta rule whose scan carries an importance state.
 
         I_t = a_t J_{t-1} + b_t k_t^2 + I_p ;  mu'_t = (a_t I_{t-1} / I'_t) mu_{t-1} ;
-        mu_t = mu'_t + beta_t (k_t / I_t) (v_t - mu'_t^T k_t)^T ;  y_t = mu_t^T q_t
+        mu_t = mu'_t + G_t (v_t - mu'_t^T k_t)^T ;  y_t = mu_t^T q_t
 
-    with unit keys and queries, and b_t of `ImportanceGate`. Projections, convolution and gated norm
-    are the source's own. States are float32, or float64 in a float64 model.
+    with the spec's gain G, unit keys and queries, and b_t of `ImportanceGate`. Projections,
+    convolution and gated norm are the source's own. States are float32, or float64 in a float64
+    model.
     """
 
     def _sizes(self) -> tuple[int, int, int]:
@@ -82,32 +83,20 @@ class DeltaMixer(ConvolvedMixer):
         heads, key, value = self._sizes()
         q, k, v = mixed.split([heads * key, heads * key, mixed.shape[-1] - 2 * heads * key], -1)
         beta = beta.to(wide)
-        unit = _unit(k.unflatten(-1, (heads, key)))
         y, packed = self._scan(
             _unit(q.unflatten(-1, (heads, key))),
-            unit,
+            _unit(k.unflatten(-1, (heads, key))),
             v.unflatten(-1, (-1, value)),
             hidden=hidden_states,
             write=beta,
             packed=self._cached(cache_params),
             keep=cache_params is not None,
             g=g.to(wide),
-            beta=self._precision(beta, unit),
+            beta=beta,
         )
         if cache_params is not None:
             cache_params.update_recurrent_state(packed, self.layer_idx)
         return self._finish(y.to(dtype), z.unflatten(-1, (-1, value)))
-
-    def _precision(self, beta: Tensor, k: Tensor) -> Tensor:
-        """Gives the write gate of the spec.
-
-        The source's learning rate beta k is the exact gain r k / (1 + r k^2) of the precision
-        r = beta / (1 - beta k^2) at importance 1.
-        """
-        if self.metaplastic_spec.posterior.gain == "first_order":
-            return beta
-        square = (k * k).sum(-1).repeat_interleave(beta.shape[-1] // k.shape[2], dim=-1)
-        return beta / (1 - beta * square).clamp(min=torch.finfo(beta.dtype).eps)
 
 
 class _HeadDecayMixer(DeltaMixer):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from glazoo.api import attention
 from glazoo.converters.gate import ImportanceGate
+from glazoo.layers.plasticity import observed_precision
 from glazoo.spec import Spec
 from glazoo.state import State
 
@@ -130,7 +131,7 @@ class MetaplasticMixer(nn.Module):
             k: keys.
             v: values.
             hidden: what the importance gate reads.
-            write: the write gate beta, on which the importance gate is based.
+            write: the write gate beta, which the importance gate multiplies, or its precision.
             packed: state of the cache, or None.
             keep: whether to give the state after the last token.
             operands: further operands of `glazoo.attention`.
@@ -138,7 +139,7 @@ class MetaplasticMixer(nn.Module):
         Returns:
             The output and the packed state.
         """
-        b, prior = self.metaplastic(hidden, write)
+        b, prior = self.metaplastic(hidden, observed_precision(self.metaplastic_spec, write, k))
         initial = None
         if packed is not None:
             initial = unpack_state(packed, v.shape[-1], shared=self.metaplastic.gate == "head")

@@ -14,7 +14,7 @@ from glazoo.converters.families.mixer import MetaplasticMixer, Observation
 from glazoo.layers import GatedLinearAttention
 from glazoo.layers.attention import LayerOutput
 from glazoo.layers.parts import wide_dtype
-from glazoo.spec import Erase, Spec
+from glazoo.spec import Spec
 from glazoo.state import State
 
 __all__ = ["OWN", "OwnFamily", "OwnMixer"]
@@ -32,6 +32,7 @@ class OwnMixer(MetaplasticMixer):
     # What the layer's class gives.
     impl: str
     _take: Callable[[Spec], None]
+    _observed: Callable[[dict[str, Tensor]], Tensor | None]
 
     _seen: tuple[Tensor, Tensor, Tensor]
 
@@ -58,7 +59,7 @@ class OwnMixer(MetaplasticMixer):
         super()._gate_operands(operands, inputs, *rest)  # type: ignore[misc]
         hidden = inputs.hidden
         dtype, heads = wide_dtype(hidden), self.metaplastic.heads
-        write = operands.get("beta")
+        write = self._observed(operands)
         if write is None:
             write = hidden.new_ones(*hidden.shape[:2], heads, dtype=dtype)
         b, prior = self.metaplastic(hidden, write)
@@ -128,15 +129,6 @@ class OwnFamily(Family):
     def layers(self, config: Any) -> tuple[int, ...]:
         """Gives the indices of the layers with a mixer."""
         return self._recurrent(config)
-
-    def no_exact_gain(self, config: Any) -> str | None:
-        """Says why the mixers cannot have the exact gain, or gives None if they can."""
-        spec = self.source_spec(config)
-        if spec.write.shape != "none" and spec.write.factor > 1:
-            return f"write.factor = {spec.write.factor:g} lets the write gate exceed 1"
-        if spec.erase != Erase():
-            return f"{spec.name!r} predicts with another key than it writes"
-        return Family.no_exact_gain(self, config)
 
 
 OWN = OwnFamily(

@@ -25,13 +25,14 @@ from glazoo.engines.chunked.common import (
     store,
     without_autocast,
 )
+from glazoo.program.elementwise import exact_strength
 
 # Tokens between two states that are kept for the backward pass.
 CHUNK = 64
 # Synapses that one step of the recurrence updates, per thread.
 BLOCK = 65536
 
-FIRST_ORDER, EXACT, DIAGONAL = 0, 1, 2
+FIRST_ORDER, EXACT, DIAGONAL, RATE = 0, 1, 2, 3
 
 
 def _tiles(tokens: int) -> list[Tile]:
@@ -59,6 +60,8 @@ class _Tokens(NamedTuple):
     s: Tensor | None
     decay: Tensor | None
     rest: Tensor | None
+    ones: Tensor | None
+    """[R, K, V], for a rate."""
 
 
 def _load(
@@ -73,21 +76,25 @@ def _load(
     rows: Rows,
     tile: Tile,
     dtype: torch.dtype,
+    rule: int,
 ) -> _Tokens:
     def get(x: Tensor) -> Tensor:
         return load(x, rows, tile, dtype).transpose(0, 1).contiguous()
 
     gate = None if g is None else get(g)
+    key, value = get(k), get(v)
+    shape = (*key.shape[1:], value.shape[2])
     return _Tokens(
         get(q),
-        get(k),
-        get(v),
+        key,
+        value,
         get(beta),
         get(b),
         None if e is None else get(e),
         None if s is None else get(s),
         None if gate is None else gate.exp(),
         None if gate is None else gate.expm1().neg_(),
+        key.new_ones(shape) if rule == RATE else None,
     )
 
 
@@ -139,24 +146,30 @@ def _advance(
     seen = k if t.s is None else t.s[i]
     new_j = torch.addcmul(step.predicted, _down(seen.square()), _along(t.b[i]))
     if rule == DIAGONAL:
-        gain = _gain(k, beta, step.certainty)[0]
+        strength, inverse, _, _ = _strength(t, i, step.certainty)
+        gain = inverse.mul_(_down(k)).mul_(_along(strength))
         kept = torch.mul(gain, _down(k)).neg_().add_(1).mul_(step.before)
         return kept.addcmul_(gain, _along(v)), new_j
     eraser = k if t.e is None else t.e[i]
     error = v - _over_keys(eraser, mu if previous else step.before)
     if rule == FIRST_ORDER:
-        error = error * beta
-        gain = (new_j + floor).reciprocal_().mul_(_down(k))
+        strength, inverse = beta, (new_j + floor).reciprocal_()
     else:
-        gain = _gain(k, beta, step.certainty)[0]
-    return torch.addcmul(step.before, gain, _along(error)), new_j
+        strength, inverse, _, _ = _strength(t, i, step.certainty)
+    gain = inverse.mul_(_down(k))
+    return torch.addcmul(step.before, gain, _along(error * strength)), new_j
 
 
-def _gain(k: Tensor, beta: Tensor, certainty: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Exact rank-one gain [R, K, V], its strength [R, V] and 1 / I'."""
-    inverse = certainty.reciprocal()
-    strength = beta / (1 + beta * _over_keys(k.square(), inverse))
-    return (inverse * _down(k)).mul_(_along(strength)), strength, inverse
+def _strength(
+    t: _Tokens, i: int, certainty: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Strength [R, V] of the exact gain, 1 / I' [R, K, V], and the sums [R, V] of k^2 / I' and, for
+    a rate, of k^2."""
+    inverse, squares = certainty.reciprocal(), t.k[i].square()
+    found = _over_keys(squares, inverse)
+    # In the order of the sum above, so that both are equal, to the last bit, at importance 1.
+    square = None if t.ones is None else _over_keys(squares, t.ones)
+    return exact_strength(t.beta[i], found, square), inverse, found, square
 
 
 def _forward(
@@ -190,7 +203,7 @@ def _forward(
                 for target, value in zip(kept, (mu, j), strict=True):
                     part = target[tile.chunk, *corner]
                     part.copy_(value.view(part.shape))
-            t = _load(q, k, v, beta, b, e, s, g, rows, tile, dtype)
+            t = _load(q, k, v, beta, b, e, s, g, rows, tile, dtype, rule)
             result = t.v.new_empty(tile.size, rows.number, size)
             spread = None if doubt is None else torch.empty_like(result)
             for i in range(tile.size):
@@ -283,9 +296,9 @@ def _retreat(
         derror = derror * beta
         grads.v[i] = derror
     else:
-        gain, strength, inverse = _gain(k, beta, step.certainty)
+        strength, inverse, found, square = _strength(t, i, step.certainty)
         scaled = dmu * inverse
-        if rule == EXACT:
+        if rule != DIAGONAL:
             error = v - _over_keys(eraser, mu if previous else step.before)
             along = _over_keys(k, scaled)
             dstrength = along * error
@@ -297,6 +310,7 @@ def _retreat(
         else:
             # every synapse corrects its own part of the prediction
             miss = torch.addcmul(_along(v).expand_as(mu), _down(k), step.before, value=-1)
+            gain = torch.mul(inverse, _down(k)).mul_(_along(strength))
             kept = torch.mul(gain, dmu)
             grads.v[i] = kept.sum(1)
             dk = kept.mul_(step.before).sum(2).neg_()
@@ -306,10 +320,10 @@ def _retreat(
             dk.add_(_over_values(strength, scaled))
             dcertainty = scaled.mul_(inverse).mul_(_down(k)).mul_(_along(strength)).neg_()
             derror = None
-        # strength = beta / (1 + beta s), s = sum k^2 / I'
-        dbeta_row = dstrength * (1 / (1 + beta * _over_keys(squares, inverse))).square()
-        dsum = dstrength.mul_(strength.square()).neg_()
+        dbeta_row, dsum, dsquare = _strength_backward(beta, strength, found, square, dstrength)
         dk.addcmul_(k, _over_values(dsum, inverse), value=2)
+        if dsquare is not None:
+            dk.addcmul_(k, dsquare.sum(-1, keepdim=True), value=2)
         dcertainty.addcmul_(inverse.square_().mul_(_down(squares)), _along(dsum), value=-1)
     if grads.beta.shape[2] == 1:
         dbeta_row = dbeta_row.sum(-1, keepdim=True)
@@ -364,6 +378,23 @@ def _retreat(
     return old_mu, old_j
 
 
+def _strength_backward(
+    beta: Tensor, strength: Tensor, found: Tensor, square: Tensor | None, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of the strength by beta and by the sums of k^2 / I' and k^2."""
+    if square is None:
+        # strength = beta / (1 + beta found)
+        return grad / (1 + beta * found).square(), -grad * strength.square(), None
+    # strength = beta / D, with D = 1 - s + beta found, or found / square from s = 1 on
+    s = beta * square
+    most = s.clamp(min=1)
+    total = (most - s + beta * found) / most
+    by_total = -grad * strength / total
+    below = s < 1
+    dbeta = grad / torch.where(below, total.square(), total)
+    return dbeta, by_total * beta / most, by_total * torch.where(below, -beta, -found / square**2)
+
+
 def _backward(
     grad: Tensor,
     grad_doubt: Tensor | None,
@@ -397,7 +428,7 @@ def _backward(
         floor = _floor(prior, rows, dtype)
         total = None if dprior is None else torch.zeros_like(dmu)
         for tile in reversed(_tiles(tokens)):
-            t = _load(q, k, v, beta, b, e, s, g, rows, tile, dtype)
+            t = _load(q, k, v, beta, b, e, s, g, rows, tile, dtype, rule)
             dy = load(grad, rows, tile, dtype).transpose(0, 1).contiguous()
             du = None
             if grad_doubt is not None:
@@ -749,16 +780,20 @@ def _single(
     seen = key if s is None else get(s, True)
     new_j = predicted + seen.square() * gate
     source = mu if previous else before
-    if rule == FIRST_ORDER:
-        error = rate * (value - eraser.transpose(-1, -2) @ source)
-        new_mu = before + key / (new_j + floor) * error
+    strength, over = rate, new_j + floor
+    if rule != FIRST_ORDER:
+        squares, over = key.square(), certainty
+        found = (squares / over).sum(-2, keepdim=True)
+        # In the order of the sum above, so that both are equal, to the last bit, at importance 1.
+        ones = torch.ones_like(over)
+        square = (squares * ones).sum(-2, keepdim=True) if rule == RATE else None
+        strength = exact_strength(rate, found, square)
+    if rule == DIAGONAL:
+        gain = key / over * strength
+        new_mu = before * (1 - key * gain) + gain * value
     else:
-        strength = rate / (1 + rate * (key.square() / certainty).sum(-2, keepdim=True))
-        gain = key / certainty * strength
-        if rule == EXACT:
-            new_mu = before + gain * (value - eraser.transpose(-1, -2) @ source)
-        else:
-            new_mu = before * (1 - key * gain) + gain * value
+        error = strength * (value - eraser.transpose(-1, -2) @ source)
+        new_mu = before + key / over * error
     out = (query.transpose(-1, -2) @ new_mu).squeeze(-2).unsqueeze(1).to(v.dtype)
     doubt = None
     if uncertainty:
@@ -798,6 +833,8 @@ def synapse_delta(
         exact, full            mu_t = mu' + G . (v - X^T e)^T
         exact, diagonal        mu_t = mu' . (1 - k G) + G . v^T
         with the exact gain    G = (k / I') . beta / (1 + beta sum_j k_j^2 / I'_j)
+        exact_rate             G = (k / I') . beta / ((m - s + beta sum_j k_j^2 / I'_j) / m)
+                               with s = beta k.k,  m = max(s, 1)
 
     The gain of one token depends on the importance of every synapse before it, so there is no
     matmul form: tokens are walked one by one, all rows at once, in arrays that fit in the cache.
@@ -815,8 +852,8 @@ def synapse_delta(
                            dI_p += dI + dI' - c J_{t-1}
                            dg = sum dmu' mu' I_p / I' + J' (N + dI + dI')
 
-    and the strength s = beta / (1 + beta z), z = sum k^2 / I', gives dbeta = ds / (1 + beta z)^2,
-    dz = -ds s^2 to k and I'.
+    and the strength s = beta / D, D = 1 + beta z - [rate] beta k.k, z = sum k^2 / I', gives
+    dbeta = ds / D^2, dz = -ds s^2 to k and I', and [rate] -dz to k.k.
 
     Args:
         q: queries, already scaled. Any floating dtype.
@@ -828,7 +865,8 @@ def synapse_delta(
         e: erase keys of correction "full"; None is k.
         evidence: keys s that importance counts, J_t = J' + s^2 b^T; None is k.
         prior: importance I_p > 0 of a synapse that was never written.
-        gain: "first_order" or "exact".
+        gain: "first_order", "exact" (beta is the observation's precision) or "exact_rate" (beta k
+            is the step at importance 1).
         correction: "full" or, with the exact gain, "diagonal".
         initial_state: (mu_0, J_0); None is zeros.
         base: the state that is corrected, "decayed" or "prev".
@@ -841,14 +879,14 @@ def synapse_delta(
 
     Raises:
         ValueError: for shapes that do not fit together, an unknown option, or correction
-            "diagonal" with gain "first_order".
+            "diagonal" with another gain than "exact".
 
     Reference:
         Bonnet et al., "Learning to Remember, Learn, and Forget in Attention-Based Models",
         ICML 2026, arXiv:2602.09075; the diagonal correction is Liu et al., "Longhorn: State Space
         Models are Amortized Online Learners", ICLR 2025, arXiv:2407.14207, equation 8.
     """
-    checks.choice("gain", gain, ("first_order", "exact"))
+    checks.choice("gain", gain, ("first_order", "exact", "exact_rate"))
     checks.choice("correction", correction, ("full", "diagonal"))
     checks.choice("base", base, ("decayed", "prev"))
     if correction == "diagonal" and gain != "exact":
@@ -874,7 +912,8 @@ def synapse_delta(
     b = b.expand(v.shape)
     if prior.dim() == 1:
         prior = prior.unsqueeze(-1)
-    rule = FIRST_ORDER if gain == "first_order" else EXACT if correction == "full" else DIAGONAL
+    full = {"first_order": FIRST_ORDER, "exact": EXACT, "exact_rate": RATE}
+    rule = full[gain] if correction == "full" else DIAGONAL
     previous = base == "prev"
     if v.shape[1] == 1 and cu_seqlens is None:
         with torch.autocast(v.device.type, enabled=False):

@@ -26,14 +26,18 @@ __all__ = [
     "has",
     "heads_of",
     "hebbian",
+    "identical",
     "log_evidence",
     "named",
     "own_decay",
     "plain",
     "preconditioned",
+    "rate",
+    "rate_of",
     "same",
     "token_decay",
     "where",
+    "with_gain",
     "without",
 ]
 
@@ -115,6 +119,18 @@ def corrected(gain: str, correction: str = "full") -> Test:
     )
 
 
+def rate(spec: Spec) -> bool:
+    """Subtracts a prediction with the exact gain of the precision whose rate the write gate is."""
+    return spec.posterior.beta == "rate"
+
+
+def rate_of(precision: Tensor, k: Tensor) -> Tensor:
+    """Gives the write gate [B, T, HV] or [.., V] whose keys [B, T, HV, K] observe with a
+    precision."""
+    square = k.square().sum(-1)
+    return precision / (1 + precision * (square if precision.ndim == 3 else square[..., None]))
+
+
 def freezable(spec: Spec) -> bool:
     """Has a source whose importance is constant."""
     try:
@@ -127,6 +143,16 @@ def freezable(spec: Spec) -> bool:
 def changed(spec: Spec, **update: Any) -> Spec:
     """Gives a spec with other values of some fields, validated."""
     return Spec.model_validate(spec.model_copy(update=update).model_dump())
+
+
+def with_gain(spec: Spec, gain: str) -> Spec:
+    """Gives a spec with another gain, of a write gate that is no rate."""
+    imp = spec.importance
+    if imp is not None and imp.gate.tie == "precision":
+        gate = imp.gate.model_copy(update={"tie": "write"})
+        imp = imp.model_copy(update={"gate": gate})
+    posterior = spec.posterior.model_copy(update={"gain": gain, "beta": "precision"})
+    return changed(spec, posterior=posterior, importance=imp)
 
 
 def data_decay(spec: Spec, shape: str) -> Spec:
@@ -162,6 +188,15 @@ def same(left: Any, right: Any, *, parts: Iterable[str] = ("memory",)) -> Iterat
             yield Pair(f"final {part}", a, b)
         elif (a is None) != (b is None):
             yield Pair(f"final {part}: one is missing", torch.zeros(1), torch.ones(1))
+
+
+def identical(left: Any, right: Any) -> Iterator[Pair]:
+    """Compares outputs and final memories bit by bit."""
+    for what, a, b in (
+        ("bits of the output", left.output, right.output),
+        ("bits of the final memory", left.final_state.memory, right.final_state.memory),
+    ):
+        yield Pair(what, (a == b).double(), torch.ones_like(a, dtype=torch.float64))
 
 
 STATE = ("memory", "importance", "normalizer", "lag_key", "lag_value")

@@ -23,6 +23,8 @@ from glazoo.theory.catalogue.axes import (
     own_decay,
     plain,
     preconditioned,
+    rate,
+    rate_of,
     where,
     without,
 )
@@ -120,6 +122,8 @@ def _one_hot(t: Trial) -> Found:
             left[name] = expanded(gate, i.V) if ops[name].ndim == 4 else gate
     if "g" in ops and ops["g"].ndim == 4:
         left["g"] = expanded(ops["g"][..., 0], i.K)
+    if rate(t.spec):
+        left["beta"] = rate_of(left["beta"], heads_of(ops, "k", i.HV))
     result = t.run(t.spec, left, output_uncertainty=True)
     yield from _against_posterior(t, left, gate, result)
 
@@ -246,6 +250,20 @@ def _recall(t: Trial) -> Found:
     yield Pair("recalled value", y, ops["v"][:, n - 1 :: n])
 
 
+def _beyond_one(t: Trial) -> Found:
+    ops, state = t.operands(), t.state()
+    n = t.spec.substeps
+    fast = {"beta": 1 + ops["beta"], "q": ops["k"][:, n - 1 :: n]}
+    error = ops["v"] - t.run(t.spec, ops | fast, initial_state=state, scale=1.0).output
+    idle = fast | {"beta": torch.zeros_like(ops["beta"])}
+    before = ops["v"] - t.run(t.spec, ops | idle, initial_state=state, scale=1.0).output
+    square = heads_of(ops, "k", t.instance.HV).square().sum(-1, keepdim=True)
+    known = fast["beta"] * (square if ops["beta"].ndim == 4 else square[..., 0])
+    yield Pair(
+        "error after", error, (1 - (known if known.ndim == 4 else known[..., None])) * before
+    )
+
+
 def _contraction(t: Trial) -> Found:
     ops, state = t.operands(), t.state()
     n = t.spec.substeps
@@ -360,6 +378,11 @@ def _units(t: Trial) -> Found:
     for name in ("beta", "b", "prior"):
         if name in ops:
             right[name] = c * ops[name]
+    if rate(t.spec):
+        # c r as a rate, where beta is the rate of r
+        square = heads_of(ops, "k", t.instance.HV).square().sum(-1)
+        known = ops["beta"] * (square if ops["beta"].ndim == 3 else square[..., None])
+        right["beta"] = right["beta"] / (1 + (c - 1) * known)
     a = t.run(t.spec, ops, output_uncertainty=True)
     b = t.run(t.spec, right, output_uncertainty=True)
     yield Pair("output", a.output, b.output)
@@ -539,11 +562,15 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "full-step-recalls",
         "beta = 1, |k| = 1: the delta rule reads back v_t at k_t, whatever it held",
-        "a frozen delta rule at beta = 1",
+        "a frozen delta rule at beta = 1, or its metaplastic form with the exact gain",
         "the value just written",
         "arXiv:2406.06484, section 2",
         _recall,
-        where(frozen, default_erase, has("beta"), corrected("first_order")),
+        where(
+            default_erase,
+            has("beta"),
+            lambda s: rate(s) or (frozen(s) and corrected("first_order")(s)),
+        ),
         condition="unit keys, beta = 1",
         domain=Domain(regimes=("normal", "no_decay", "strong_decay", "reset", "one_hot")),
     ),
@@ -556,6 +583,16 @@ ENTRIES: tuple[Entry, ...] = (
         _contraction,
         corrected("exact"),
         kind=Kind.INEQUALITY,
+        domain=Domain(tokens=(1, 1)),
+    ),
+    Entry(
+        "rate-beyond-one-keeps-its-factor",
+        "beta |k|^2 >= 1: v - mu_t^T k = (1 - beta |k|^2) (v - mu'^T k), whatever the importance",
+        "a metaplastic delta rule with the exact gain, its last write at 1 + beta",
+        "its error before the write, times the source's factor",
+        "ours",
+        _beyond_one,
+        rate,
         domain=Domain(tokens=(1, 1)),
     ),
     Entry(
@@ -643,7 +680,7 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry(
         "precision-has-units",
-        "y(c beta, c b, c I_p) = y(beta, b, I_p);  uncertainty(c ..) = uncertainty / c",
+        "y(c r, c b, c I_p) = y(r, b, I_p), r = beta or that of the rate beta;  u(c ..) = u / c",
         "a spec with importance",
         "the same spec in other units of precision",
         "ours",

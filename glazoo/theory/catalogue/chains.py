@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from glazoo.spec import Posterior, Steps, freeze, metaplasticize
+from glazoo.program import lower
+from glazoo.spec import Posterior, Spec, Steps, freeze, metaplasticize
 from glazoo.theory.catalogue.axes import (
     bayesian,
     changed,
@@ -20,13 +22,16 @@ from glazoo.theory.catalogue.axes import (
     has,
     heads_of,
     hebbian,
+    identical,
     log_evidence,
     named,
     plain,
     preconditioned,
+    rate,
     same,
     token_decay,
     where,
+    with_gain,
     without,
     write_gate,
 )
@@ -325,20 +330,50 @@ def _palimpsa_is_metaplastic(t: Trial) -> Found:
     )
 
 
-def _at_zero(t: Trial) -> Found:
-    ops = t.operands()
+def _closed(t: Trial, ops: Operands, source: Spec, right: Operands) -> tuple[Any, Any]:
+    """Runs a metaplastic spec at b = 0, I_p = 1, and its source."""
     left = ops | {"b": torch.zeros_like(ops["b"]), "prior": torch.ones_like(ops["prior"])}
-    right = {name: x for name, x in ops.items() if name not in ("b", "prior")}
     state = t.state()
     without_importance = None if state is None else state._replace(importance=None)
     if state is not None:
         assert state.importance is not None
         state = state._replace(importance=torch.zeros_like(state.importance))
     a = t.run(t.spec, left, initial_state=state)
-    yield from same(a, t.run(freeze(t.spec), right, initial_state=without_importance))
+    return a, t.run(source, right, initial_state=without_importance)
+
+
+def _at_zero(t: Trial) -> Found:
+    ops = t.operands()
+    right = {name: x for name, x in ops.items() if name not in ("b", "prior")}
+    a, b = _closed(t, ops, freeze(t.spec), right)
+    yield from same(a, b)
     yield Pair(
         "final importance", a.final_state.importance, torch.zeros_like(a.final_state.importance)
     )
+
+
+def _bits_at_zero(t: Trial) -> Found:
+    ops, i, source = t.operands(), t.instance, freeze(t.spec)
+    # Keys of any length, but none that the source diverges on.
+    length = 0.3 + 1.1 * t.uniform(*ops["k"].shape[:3], 1)
+    ops["k"] = length * ops["k"]
+    right = {name: x for name, x in ops.items() if name not in ("b", "prior")}
+    if "g" in ops:
+        source = data_decay(source, "key")
+        right["g"] = ops["g"] if ops["g"].ndim == 4 else expanded(ops["g"], i.K)
+    a, b = _closed(t, ops, source, right)
+    # Two implementations round in two ways.
+    yield from identical(a, b) if t.others is None else same(a, b)
+
+
+def _rate_is_precision(t: Trial) -> Found:
+    ops = t.operands()
+    beta, k = 0.9 * ops["beta"], heads_of(ops, "k", t.instance.HV)
+    square = k.square().sum(-1)
+    precision = beta / (1 - beta * (square if beta.ndim == 3 else square[..., None]))
+    left = t.run(t.spec, ops | {"beta": beta}, initial_state=t.state())
+    right = t.run(with_gain(t.spec, "exact"), ops | {"beta": precision}, initial_state=t.state())
+    yield from same(left, right, parts=("memory", "importance"))
 
 
 def _zero_gate_any_prior(t: Trial) -> Found:
@@ -714,6 +749,31 @@ ENTRIES: tuple[Entry, ...] = (
         f"ours; {_PALIMPSA}, section 3",
         _at_zero,
         where(freezable, bayesian),
+    ),
+    Entry(
+        "rate-at-zero-is-its-source-bit-for-bit",
+        "exact gain of a rate, X(b = 0, I_p = 1) = X to the last bit, whatever |k|",
+        "a metaplastic delta rule with the exact gain at b = 0, I_p = 1",
+        "its source, with one decay per key channel where it decays, on the same kernel class",
+        "ours",
+        _bits_at_zero,
+        where(
+            rate,
+            lambda s: s.decay.shape == "none" or token_decay(s),
+            lambda s: lower(s).kernel == lower(freeze(s)).kernel,
+        ),
+        condition="|k| between 0.3 and 1.4 times that of the instance",
+        domain=Domain(long=137),
+    ),
+    Entry(
+        "rate-gain-is-the-posterior's",
+        "the gain of beta as a rate = the gain of beta / (1 - beta |k|^2) as a precision",
+        "a metaplastic delta rule with the exact gain",
+        "the same with the precision",
+        "ours",
+        _rate_is_precision,
+        rate,
+        condition="beta |k|^2 < 0.9",
     ),
     Entry(
         "zero-gate-divides-the-query",

@@ -18,6 +18,7 @@ from glazoo.theory.catalogue.axes import (
     hebbian,
     token_decay,
     where,
+    with_gain,
     without,
 )
 from glazoo.theory.entry import Comparison, Domain, Entry, Kind, Trial, curve
@@ -95,7 +96,7 @@ def _small_keys(t: Trial) -> Found:
 
 def _small_write(t: Trial) -> Found:
     ops = t.operands()
-    first = changed(t.spec, posterior=t.spec.posterior.model_copy(update={"gain": "first_order"}))
+    first = with_gain(t.spec, "first_order")
 
     def scaled(x: float) -> Operands:
         return ops | {name: x * ops[name] for name in ("beta", "b") if name in ops}
