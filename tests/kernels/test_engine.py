@@ -205,13 +205,19 @@ def test_gradients_agree_with_the_reference(name, gate, dtype) -> None:
         assert_within_budget(x.cpu(), truth[part], dtype, witness=witness, name=f"d {part}")
 
 
+WEIGHED = ("output", "importance")
+
+
 def test_a_token_with_gradients_is_differentiated(handed) -> None:
     case = Case("gated_deltanet", "head", 1)
-    weights = {"output": torch.ones(1, 1, 2, 16)}
-    found = case.gradients("triton", case.given(torch.float32), weights)
+    given = case.given(torch.float32)
+    # With the exact gain a token's own evidence reaches the importance behind it, not its output.
+    weights = {name: torch.ones_like(case.run("reference", given)[name]) for name in WEIGHED}
+    handed.clear()
+    found = case.gradients("triton", given, weights)
     assert "posterior_step" not in [operation for operation, *_ in handed]
-    # The exact gain of a first token does not see its own evidence.
-    assert found["k"].abs().sum() > 0
+    for name in ("b", "beta", "k", "v"):
+        assert found[name].abs().sum() > 0, name
 
 
 def test_mixed_tokens_are_not_narrowed(handed) -> None:

@@ -403,7 +403,7 @@ MUTANTS = (
     ),
     Mutant(
         "predicts_from_the_undecayed_state",
-        (('base = mean if self.spec.erase.base == "decayed" else previous', "base = previous"),),
+        (('base = mean if erase.base == "decayed" else previous', "base = previous"),),
         ("gated_deltanet",),
         (
             "metaplastic-delta-is-generalised-delta",
@@ -415,7 +415,7 @@ MUTANTS = (
     ),
     Mutant(
         "predicts_from_the_decayed_state",
-        (('base = mean if self.spec.erase.base == "decayed" else previous', "base = mean"),),
+        (('base = mean if erase.base == "decayed" else previous', "base = mean"),),
         ("comba",),
         (
             "comba-at-decayed-key-is-gated-deltanet",
