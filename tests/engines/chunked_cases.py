@@ -40,7 +40,12 @@ OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "importance": {},
     "synapse": {"read": ("post", "pre"), "uncertainty": (False, True)},
     "synapse_delta": {
-        "rule": (("first_order", "full"), ("exact", "full"), ("exact", "diagonal")),
+        "rule": (
+            ("first_order", "full"),
+            ("exact", "full"),
+            ("exact", "diagonal"),
+            ("exact_rate", "full"),
+        ),
         "base": ("decayed", "prev"),
         "uncertainty": (False, True),
     },

@@ -170,7 +170,15 @@ def synapse_delta(
             new_mu = before + key / (new_j + floor) * error
         else:
             certainty = predicted + floor
-            strength = rate / (1 + rate * (key**2 / certainty).sum(-2, keepdim=True))
+            found = (key**2 / certainty).sum(-2, keepdim=True)
+            total = 1 + rate * found
+            if gain == "exact_rate":
+                length = key.square().sum(-2, keepdim=True)
+                s = rate * length
+                # No 0 / 0 where a key is zero, nor its gradient.
+                unit = length.where(length > 0, torch.ones_like(length))
+                total = torch.where(s < 1, total - s, found / unit)
+            strength = rate / total
             step = key / certainty * strength
             if correction == "full":
                 source = before if base == "decayed" else mu

@@ -6,7 +6,7 @@ import chunked_cases
 import loops
 import pytest
 import torch
-from chunked_cases import OPERATIONS, Case, call, cases, compare, make, with_gradients
+from chunked_cases import OPERATIONS, OPTIONS, Case, call, cases, compare, make, with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,6 +55,43 @@ def test_gradcheck(operation: str, gate: str) -> None:
 
     given_operands = [case.operands[name].requires_grad_() for name in names]
     assert torch.autograd.gradcheck(function, given_operands)
+
+
+@pytest.mark.parametrize("length", [0.7, 1.4])
+@pytest.mark.parametrize("rule", OPTIONS["synapse_delta"]["rule"])
+def test_gradcheck_of_every_rule(rule: tuple[str, str], length: float) -> None:
+    """Also where a rate exceeds one, from which on its gain is another function of it."""
+    case = make(
+        "synapse_delta", tokens=4, keys=3, values=2, share=2, states=1, write="value", rule=rule,
+        uncertainty=True,
+    )  # fmt: skip
+    case.operands["k"] = length * case.operands["k"]
+    case.operands["beta"] = 0.6 + 0.3 * case.operands["beta"]
+    names = case.names
+
+    def function(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        made = dict(zip(names, operands, strict=True))
+        return tuple(call(chunked, Case("synapse_delta", made, case.options)).values())
+
+    assert torch.autograd.gradcheck(function, [case.operands[n].requires_grad_() for n in names])
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_without_importance_a_rate_is_the_delta_rule_bit_for_bit(
+    dtype: torch.dtype, tokens: int
+) -> None:
+    case = make(
+        "synapse_delta", tokens=tokens, keys=24, share=2, states=1, rule=("exact_rate", "full")
+    ).cast(dtype)
+    x = case.operands
+    x["k"] = 1.4 * x["k"]
+    x["b"], x["j"] = torch.zeros_like(x["b"]), torch.zeros_like(x["j"])
+    x["prior"] = torch.ones_like(x["prior"])
+    found = call(chunked, case)
+    source = call(chunked, Case("synapse_delta", x, {"rule": ("first_order", "full")}))
+    for name, value in source.items():
+        assert torch.equal(value, found[name]), name
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -151,6 +188,7 @@ def test_unknown_options_are_named() -> None:
         ("synapse", {"read": "after"}),
         ("synapse_delta", {"gain": "none"}),
         ("synapse_delta", {"gain": "first_order", "correction": "diagonal"}),
+        ("synapse_delta", {"gain": "exact_rate", "correction": "diagonal"}),
         ("full", {"solver": "lu"}),
     ):
         with pytest.raises(ValueError, match="accepted"):

@@ -182,7 +182,16 @@ def synapse_delta_loop(
             new = before + key / (new_j + prior) * rate * error
         else:
             certain = predicted + prior
-            strength = key / certain * rate / (1 + rate * (key**2 / certain).sum(1, keepdim=True))
+            total = 1 + rate * (key**2 / certain).sum(1, keepdim=True)
+            if gain == "exact_rate":
+                length = key.square().sum(1, keepdim=True)
+                s = rate * length
+                # No 0 / 0 where a key is zero, nor its gradient.
+                unit = length.where(s >= 1, torch.ones_like(length))
+                total = torch.where(
+                    s < 1, total - s, (key**2 / certain).sum(1, keepdim=True) / unit
+                )
+            strength = key / certain * rate / total
             if correction == "full":
                 new = before + strength * error
             else:

@@ -85,6 +85,7 @@ RULES = [
     pytest.param({"correction": "full", "base": "prev"}, id="full-prev"),
     pytest.param({"correction": "full", "own": True}, id="full-own"),
     pytest.param({"correction": "full", "gain": "exact"}, id="full-exact"),
+    pytest.param({"correction": "full", "gain": "exact_rate"}, id="full-exact-rate"),
     pytest.param({"correction": "diagonal", "gain": "exact"}, id="diagonal-exact"),
 ]
 
@@ -120,10 +121,15 @@ def posterior_loop(
             decayed = a * (old + floor) / (a * old + floor) * mean
             x = mean if base == "prev" else decayed
             exact = rate * key / (a * old + floor)
-            exact = exact / (1 + (exact * key).sum(1, keepdim=True))
+            found = (exact * key).sum(1, keepdim=True)
+            if gain == "exact_rate":
+                known = rate * key.square().sum(1, keepdim=True)
+                exact = exact / torch.where(known < 1, 1 - known + found, found / known)
+            else:
+                exact = exact / (1 + found)
             if correction == "diagonal":
                 after = decayed * (1 - key * exact) + exact * value
-            elif gain == "exact":
+            elif gain != "first_order":
                 after = decayed + exact * (value - (decayed * key).sum(1, keepdim=True))
             else:
                 removed = (x * erase).sum(1, keepdim=True) * (1 if own else rate)

@@ -19,7 +19,12 @@ from glazoo.kernels.synapse_delta import synapse_delta, synapse_delta_step
 module = sys.modules["glazoo.kernels.synapse_delta"]
 
 pytestmark = pytest.mark.usefixtures("poison")
-RULES = (("first_order", "full"), ("exact", "full"), ("exact", "diagonal"))
+RULES = (
+    ("first_order", "full"),
+    ("exact", "full"),
+    ("exact", "diagonal"),
+    ("exact_rate", "full"),
+)
 PACKED = torch.tensor([0, 0, 7, 7, 8, 13, 13])
 
 
@@ -55,7 +60,7 @@ def test_matches_the_loop(gain, correction, frozen):
 
 
 @pytest.mark.parametrize("base", ["decayed", "prev"])
-@pytest.mark.parametrize("gain", ["first_order", "exact"])
+@pytest.mark.parametrize("gain", ["first_order", "exact", "exact_rate"])
 def test_keys_of_its_own(gain, base):
     operands = synapse_delta_operands(1, 9, 1, 1, 5, 4, gate="head", own_keys=True)
     check(operands, gain=gain, base=base, uncertainty=True)
@@ -65,6 +70,28 @@ def test_keys_of_its_own(gain, base):
 def test_packed(gain, correction):
     operands = synapse_delta_operands(1, 13, 1, 2, 3, 4, gate="none", sequences=6)
     check(operands, gain=gain, correction=correction, cu_seqlens=PACKED)
+
+
+@pytest.mark.parametrize("length", [0.5, 1.8])
+def test_a_rate_below_and_beyond_one(length):
+    """The gain is another function of the write gate on either side of beta |k|^2 = 1."""
+    operands = synapse_delta_operands(1, 9, 1, 2, 5, 3, gate="head")
+    operands["k"] = torch.nn.functional.normalize(operands["k"], dim=-1) * length
+    operands["beta"] = 0.4 + 0.1 * operands["beta"]
+    assert bool((operands["beta"] * length**2 > 1).all()) == (length > 1)
+    check(operands, gain="exact_rate", uncertainty=True)
+
+
+def test_without_importance_a_rate_is_the_delta_rule_bit_for_bit():
+    operands = synapse_delta_operands(1, 9, 1, 2, 5, 3, gate="key", state=False)
+    given = {k: None if x is None else x.float() for k, x in operands.items()}
+    given["k"] = 1.5 * given["k"]
+    given["prior"] = torch.ones_like(given["prior"])
+    given["b"] = torch.zeros_like(given["b"])
+    found = run(**given, gain="exact_rate")
+    source = run(**given | {"b": None}, gain="first_order")
+    for name in ("output", "final mu"):
+        assert torch.equal(found[name], source[name]), name
 
 
 def test_half_precision():
@@ -141,7 +168,7 @@ def test_opcheck(frozen):
     given = [None if operands[k] is None else operands[k].float() for k in order]
     given = [x if x is None else x.requires_grad_() for x in given]
     torch.library.opcheck(
-        torch.ops.glazoo.synapse_delta.default, (*given, None, True, False, False, True, False)
+        torch.ops.glazoo.synapse_delta.default, (*given, None, 1, False, False, True, False)
     )
 
 
@@ -168,6 +195,7 @@ def test_compile_as_one_graph():
         ({}, {"base": "next"}, "base: got 'next'"),
         ({}, {"correction": "none"}, "correction: got 'none'"),
         ({}, {"correction": "diagonal"}, "with gain 'first_order'"),
+        ({}, {"correction": "diagonal", "gain": "exact_rate"}, "with gain 'exact_rate'"),
     ],
 )
 def test_misuse_is_named(changes, options, message):
