@@ -89,6 +89,7 @@ def _kind(folder: Path, model_type: str) -> type[Any] | None:
     try:
         return type(_load(folder, model_type))
     except Exception:
+        # Loaders raise anything. A tokenizer that does not load by its type is named by its class.
         return None
 
 
