@@ -412,18 +412,46 @@ def compare(
         ),
     ] = "mqar",
     preset: Annotated[
-        Literal["quick", "paper"], typer.Option(help="quick: CPU, minutes; paper: for a GPU.")
+        str,
+        typer.Option(
+            help="quick: minutes on a CPU; paper, paper-long: the paper's protocol, for a GPU; "
+            "paper-small: that on a CPU in about an hour."
+        ),
     ] = "quick",
     metaplastic: Metaplastic = False,
     gate: GateShape = "spec",
     gain: Gain = "spec",
+    convert: Annotated[
+        bool,
+        typer.Option(
+            "--convert",
+            help="Train sources, then train on each as it is and converted, on the same data.",
+        ),
+    ] = False,
+    control: Annotated[
+        bool,
+        typer.Option("--control/--no-control", help="Run the task's control beside it."),
+    ] = True,
     state: Annotated[
         list[int] | None,
         typer.Option(help="State budget of a layer in bytes; give it again for more budgets."),
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Reported seeds per variant.")] = None,
+    selection_seeds: Annotated[
+        int, typer.Option(min=1, help="Other seeds, on which rates are chosen.")
+    ] = 1,
     rates: Annotated[
         str | None, typer.Option(help="Learning rates to choose from, like 0.003,0.01.")
+    ] = None,
+    further_rates: Annotated[
+        str | None, typer.Option(help="With --convert: those of the training that follows.")
+    ] = None,
+    plasticity_rate: Annotated[
+        str | None,
+        typer.Option(
+            help="Share of the learning rate that the plasticity of importance gates gets; "
+            "several, like 0.1,1,10, to choose from. Default: by family."
+        ),
     ] = None,
     load: Annotated[
         int | None, typer.Option(min=1, help="Pairs, facts or tokens to hold at once.")
@@ -440,15 +468,10 @@ def compare(
     anisotropy: Annotated[
         float, typer.Option(min=1, help="regression: largest over smallest size of the inputs.")
     ] = 1.0,
-    plasticity_rate: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            max=1,
-            help="Share of the learning rate that the plasticity of importance gates gets.",
-        ),
-    ] = 1.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps of a run.")] = None,
+    further_steps: Annotated[
+        int | None, typer.Option(min=1, help="With --convert: those of the training that follows.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
     width: Annotated[int | None, typer.Option(min=4, help="Channels of the model.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Layers with a recurrence.")] = None,
@@ -473,20 +496,25 @@ def compare(
         "compare-results"
     ),
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print sizes and the number of runs only.")
+        bool,
+        typer.Option("--dry-run", help="Print sizes, the number of runs and about how long only."),
     ] = False,
     plots: Plots = True,
     as_json: AsJson = False,
 ) -> None:
-    """Train variants side by side at equal state bytes, and report with intervals over seeds.
+    """Train variants side by side, and report differences with intervals over seeds.
 
-    Every variant's learning rate is chosen on a seed that is not reported. Finished runs are kept:
-    after an interruption the same command goes on where it stopped. The folder gets report.html,
-    report.md, the figures with their data, and every run in runs.jsonl.
+    Metaplastic forms are compared with their sources at equal state bytes, or with --convert at
+    equal keys: a source is trained, and then trained on as it is and converted. Differences are
+    paired by seed; what a task measures is shown beside its control. Rates are chosen on seeds that
+    are not reported. Finished runs are kept, and long ones save where they are: after an
+    interruption the same command goes on where it stopped. The folder gets report.html, report.md,
+    the figures with their data, and every run in runs.jsonl.
     """
     from glazoo.compare import plots as figures
+    from glazoo.compare.clock import duration, estimate
     from glazoo.compare.machine import machine
-    from glazoo.compare.plan import PRESETS, Plan
+    from glazoo.compare.plan import PRESETS, Plan, Tuning
     from glazoo.compare.report import rows, table, write_report
     from glazoo.compare.store import Store
     from glazoo.compare.tasks import TASKS, Task
@@ -495,13 +523,17 @@ def compare(
     if plots and not dry_run:
         figures.require_matplotlib()
     chosen: Any = _known("task", task, TASKS)
-    p = PRESETS[preset].for_task(chosen)
+    p = PRESETS[_known("preset", preset, tuple(PRESETS))].for_task(chosen)
     _check_device(device)
 
     def given(**values: Any) -> dict[str, Any]:
         return {name: x for name, x in values.items() if x is not None}
 
-    sizes = {"load": p.load, "length": p.length, "vocab": p.vocab}
+    def trained(training: Training, steps: int | None) -> Training:
+        changes = given(steps=steps, batch=batch, data_seed=seed)
+        return Training(**(training.model_dump() | changes))
+
+    sizes = given(load=p.load, length=p.length, vocab=p.vocab, filler_tokens=p.filler_tokens)
     plan_task = Task(
         name=chosen,
         text=text,
@@ -513,20 +545,25 @@ def compare(
     if length is None:
         room = plan_task.smallest_length(plan_task.load)
         plan_task = plan_task.model_copy(update={"length": max(plan_task.length, room)})
-    model = p.model.model_copy(update=given(width=width, layers=layers, heads=heads))
-    budgets = sorted(set(state or [model.state_bytes]))
-    changes = given(steps=steps, batch=batch) | {
-        "data_seed": seed,
-        "plasticity_rate": plasticity_rate,
-    }
-    training = Training(**(p.training.model_dump() | changes))
+    models = [m.model_copy(update=given(width=width, layers=layers, heads=heads)) for m in p.models]
+    if state:
+        models = [
+            models[0].model_copy(update={"state_bytes": b, "key_size": None})
+            for b in sorted(set(state))
+        ]
+    further = p.tuning.rates if further_rates is None else _numbers("further-rates", further_rates)
     plan = Plan(
-        _specs(names, metaplastic, gate, gain),
+        _specs(names, metaplastic or convert, gate, gain),
         plan_task,
-        tuple(model.model_copy(update={"state_bytes": b}) for b in budgets),
-        training,
+        tuple(models),
+        trained(p.training, steps),
         p.rates if rates is None else _numbers("rates", rates),
         seeds or p.seeds,
+        () if plasticity_rate is None else _numbers("plasticity-rate", plasticity_rate),
+        selection_seeds,
+        p.every_rate,
+        control,
+        Tuning(trained(p.tuning.training, further_steps), further) if convert else None,
         equal_parameters,
         impl,
         device,
@@ -534,12 +571,16 @@ def compare(
     plan.check()
     if dry_run:
         found = rows(plan, {})
-        count = len(found) * (plan.seeds + (len(plan.rates) if len(plan.rates) > 1 else 0))
+        seconds = estimate(plan, threads) / _jobs(jobs)
+        count = sum(runs for _, runs in plan.counts())
         if as_json:
-            print_json({"runs": count, "config": plan.config(), "rows": _row_json(found)})
+            shown = {"runs": count, "seconds": seconds, "config": plan.config()}
+            print_json(shown | {"rows": _row_json(found)})
             return
         console().print(table(plan, found))
-        console().print(f"{count} runs of {training.steps} steps")
+        console().print(
+            f"{count} runs of {plan.training.steps} steps, about {duration(seconds)} here"
+        )
         return
     with Store(out, plan.config()) as store:
         try:
@@ -576,93 +617,108 @@ def compare(
 
 def _execute(plan: Any, store: Any, *, jobs: int, threads: int, quiet: bool) -> list[str]:
     """Runs what a plan still needs and gives the runs that could not be made."""
+    import functools
+
     from rich.live import Live
 
-    from glazoo.compare.plan import best_rate
+    from glazoo.compare.clock import Clock, duration
     from glazoo.compare.report import rows, table
+    from glazoo.compare.train import train
     from glazoo.compare.workers import Failed, Finished, Moved, run_all
 
-    sweeps = plan.sweeps
-    first = [r for sweep in sweeps if len(sweep) > 1 for r in sweep if r.key not in store.results]
-    queued = {r.key for r in first}
+    queued: set[str] = set()
 
     def ready() -> list[Any]:
-        """Reported runs whose learning rate is known and that nobody has started."""
-        out = []
-        for sweep in sweeps:
-            for run in plan.finals(sweep, store.results):
-                if run.key not in store.results and run.key not in queued:
-                    queued.add(run.key)
-                    out.append(run)
+        """Runs that have all they need and that nobody has started."""
+        done = store.results
+        out = [
+            run
+            for run in plan.wanted(done)
+            if run.key not in done
+            and run.key not in queued
+            and (run.before is None or run.before.key in done)
+        ]
+        queued.update(run.key for run in out)
         return out
 
     def more(result: dict[str, Any]) -> list[Any]:
         store.add(result)
         return ready()
 
-    first += ready()
-    per_variant = plan.seeds + (len(plan.rates) if len(plan.rates) > 1 else 0)
-    total = per_variant * len(sweeps)
+    total = sum(runs for _, runs in plan.counts())
     screen = Console(stderr=True)
     live = screen.is_terminal and not quiet
-    running: dict[str, str] = {}
+    running: dict[Any, str] = {}
     lost: list[str] = []
+    clock = Clock(plan, jobs)
 
     def show() -> Any:
         view = table(plan, rows(plan, store.results), running)
-        # Chosen learning rates decide which runs of a sweep count as needed.
-        done = sum(
-            sum(r.key in store.results for r in ([*sweep] if len(sweep) > 1 else []))
-            + sum(r.key in store.results for r in plan.finals(sweep, store.results))
-            for sweep in sweeps
-        )
-        view.caption = f"{done} of {total} runs are done; Ctrl-C keeps them"
+        done = sum(r.key in store.results for r in plan.wanted(store.results))
+        left = clock.left(store.results)
+        about = "" if left is None else f"about {duration(left)} left; "
+        view.caption = f"{done} of {total} runs are done; {about}Ctrl-C keeps them"
         return view
 
-    events = run_all(first, jobs=jobs, threads=threads, more=more)
+    work = functools.partial(train, folder=store.folder)
+    events = run_all(ready(), jobs=jobs, threads=threads, more=more, work=work)
     with Live(console=screen, auto_refresh=False, transient=True) as display, closing(events):
         for event in events:
             run = event.run
-            where = f"{run.label}/{run.model.state_bytes}"
-            what = f"rate {run.rate:g}" if run.sweep else f"seed {run.seed}"
-            name = f"{run.label}, {run.model.state_bytes} bytes, {what}"
+            line = run.label, run.model, run.task.name
+            what = f"rate {run.rate:g}, " if run.selection or plan.every_rate else ""
+            if run.selection and run.plasticity_rate != 1:
+                what += f"of plasticity times {run.plasticity_rate:g}, "
+            what += f"seed {run.seed}"
+            name = f"{run.label}, {run.task.name}, {run.model.state_bytes} bytes, {what}"
             if isinstance(event, Moved):
-                running[where] = f"{what}: {100 * event.share:.0f} %, loss {event.loss:.2f}"
+                running[line] = f"{what}: {100 * event.share:.0f} %, loss {event.loss:.2f}"
+                clock.moved(run, event.share)
             elif isinstance(event, Finished):
-                running.pop(where, None)
+                running.pop(line, None)
+                clock.ended(run)
                 if not live and not quiet:
                     r = event.result
+                    left = clock.left(store.results)
+                    about = "" if left is None else f"; about {duration(left)} left"
                     screen.print(
-                        f"{name}: accuracy {100 * r['accuracy']:.1f} %, {r['seconds']:.0f} s",
+                        f"{name}: {run.task.measure} {100 * r['accuracy']:.1f} %, "
+                        f"{r['seconds']:.0f} s{about}",
                         highlight=False,
                     )
             elif isinstance(event, Failed):
-                running.pop(where, None)
+                running.pop(line, None)
+                clock.ended(run)
                 message = f"{name}: {event.reason}"
                 screen.print(message + ("; it starts again" if event.again else ""), style="yellow")
                 if not event.again:
                     lost.append(message)
             if live:
                 display.update(show(), refresh=True)
-    for sweep in sweeps:
-        if best_rate(sweep, store.results) is None and not lost:
-            lost.append(f"{sweep[0].label}: its learning rates were not all tried")
+    for arm in plan.arms:
+        if plan.chosen(arm, store.results) is None and not lost:
+            lost.append(f"{arm.label}: its rates were not all tried")
     return lost
 
 
 def _row_json(found: Any) -> list[dict[str, Any]]:
-    return [
-        {
-            "label": r.label,
-            "state_budget": r.budget,
-            "shape": r.shape.model_dump(),
-            "parameters": r.parameters,
-            "rate": r.rate,
-            "accuracy": r.accuracy._asdict() if r.accuracy else None,
-            "accuracies": [x["accuracy"] for x in r.results],
+    def of(row: Any) -> dict[str, Any]:
+        accuracy, difference = row.accuracy, row.difference
+        return {
+            "label": row.label,
+            "task": row.arm.task.name,
+            "shape": row.shape.model_dump(),
+            "parameters": row.arm.parameters,
+            "rate": row.rates and row.rates.rate,
+            "plasticity_rate": row.rates and row.rates.plasticity,
+            "difference": difference and difference._asdict(),
+            "accuracy": accuracy and accuracy._asdict(),
+            "accuracies": [x["accuracy"] for x in row.results],
+            "chosen_on_reported": row.chosen_on_reported,
+            "control": None if row.control is None else of(row.control),
         }
-        for r in found
-    ]
+
+    return [of(row) for row in found]
 
 
 def _check_device(device: str) -> None:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from glazoo.compare.errors import CompareError
 from glazoo.compare.probe import key_size_for, mapped_size
 from glazoo.compare.tasks import Vectors
-from glazoo.layers import GatedLinearAttention
+from glazoo.layers import GatedLinearAttention, set_plasticity
 from glazoo.layers.attention import LayerOutput
 from glazoo.layers.gates import GateModule
 from glazoo.layers.parts import LowRank
 from glazoo.program import lower
 from glazoo.spec import Spec
 
-__all__ = ["Model", "ModelConfig", "Shape", "count_parameters", "shape_for"]
+__all__ = ["Model", "ModelConfig", "Shape", "count_parameters", "has_plasticity", "shape_for"]
 
 
 class ModelConfig(BaseModel):
@@ -29,6 +29,8 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
+    name: str = ""
+    """What tells it apart in tables from others of the same comparison."""
     width: int = Field(default=64, ge=4)
     """Channels."""
     layers: int = Field(default=1, ge=1)
@@ -36,7 +38,11 @@ class ModelConfig(BaseModel):
     heads: int = Field(default=4, ge=1)
     """Heads per layer, for variants that may have more than one."""
     state_bytes: int = Field(default=4096, ge=4)
-    """Budget of one layer's recurrent state, in float32."""
+    """Budget of one layer's recurrent state, in float32; unused with a key size."""
+    key_size: int | None = Field(default=None, ge=1)
+    """Key channels per head, of all variants; unset for as many as the budget holds."""
+    value_size: int | None = Field(default=None, ge=1)
+    """Value channels per head; unset for as many as the channels of the model."""
     start: Literal["drawn", "token", "window"] = "token"
     """How layers start: as they are drawn, or as working associative memories (see `align`), so
     that training measures what they hold rather than luck in finding the circuit. There the key of
@@ -44,6 +50,13 @@ class ModelConfig(BaseModel):
     a blank in its place asks."""
     mlp: int = Field(default=64, ge=0)
     """Inner channels of the position-wise part; 0 for none."""
+    decays: tuple[float, float] | None = None
+    """First and last rate A of the heads' decays, evenly spaced, where the formula has one; unset
+    for the variant's start."""
+    plasticity: float = Field(default=0.0, ge=0)
+    """Start of the plasticity of metaplastic forms that have a source."""
+    trains_prior: bool = True
+    """Whether the prior importance is trained."""
 
 
 class Shape(BaseModel):
@@ -60,8 +73,8 @@ class Shape(BaseModel):
 
 
 def shape_for(spec: Spec, config: ModelConfig) -> Shape:
-    """Chooses head sizes: as many heads and value channels as the others, and the largest key size
-    that the state budget holds.
+    """Chooses head sizes: as many heads and value channels as the others, and the config's key size
+    or the largest that the state budget holds.
 
     Raises:
         CompareError: no key size fits, or the width is no multiple of the heads.
@@ -70,10 +83,12 @@ def shape_for(spec: Spec, config: ModelConfig) -> Shape:
     heads = 1 if spec.layer.heads.sharing == "one" else config.heads
     if config.width % heads:
         raise CompareError(f"width: {config.width} is not a multiple of {heads} heads")
-    value_size = config.width // heads
-    floats = config.state_bytes // 4 // heads
-    raw = key_size_for(program, floats, value_size)
-    if "none" not in (spec.layer.q.rotation, spec.layer.k.rotation):
+    value_size = (config.value_size or config.width // config.heads) * config.heads // heads
+    if config.key_size is not None:
+        raw = config.key_size
+    else:
+        raw = key_size_for(program, config.state_bytes // 4 // heads, value_size)
+    if config.key_size is None and "none" not in (spec.layer.q.rotation, spec.layer.k.rotation):
         raw -= raw % 2
         if raw == 0:
             raise CompareError(
@@ -164,6 +179,8 @@ class Model(nn.Module):
                 for layer in layers:
                     align(layer, window=config.start == "window")
                 self._balance()
+            for layer in layers:
+                _set(layer, config)
         # Not before: all of the above is on a CPU, which not every engine serves.
         for layer in layers:
             layer.impl = impl
@@ -203,6 +220,26 @@ class Model(nn.Module):
         if isinstance(self.interface, Vectors):
             weight = weight[:, -1 - self.interface.outputs : -1].T
         return F.linear(self.norm(x) * self.scale, weight)
+
+
+def _set(layer: GatedLinearAttention, config: ModelConfig) -> None:
+    """Sets what a config says about the start of decays, plasticity and prior."""
+    for name, module in layer.named_modules():
+        if config.decays and isinstance(module, GateModule) and name.endswith("decay"):
+            rates = module.A_log
+            if rates is not None:
+                rates.copy_(torch.linspace(*config.decays, len(rates), device=rates.device).log())
+    if layer.importance is None:
+        return
+    if config.plasticity and layer.spec.counterpart is not None:
+        set_plasticity(layer, config.plasticity)
+    if layer.importance.prior_raw is not None and not config.trains_prior:
+        layer.importance.prior_raw.requires_grad_(False)
+
+
+def has_plasticity(spec: Spec) -> bool:
+    """Says whether a spec's importance gate has a factor that is trained, the plasticity."""
+    return spec.importance is not None and spec.importance.scale.parameterization != "none"
 
 
 _RATE = 0.01

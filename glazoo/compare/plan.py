@@ -5,18 +5,36 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from statistics import fmean
+from typing import Any, NamedTuple, Self
 
 from glazoo.compare.errors import CompareError
-from glazoo.compare.model import ModelConfig, Shape, count_parameters, shape_for
+from glazoo.compare.model import ModelConfig, Shape, count_parameters, has_plasticity, shape_for
 from glazoo.compare.tasks import Task, TaskName
 from glazoo.compare.train import Run, Training
 from glazoo.spec import Spec
 
-__all__ = ["PRESETS", "Plan", "Preset"]
+__all__ = ["PRESETS", "Arm", "Plan", "Preset", "Rates", "Tuning"]
 
-_SWEEP_SEED = 1000
-"""Seed of the runs that choose a learning rate: none of those that are reported."""
+_SELECTION_SEED = 1000
+"""First seed of the runs that choose rates: none of those that are reported."""
+
+
+class Rates(NamedTuple):
+    """What is chosen for a variant on seeds that are not reported."""
+
+    rate: float
+    """Learning rate."""
+    plasticity: float = 1.0
+    """Share of it that the plasticity of importance gates gets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How sources and what they were converted into are trained on."""
+
+    training: Training
+    rates: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +45,14 @@ class Preset:
     vocab: int
     length: int
     load: int
-    model: ModelConfig
+    models: tuple[ModelConfig, ...]
     training: Training
     rates: tuple[float, ...]
     seeds: int
+    tuning: Tuning
+    filler_tokens: int | None = None
+    every_rate: tuple[ModelConfig, ...] = ()
+    """Those of the models with which every rate is also run on the reported seeds."""
     tasks: Mapping[TaskName, Mapping[str, Any]] = field(default_factory=dict)
     """What is different for a task."""
 
@@ -39,70 +61,159 @@ class Preset:
         return replace(self, **self.tasks.get(name, {}))
 
 
-# The source's eight key channels and, with one importance per key, as many of its metaplastic form.
+# Room for nine key channels of a source, and for eight with one importance per key.
 _RECORDS = {
     "vocab": 81,
     "length": 96,
     "load": 12,
-    "model": ModelConfig(state_bytes=2304, mlp=0, start="window"),
+    "models": (ModelConfig(state_bytes=2304, mlp=0, start="window"),),
     "training": Training(steps=300, curriculum=0.0),
     "rates": (1.2e-2,),
     "seeds": 3,
+    "tuning": Tuning(Training(steps=200, curriculum=0.0), (6e-3,)),
 }
 
 
+def _paper(
+    description: str,
+    sizes: tuple[int, int, int],
+    training: Training,
+    theirs: ModelConfig,
+    ours: ModelConfig,
+    seeds: int,
+) -> Preset:
+    """Gives the paper's protocol: all variants at its width, every rate on the reported seeds; and
+    beside it at equal bytes, where the plasticity starts from nothing. Sizes are vocabulary, length
+    and load."""
+    start: dict[str, Any] = {"layers": 2, "mlp": 0, "start": "drawn", "decays": (0.01, 0.16)}
+    frozen = {"plasticity": 0.66, "trains_prior": False}
+    theirs = theirs.model_copy(update=start | frozen | {"name": "as in the paper"})
+    ours = ours.model_copy(update=start | {"name": "equal bytes"})
+    protocol = {"warmup": 0.0, "curriculum": 0.0, "decay": 0.1, "momentum": (0.9, 0.999)}
+    training = training.model_copy(update=protocol)
+    rates = tuple(10 ** (-3 + i / 3) for i in range(4))
+    return Preset(
+        description,
+        *sizes,
+        filler_tokens=1,
+        models=(theirs, ours),
+        every_rate=(theirs,),
+        training=training,
+        rates=rates,
+        seeds=seeds,
+        tuning=Tuning(training.model_copy(update={"steps": training.steps // 2}), rates),
+    )
+
+
+def _papers_training(batch: int) -> Training:
+    steps = 60 * (100_000 // batch)
+    return Training(steps=steps, batch=batch, examples=100_000, eval_examples=1000)
+
+
+_THEIRS = ModelConfig(width=128, heads=8, key_size=16, value_size=32)
+# Sixteen key channels, with one importance per key or without.
+_OURS = ModelConfig(width=128, heads=8, value_size=32, state_bytes=16_896)
+
 PRESETS: dict[str, Preset] = {
     "quick": Preset(
-        "four variants in less than 15 minutes on two CPU cores",
+        "minutes on two CPU cores",
         vocab=128,
         length=160,
         load=40,
-        model=ModelConfig(state_bytes=1680),
+        models=(ModelConfig(state_bytes=1680),),
         training=Training(steps=400),
         rates=(4e-3, 1.2e-2),
         seeds=4,
+        tuning=Tuning(Training(steps=200, curriculum=0.0), (4e-3,)),
         tasks={"records": _RECORDS, "static": _RECORDS},
     ),
-    "paper": Preset(
-        "multi-query associative recall as in arXiv:2602.09075, for a GPU",
-        vocab=8192,
-        length=512,
-        load=128,
-        model=ModelConfig(
-            width=128, layers=2, heads=8, state_bytes=4 * 8 * 16 * 16, mlp=256, start="drawn"
-        ),
-        training=Training(
-            steps=64 * 390, batch=256, warmup=0.1, curriculum=0.0, decay=0.1, examples=100_000
-        ),
-        rates=(1e-4, 4.6e-4, 2.2e-3, 1e-2),
+    "paper": _paper(
+        "recall as in arXiv:2602.09075, at its width and at equal bytes, for a GPU",
+        (8192, 512, 128),
+        _papers_training(128),
+        _THEIRS,
+        _OURS,
+        seeds=8,
+    ),
+    "paper-long": _paper(
+        "the same with twice the pairs and the length",
+        (8192, 1024, 256),
+        _papers_training(64),
+        _THEIRS,
+        _OURS,
+        seeds=8,
+    ),
+    "paper-small": _paper(
+        "the same with an eighth of the pairs, four variants in an hour on two CPU cores",
+        (256, 64, 16),
+        Training(steps=1200, batch=32, examples=16_000),
+        ModelConfig(width=64, heads=4, key_size=4, value_size=32),
+        ModelConfig(width=64, heads=4, value_size=32, state_bytes=2112),
         seeds=3,
     ),
 }
 
 
 @dataclass(frozen=True)
+class Arm:
+    """One line of a comparison on one task."""
+
+    label: str
+    spec: Spec
+    task: Task
+    model: ModelConfig
+    mlp: int
+    """Inner channels of the position-wise part."""
+    shape: Shape
+    parameters: int
+    source: Arm | None = None
+    """What it goes on from, with the same weights."""
+    rival: Arm | None = None
+    """What differences are taken to, seed by seed."""
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A comparison: variants by label, and everything that they share."""
+    """A comparison: variants by label, and everything that they share.
+
+    Without `tuning`, variants are trained side by side, and metaplastic forms are compared with
+    their sources. With it, sources are trained, then trained on as they are and converted into
+    each of their metaplastic forms, on the same data; that is compared.
+    """
 
     specs: dict[str, Spec]
     task: Task
     models: tuple[ModelConfig, ...]
-    """One per state budget."""
     training: Training
     rates: tuple[float, ...]
     seeds: int
+    plasticity_rates: tuple[float, ...] = ()
+    """Shares of the learning rate to choose from for the plasticity; none for the default."""
+    selection_seeds: int = 1
+    """Seeds on which rates are chosen, where there is a choice."""
+    every_rate: tuple[ModelConfig, ...] = ()
+    """Those of the models with which all rates are run on the reported seeds, to show what choosing
+    on these gives."""
+    control: bool = True
+    """Whether the task's control is run as well."""
+    tuning: Tuning | None = None
     equal_parameters: bool = True
     impl: str = "auto"
     device: str = "cpu"
 
     def config(self) -> dict[str, Any]:
-        """Gives what all runs of a results folder share; variants, seeds, rates and state budgets
-        may be added later."""
+        """Gives what all runs of a results folder share; variants, seeds, rates, state budgets and
+        the control may be added later."""
+        tuning = None if self.tuning is None else self.tuning.training.model_dump(mode="json")
+        shared = self.models[0].model_dump(
+            mode="json", exclude={"name", "state_bytes", "key_size", "value_size"}
+        )
         return {
-            "format": 2,
+            "format": 3,
             "task": self.task.model_dump(mode="json"),
-            "model": self.models[0].model_dump(mode="json", exclude={"state_bytes"}),
+            "model": shared,
             "training": self.training.model_dump(mode="json"),
+            "tuning": tuning,
             "equal_parameters": self.equal_parameters,
             "impl": self.impl,
             "device": self.device,
@@ -112,90 +223,230 @@ class Plan:
         """Checks everything that can be wrong before the first run starts.
 
         Raises:
-            CompareError: the task does not fit, or a state budget is too small for a variant.
+            CompareError: the task does not fit, a state budget is too small for a variant, a rate
+                is out of its domain, or there is nothing to convert.
         """
-        if not self.rates or any(not 0 < r < 10 for r in self.rates):
-            raise CompareError(f"rates: got {list(self.rates)}, accepted are numbers in (0, 10)")
+        for rates in (self.rates, self.tuning.rates) if self.tuning else (self.rates,):
+            if not rates or any(not 0 < r < 10 for r in rates):
+                raise CompareError(f"rates: got {list(rates)}, accepted are numbers in (0, 10)")
+        if any(not 0 <= r <= 1000 for r in self.plasticity_rates):
+            raise CompareError(
+                f"plasticity-rate: got {list(self.plasticity_rates)}, accepted are numbers in "
+                "[0, 1000]"
+            )
         self.task.check()
-        for model in self.models:
-            for spec in self.specs.values():
-                shape_for(spec, model)
+        # Building them checks that every state budget is large enough.
+        arms = self.arms
+        if self.tuning is not None and not any(a.rival for a in arms):
+            raise CompareError(
+                f"variants: got {', '.join(self.specs)}, of which none has a metaplastic form that "
+                "it could be converted into"
+            )
 
     @functools.cached_property
-    def sizes(self) -> list[tuple[str, ModelConfig, Shape, int, int]]:
-        """Label, model, head sizes, inner channels and parameters of every variant and budget.
+    def tasks(self) -> tuple[Task, ...]:
+        """The task and, if it has one and it is asked for, its control."""
+        control = self.task.control if self.control else None
+        return (self.task,) if control is None else (self.task, control)
+
+    @functools.cached_property
+    def arms(self) -> list[Arm]:
+        """All lines of the comparison, the task's before its control's.
 
         With equal parameters, inner channels are added to the position-wise part of the smaller
         models until they have as many parameters as the largest, to within one channel.
+
+        Raises:
+            CompareError: a state budget is too small for a variant.
         """
-        out = []
-        for model in self.models:
-            tokens = self.task.interface
-            counts = {n: count_parameters(s, model, tokens) for n, s in self.specs.items()}
-            largest = max(counts.values())
-            for label, spec in self.specs.items():
-                inner, count = model.mlp, counts[label]
-                if self.equal_parameters and model.mlp:
-                    per_channel = model.layers * (2 * model.width + 1)
-                    inner += round((largest - count) / per_channel)
-                    count = count_parameters(spec, model, tokens, inner)
-                out.append((label, model, shape_for(spec, model), inner, count))
+        out: list[Arm] = []
+        for task in self.tasks:
+            for model in self.models:
+                out += self._converted(task, model) if self.tuning else self._beside(task, model)
         return out
 
-    @functools.cached_property
-    def sweeps(self) -> list[list[Run]]:
-        """Per variant and budget, the runs that choose its learning rate."""
-        return [
-            [self.run(label, model, inner, r, _SWEEP_SEED, sweep=True) for r in self.rates]
-            for label, model, _, inner, _ in self.sizes
-        ]
+    def _sized(self, specs: Mapping[str, Spec], task: Task, model: ModelConfig) -> list[Arm]:
+        tokens = task.interface
+        shapes = {n: shape_for(s, model) for n, s in specs.items()}
+        counts = {n: count_parameters(s, model, tokens) for n, s in specs.items()}
+        out = []
+        for label, spec in specs.items():
+            inner, count = model.mlp, counts[label]
+            if self.equal_parameters and model.mlp:
+                per_channel = model.layers * (2 * model.width + 1)
+                inner += round((max(counts.values()) - count) / per_channel)
+                count = count_parameters(spec, model, tokens, inner)
+            out.append(Arm(label, spec, task, model, inner, shapes[label], count))
+        return out
 
-    def run(
-        self, label: str, model: ModelConfig, inner: int, rate: float, seed: int, *, sweep: bool
-    ) -> Run:
-        """Describes one run."""
+    def _beside(self, task: Task, model: ModelConfig) -> list[Arm]:
+        arms = self._sized(self.specs, task, model)
+        by_name = {a.spec.name: a for a in arms}
+        return [replace(a, rival=by_name.get(a.spec.counterpart or "")) for a in arms]
+
+    def _converted(self, task: Task, model: ModelConfig) -> list[Arm]:
+        sources = {n: s for n, s in self.specs.items() if not s.metaplastic}
+        out = []
+        for source in self._sized(sources, task, model):
+            name, shape = source.label, source.shape
+            before = replace(source, label=f"{name}, before")
+            rival = replace(source, label=f"{name}, trained on", source=before)
+            out += [before, rival]
+            same = model.model_copy(
+                update={"key_size": shape.key_size, "value_size": shape.value_size}
+            )
+            for label, spec in self.specs.items():
+                if spec.counterpart == source.spec.name:
+                    count = count_parameters(spec, same, task.interface, source.mlp)
+                    out.append(
+                        Arm(
+                            f"{label}, converted",
+                            spec,
+                            task,
+                            same,
+                            source.mlp,
+                            shape_for(spec, same),
+                            count,
+                            before,
+                            rival,
+                        )
+                    )
+        return out
+
+    def choices(self, arm: Arm) -> list[Rates]:
+        """Lists the rates that are tried for an arm."""
+        rates = self.rates
+        if arm.source is not None:
+            assert self.tuning is not None
+            rates = self.tuning.rates
+        shares: tuple[float, ...] = (1.0,)
+        if has_plasticity(arm.spec):
+            shares = self.plasticity_rates or shares
+        return [Rates(r, p) for r in rates for p in shares]
+
+    def selection(self, arm: Arm, results: Results) -> list[Run]:
+        """Lists the runs that choose an arm's rates: none where there is no choice, or while those
+        of what it goes on from are not chosen."""
+        choices = self.choices(arm)
+        if len(choices) == 1:
+            return []
+        seeds = range(_SELECTION_SEED, _SELECTION_SEED + self.selection_seeds)
+        runs = (self._run(arm, c, s, results, selection=True) for c in choices for s in seeds)
+        return [r for r in runs if r is not None]
+
+    def chosen(self, arm: Arm, results: Results) -> Rates | None:
+        """Gives an arm's rates: those with the best mean accuracy, and then loss, over the seeds
+        that choose; None while one of these runs is missing."""
+        choices = self.choices(arm)
+        return choices[0] if len(choices) == 1 else best(self.selection(arm, results), results)
+
+    def reported(self, arm: Arm, results: Results) -> list[Run]:
+        """Lists an arm's runs on the reported seeds at its rates; none while these are unknown."""
+        rates = self.chosen(arm, results)
+        return [] if rates is None else self._reported(arm, [rates], results)
+
+    def at_every_rate(self, arm: Arm, results: Results) -> list[Run]:
+        """Lists an arm's runs on the reported seeds at all rates, where that is asked for."""
+        if arm.model not in self.every_rate:
+            return []
+        return self._reported(arm, self.choices(arm), results)
+
+    def _reported(self, arm: Arm, choices: Iterable[Rates], results: Results) -> list[Run]:
+        runs = (self._run(arm, c, s, results) for c in choices for s in range(self.seeds))
+        return [r for r in runs if r is not None]
+
+    def _run(
+        self, arm: Arm, rates: Rates, seed: int, results: Results, *, selection: bool = False
+    ) -> Run | None:
+        before = None
+        if arm.source is not None:
+            chosen = self.chosen(arm.source, results)
+            if chosen is None:
+                return None
+            before = self._run(arm.source, chosen, seed, results, selection=selection)
+            assert before is not None
+        line = arm.label, arm.model, arm.task.name, rates, seed, selection, before and before.key
+        if line not in self._runs:
+            changes = {"selection": selection, "before": before}
+            self._runs[line] = self._described(arm, rates, seed).model_copy(update=changes)
+        return self._runs[line]
+
+    @functools.cached_property
+    def _runs(self) -> dict[tuple[object, ...], Run]:
+        """Runs that were described already: their keys are worth keeping."""
+        return {}
+
+    def _described(self, arm: Arm, rates: Rates, seed: int) -> Run:
+        training = self.training
+        if arm.source is not None:
+            assert self.tuning is not None
+            training = self.tuning.training
         return Run(
-            label=label,
-            spec=self.specs[label],
-            task=self.task,
-            model=model,
-            training=self.training,
-            mlp=inner,
-            rate=rate,
+            label=arm.label,
+            spec=arm.spec,
+            task=arm.task,
+            model=arm.model,
+            training=training,
+            mlp=arm.mlp,
+            rate=rates.rate,
+            plasticity_rate=rates.plasticity,
             seed=seed,
-            sweep=sweep,
+            kept=self.tuning is not None and arm.source is None,
             impl=self.impl,
             device=self.device,
         )
 
-    def finals(self, sweep: list[Run], results: dict[str, dict[str, Any]]) -> list[Run]:
-        """Lists the runs to report, once the learning rate is known.
+    def wanted(self, results: Results) -> list[Run]:
+        """Lists every run that is known to be needed, what others go on from first."""
+        out: dict[str, Run] = {}
+        for arm in self.arms:
+            runs = [
+                *self.selection(arm, results),
+                *self.reported(arm, results),
+                *self.at_every_rate(arm, results),
+            ]
+            for run in runs:
+                if run.before is not None:
+                    out.setdefault(run.before.key, run.before)
+                out.setdefault(run.key, run)
+        return list(out.values())
 
-        Args:
-            sweep: the runs that choose it, of one variant and budget.
-            results: finished runs by key.
+    def counts(self) -> list[tuple[Arm, int]]:
+        """Gives every line with the number of its runs in the whole comparison."""
+        out = []
+        for arm in self.arms:
+            choices = len(self.choices(arm))
+            # What goes on from an arm needs it on the seeds that choose as well.
+            followed = any(a.source == arm and len(self.choices(a)) > 1 for a in self.arms)
+            choosing = choices if choices > 1 else int(followed)
+            reported = self.seeds * (choices if arm.model in self.every_rate else 1)
+            out.append((arm, choosing * self.selection_seeds + reported))
+        return out
 
-        Returns:
-            One run per seed at the best rate, by accuracy and then loss; nothing while a run of the
-            sweep is missing.
-        """
-        rate = best_rate(sweep, results)
-        if rate is None:
-            return []
-        first = sweep[0]
-        return [
-            self.run(first.label, first.model, first.mlp, rate, seed, sweep=False)
-            for seed in range(self.seeds)
-        ]
+    def sample(self, arm: Arm) -> Run:
+        """Describes a run of an arm as it is but for rates, seed and what it goes on from."""
+        return self._described(arm, self.choices(arm)[0], 0)
 
 
-def best_rate(sweep: Iterable[Run], results: dict[str, dict[str, Any]]) -> float | None:
-    """Gives the learning rate of the best run of a sweep; None while a run is missing. A single
-    rate needs no run."""
-    sweep = list(sweep)
-    if len(sweep) == 1:
-        return sweep[0].rate
-    done = [results[r.key] for r in sweep if r.key in results]
-    if len(done) < len(sweep):
-        return None
-    return float(max(done, key=lambda r: (not r["diverged"], r["accuracy"], -r["loss"]))["rate"])
+Results = Mapping[str, dict[str, Any]]
+"""Finished runs by key."""
+
+
+def best(runs: Iterable[Run], results: Results) -> Rates | None:
+    """Gives the rates of the best runs, by the mean over seeds of accuracy and then loss; None
+    while a run is missing. Rates at which a run diverged are worse than all others."""
+    by_rates: dict[Rates, list[dict[str, Any]]] = {}
+    for run in runs:
+        if run.key not in results:
+            return None
+        by_rates.setdefault(Rates(run.rate, run.plasticity_rate), []).append(results[run.key])
+
+    def value(rates: Rates) -> tuple[bool, float, float]:
+        found = by_rates[rates]
+        return (
+            not any(r["diverged"] for r in found),
+            fmean(r["accuracy"] for r in found),
+            -fmean(r["loss"] for r in found),
+        )
+
+    return max(by_rates, key=value, default=None)

@@ -5,36 +5,58 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
+from textwrap import wrap
 from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from glazoo.compare.files import make_folder, write_bytes, write_csv, write_text
-from glazoo.compare.model import Shape
-from glazoo.compare.plan import Plan
-from glazoo.compare.stats import Interval, interval
-from glazoo.compare.tables import against_source
+from glazoo.compare.model import ModelConfig, Shape, has_plasticity
+from glazoo.compare.plan import Arm, Plan, Rates, Results
+from glazoo.compare.stats import Interval, interval, paired
+from glazoo.compare.train import Run, Training
 
 __all__ = ["Row", "rows", "table", "write_report"]
 
 
+Line = tuple[str, ModelConfig, str]
+"""Label, sizes and task: what tells the lines of a comparison apart."""
+
+
 @dataclass(slots=True)
 class Row:
-    """One variant at one state budget."""
+    """What is known of one line of a comparison."""
 
-    label: str
-    budget: int
-    shape: Shape
-    parameters: int
-    rate: float | None
+    arm: Arm
+    rates: Rates | None
     results: list[dict[str, Any]] = field(default_factory=list)
     """Reported runs, by seed."""
-    sweep: list[dict[str, Any]] = field(default_factory=list)
+    selection: list[dict[str, Any]] = field(default_factory=list)
+    every: list[dict[str, Any]] = field(default_factory=list)
+    """Runs of the reported seeds at all rates, where these were asked for."""
+    rival: Row | None = None
+    control: Row | None = None
+    """The same line on the task's control."""
+
+    @property
+    def label(self) -> str:
+        """Name of the line."""
+        return self.arm.label
+
+    @property
+    def line(self) -> Line:
+        """What tells it apart."""
+        return self.arm.label, self.arm.model, self.arm.task.name
+
+    @property
+    def shape(self) -> Shape:
+        """Head sizes."""
+        return self.arm.shape
 
     def over_seeds(self, get: Callable[[dict[str, Any]], float]) -> Interval | None:
         """Gives an interval of a number that every run has."""
@@ -43,92 +65,158 @@ class Row:
     @property
     def accuracy(self) -> Interval | None:
         """Accuracy at the task's own load and length."""
-        return self.over_seeds(lambda r: float(r["accuracy"]))
+        return self.over_seeds(_accuracy)
+
+    @property
+    def difference(self) -> Interval | None:
+        """Accuracy less that of the rival, seed by seed; None where there is no rival."""
+        if self.rival is None:
+            return None
+        mine, other = ({r["seed"]: _accuracy(r) for r in x.results} for x in (self, self.rival))
+        return paired(mine, other)
 
     def at(self, load: int, length: int) -> Interval | None:
         """Accuracy at another load or length."""
-        return self.over_seeds(lambda r: _point(r, load, length))
+        return self.over_seeds(lambda r: float(_point(r, load, length)["accuracy"]))
+
+    @property
+    def chosen_on_reported(self) -> float | None:
+        """Mean accuracy as it is if every seed has its own best rate on the reported data, and the
+        two lowest seeds are left out; None where not every rate was run, or for too few seeds."""
+        best: dict[int, float] = {}
+        for r in self.every:
+            best[r["seed"]] = max(best.get(r["seed"], 0.0), _accuracy(r))
+        kept = sorted(best.values())[2:]
+        return fmean(kept) if kept else None
 
 
-def _point(result: dict[str, Any], load: int, length: int) -> float:
-    return float(
-        next(p["accuracy"] for p in result["points"] if (p["load"], p["length"]) == (load, length))
-    )
+def _accuracy(result: dict[str, Any]) -> float:
+    return float(result["accuracy"])
 
 
-def rows(plan: Plan, stored: dict[str, dict[str, Any]]) -> list[Row]:
-    """Collects the runs of a plan that are finished."""
-    from glazoo.compare.plan import best_rate
-
-    out = []
-    for sizes, sweep in zip(plan.sizes, plan.sweeps, strict=True):
-        label, model, shape, _, count = sizes
-        row = Row(label, model.state_bytes, shape, count, best_rate(sweep, stored))
-        row.sweep = [stored[r.key] for r in sweep if r.key in stored]
-        row.results = [stored[r.key] for r in plan.finals(sweep, stored) if r.key in stored]
-        out.append(row)
-    return out
+def _point(result: dict[str, Any], load: int, length: int) -> dict[str, Any]:
+    points: list[dict[str, Any]] = result["points"]
+    return next(p for p in points if (p["load"], p["length"]) == (load, length))
 
 
-_COLUMNS = (
-    "variant",
-    "state (bytes)",
-    "heads x K x V",
-    "parameters",
-    "learning rate",
-    "seeds",
-    "accuracy (%)",
-    "lowest to highest (%)",
-    "loss (nats)",
-    "against source",
-    "training (tokens/s)",
-)
+def rows(plan: Plan, stored: Results) -> list[Row]:
+    """Collects the runs of a plan that are finished: a row per line, with that of its control."""
+
+    def known(runs: Sequence[Run]) -> list[dict[str, Any]]:
+        return [stored[r.key] for r in runs if r.key in stored]
+
+    out: dict[Line, Row] = {}
+    for arm in plan.arms:
+        row = Row(arm, plan.chosen(arm, stored))
+        row.selection = known(plan.selection(arm, stored))
+        row.results = known(plan.reported(arm, stored))
+        row.every = known(plan.at_every_rate(arm, stored))
+        out[row.line] = row
+    control = plan.task.control
+    for (label, model, _), row in out.items():
+        if (rival := row.arm.rival) is not None:
+            row.rival = out[rival.label, rival.model, rival.task.name]
+        if control is not None and row.arm.task == plan.task:
+            row.control = out.get((label, model, control.name))
+    return [row for row in out.values() if row.arm.task == plan.task]
 
 
-def _cells(row: Row, peers: Sequence[Row]) -> list[str]:
-    """Gives one line of the main table."""
-    accuracy, loss = row.accuracy, row.over_seeds(lambda r: float(r["loss"]))
-    shape = f"{row.shape.heads} x {row.shape.key_size} x {row.shape.value_size}"
-    cells = [row.label, f"{row.shape.state_bytes:,}", shape, f"{row.parameters:,}"]
-    cells.append("" if row.rate is None else f"{row.rate:g}")
-    cells.append(str(len(row.results)))
-    if accuracy is None or loss is None:
-        return [*cells, *[""] * (len(_COLUMNS) - len(cells))]
-    percent = accuracy.times(100)
-    every = [100 * r["accuracy"] for r in row.results]
-    diverged = sum(r["diverged"] for r in row.results)
-    note = f" ({diverged} diverged)" if diverged else ""
-    values = {
-        r.label: r.accuracy for r in peers if r.budget == row.budget and r.accuracy is not None
+_LEFT = ("variant", "setting", "now")
+
+
+def _columns(plan: Plan, found: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
+    """Gives the columns of the main table, with what they show of a row: differences first."""
+    measure, control = plan.task.measure, plan.task.control
+    against = "to the source trained on" if plan.tuning else "to its source"
+
+    def percent(get: Callable[[Row], Interval | None]) -> Callable[[Row], str]:
+        def show(row: Row) -> str:
+            at = get(row)
+            return "" if at is None else at.times(100).text(1)
+
+        return show
+
+    def difference(row: Row | None) -> str:
+        at = None if row is None else row.difference
+        return "" if at is None else at.times(100).signed(1)
+
+    def accuracy(row: Row) -> str:
+        diverged = sum(r["diverged"] for r in row.results)
+        note = f" ({diverged} diverged)" if diverged else ""
+        return percent(lambda r: r.accuracy)(row) + note
+
+    out: dict[str, Callable[[Row], str]] = {"variant": lambda r: r.label}
+    if any(m.name for m in plan.models):
+        out["setting"] = lambda r: r.arm.model.name
+    if any(r.rival for r in found):
+        out[f"difference {against} (points)"] = difference
+        if control is not None and plan.control:
+            out[f"{control.name}: difference (points)"] = lambda r: difference(r.control)
+    out[f"{measure} (%)"] = accuracy
+    if control is not None and plan.control:
+        out[f"{control.name}: {measure} (%)"] = lambda r: accuracy(r.control) if r.control else ""
+    if plan.every_rate:
+        out["best rate of every seed (%)"] = lambda r: (
+            "" if r.chosen_on_reported is None else f"{100 * r.chosen_on_reported:.1f}"
+        )
+    return out | {
+        "seeds": lambda r: str(len(r.results)),
+        "state (bytes)": lambda r: f"{r.shape.state_bytes:,}",
+        "heads x K x V": lambda r: f"{r.shape.heads} x {r.shape.key_size} x {r.shape.value_size}",
+        "parameters": lambda r: f"{r.arm.parameters:,}",
     }
-    return [
-        *cells,
-        percent.text(1) + note,
-        f"{min(every):.1f} to {max(every):.1f}",
-        loss.text(3),
-        against_source(row.label, values),
-        f"{median(r['tokens_per_second'] for r in row.results):,.0f}",
-    ]
 
 
-def table(plan: Plan, found: Sequence[Row], running: dict[str, str] | None = None) -> Table:
-    """Makes the table of what is known so far."""
+def _more_columns() -> dict[str, Callable[[Row], str]]:
+    """Gives what the report's table has beside the main columns."""
+
+    def spread(row: Row) -> str:
+        every = [100 * _accuracy(r) for r in row.results]
+        return f"{min(every):.1f} to {max(every):.1f}" if every else ""
+
+    def share(row: Row) -> str:
+        return f"{row.rates.plasticity:g}" if row.rates and has_plasticity(row.arm.spec) else ""
+
+    def loss(row: Row) -> str:
+        at = row.over_seeds(lambda r: float(r["loss"]))
+        return "" if at is None else at.text(3)
+
+    def speed(row: Row) -> str:
+        speeds = [r["tokens_per_second"] for r in row.results]
+        return f"{median(speeds):,.0f}" if speeds else ""
+
+    def plasticity(row: Row) -> str:
+        ends = [x for r in row.results for x in r["plasticity"]]
+        return f"{min(ends):.2g} to {max(ends):.2g}" if ends else ""
+
+    return {
+        "lowest to highest (%)": spread,
+        "learning rate": lambda r: f"{r.rates.rate:g}" if r.rates else "",
+        "plasticity rate": share,
+        "plasticity at the end": plasticity,
+        "loss": loss,
+        "training (tokens/s)": speed,
+    }
+
+
+def table(plan: Plan, found: Sequence[Row], running: Mapping[Line, str] | None = None) -> Table:
+    """Makes the table of what is known so far; `running` says what is being done."""
     t = plan.task
-    size = f"length {t.length}" if t.name == "text" else f"load {t.load}, length {t.length}"
+    size = f"load {t.load}, length {t.length}" if t.resizable else f"length {t.length}"
     out = Table(box=box.SIMPLE_HEAD, header_style="bold", title=f"{t.name}, {size}")
-    chosen = [0, 1, 2, 3, 4, 5, 6, 7, 9]
-    for i in chosen:
+    columns = _columns(plan, found)
+    if running is not None:
+        columns["now"] = lambda r: ", ".join(
+            running[x.line] for x in (r, r.control) if x is not None and x.line in running
+        )
+    for name in columns:
         out.add_column(
-            _COLUMNS[i].replace(" (", "\n(").replace(" to ", "\nto "),
-            justify="left" if i in (0, 9) else "right",
+            "\n".join(wrap(name, 16)),
+            justify="left" if name in _LEFT else "right",
             no_wrap=True,
         )
-    if running is not None:
-        out.add_column("now", no_wrap=True)
     for row in found:
-        cells = _cells(row, found)
-        extra = [] if running is None else [running.get(f"{row.label}/{row.budget}", "")]
-        out.add_row(*(cells[i] for i in chosen), *extra)
+        out.add_row(*(show(row) for show in columns.values()))
     return out
 
 
@@ -141,7 +229,7 @@ def _intervals_csv(found: Sequence[Row]) -> list[dict[str, Any]]:
             out.append(
                 {
                     "label": row.label,
-                    "state_budget": row.budget,
+                    "task": row.arm.task.name,
                     "state_bytes": row.shape.state_bytes,
                     "load": point["load"],
                     "length": point["length"],
@@ -159,8 +247,9 @@ def _figures(plan: Plan, found: Sequence[Row]) -> dict[str, tuple[str, bytes]]:
     from glazoo.compare.plots import Axes, Line, panels
     from glazoo.compare.train import evaluation_points
 
-    main = [r for r in found if r.results and r.budget == plan.models[0].state_bytes]
-    task, percent = plan.task, "accuracy (%)"
+    sizes = list(dict.fromkeys(r.arm.model.state_bytes for r in found))
+    main = [r for r in found if r.results and r.arm.model.state_bytes == sizes[0]]
+    task, percent = plan.task, f"{plan.task.measure} (%)"
     points = evaluation_points(task)
     count = min((len(r.results) for r in found if r.results), default=0)
     band = "Bands are 95 % t intervals over seeds." if count > 1 else "One seed: no intervals."
@@ -211,13 +300,13 @@ def _figures(plan: Plan, found: Sequence[Row]) -> dict[str, tuple[str, bytes]]:
         )
     if axes and main:
         out["accuracy.png"] = (f"Accuracy against load and length. {band}", panels(axes))
-    budgets = sorted({r.budget for r in found if r.results})
-    if len(budgets) > 1:
+    if len(sizes) > 1:
         labels = dict.fromkeys(r.label for r in found if r.results)
         lines = []
         for label in labels:
             own = sorted(
-                (r for r in found if r.label == label and r.results), key=lambda r: r.budget
+                (r for r in found if r.label == label and r.results),
+                key=lambda r: r.shape.state_bytes,
             )
             lines.append(
                 line(label, [float(r.shape.state_bytes) for r in own], [r.accuracy for r in own])
@@ -263,26 +352,31 @@ def _figures(plan: Plan, found: Sequence[Row]) -> dict[str, tuple[str, bytes]]:
     return out
 
 
+_GROUPS = {"0": "keys that stayed", "1": "keys that changed"}
+
+
 def _groups(found: Sequence[Row]) -> list[list[str]]:
-    """Gives accuracies per group of queries, for tasks that have groups."""
-    out = []
+    """Gives a table of the accuracies per group of queries, for tasks that have groups: differences
+    first. Its first line is the head."""
+
+    def of(row: Row, group: str) -> dict[int, float]:
+        own = row.arm.task
+        points = {r["seed"]: _point(r, own.load, own.length) for r in row.results}
+        return {s: p["groups"][group] for s, p in points.items() if "groups" in p}
+
+    lines = []
     for row in found:
-        known = [r for r in row.results if any("groups" in p for p in r["points"])]
-        if not known:
+        if not of(row, "0"):
             continue
         cells = [row.label]
-        for group in ("0", "1"):
-            at = interval([_own(r)["groups"][group] for r in known])
-            cells.append(at.times(100).text(1))
-        out.append(cells)
-    return out
-
-
-def _own(result: dict[str, Any]) -> dict[str, Any]:
-    """Gives a run's evaluation point at the task's own load and length."""
-    return next(
-        p for p in result["points"] if p["accuracy"] == result["accuracy"] and "groups" in p
-    )
+        for group in _GROUPS:
+            at = paired(of(row, group), {} if row.rival is None else of(row.rival, group))
+            cells.append("" if at is None else at.times(100).signed(1))
+        cells += [interval([*of(row, g).values()]).times(100).text(1) for g in _GROUPS]
+        lines.append(cells)
+    names = _GROUPS.values()
+    head = ["variant", *(f"{n}: difference (points)" for n in names)]
+    return [[*head, *(f"{n}: accuracy (%)" for n in names)], *lines] if lines else []
 
 
 def write_report(
@@ -311,34 +405,22 @@ def write_report(
     Raises:
         CompareError: a file cannot be written.
     """
-    done = [r for r in found if r.results]
+    done = _with_controls(found)
     figures = _figures(plan, found) if plots and done else {}
     make_folder(folder / "plots")
     for name, (_, picture) in figures.items():
         write_bytes(folder / "plots" / name, picture)
-    accuracy = _intervals_csv(found)
+    accuracy = _intervals_csv(done)
     if accuracy:
         write_csv(folder / "plots" / "accuracy.csv", accuracy)
         write_csv(
             folder / "plots" / "learning.csv",
-            [
-                {"label": r.label, "state_budget": r.budget, "seed": x["seed"]} | point
-                for r in done
-                for x in r.results
-                for point in x["curve"]
-            ],
+            [_of(r, x) | point for r in done for x in r.results for point in x["curve"]],
         )
         write_csv(
             folder / "plots" / "cost.csv",
             [
-                {
-                    "label": r.label,
-                    "state_budget": r.budget,
-                    "seed": x["seed"],
-                    "tokens_per_second": x["tokens_per_second"],
-                    "cpu_seconds": x["cpu_seconds"],
-                    "accuracy": x["accuracy"],
-                }
+                _of(r, x) | {n: x[n] for n in ("tokens_per_second", "cpu_seconds", "accuracy")}
                 for r in done
                 for x in r.results
             ],
@@ -346,6 +428,21 @@ def write_report(
     blocks = _blocks(plan, found, command, versions, machine, lost)
     write_text(folder / "report.md", _markdown(blocks, figures))
     write_text(folder / "report.html", _html(blocks, figures))
+
+
+def _with_controls(found: Sequence[Row]) -> list[Row]:
+    """Gives the rows that have results, and those of their controls."""
+    every = [x for r in found for x in (r, r.control) if x is not None]
+    return [r for r in every if r.results]
+
+
+def _of(row: Row, result: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "label": row.label,
+        "task": row.arm.task.name,
+        "state_bytes": row.shape.state_bytes,
+        "seed": result["seed"],
+    }
 
 
 Block = tuple[str, Any]
@@ -360,59 +457,34 @@ def _blocks(
     machine: str,
     lost: Sequence[str],
 ) -> list[Block]:
-    done = [r for r in found if r.results]
-    task, t = plan.task, plan.training
+    done = _with_controls(found)
+    task = plan.task
     hashes = sorted({x["data_hash"] for r in done for x in r.results})
-    seconds = sum(x["cpu_seconds"] for r in done for x in [*r.results, *r.sweep])
+    counted = {x["key"]: x for r in done for x in [*r.results, *r.selection, *r.every]}
+    seconds = sum(x["cpu_seconds"] for x in counted.values())
     blocks: list[Block] = [("heading", f"{task.name}: {len(plan.specs)} variants side by side")]
-    blocks.append(
-        (
-            "text",
-            "Accuracy is the mean over seeds with its 95 % t interval. All variants have the "
-            "same model around the recurrence, the same budget of recurrent state"
-            + (", as many parameters" if plan.equal_parameters else "")
-            + ", the same data in the same order, and each the best of the learning rates below, "
-            "chosen on a seed that is not reported. A variant is called better or worse than "
-            "another only where the intervals do not touch.",
-        )
-    )
-    blocks.append(("table", [list(_COLUMNS), *(_cells(r, found) for r in found)]))
-    if groups := _groups(done):
+    blocks.append(("text", _explained(plan, found)))
+    columns = _columns(plan, found) | _more_columns()
+    lines = [[show(r) for show in columns.values()] for r in found]
+    blocks.append(("table", [list(columns), *lines]))
+    if groups := _groups(found):
         blocks.append(("heading", "Stability and plasticity"))
-        blocks.append(
-            (
-                "table",
-                [
-                    [
-                        "variant",
-                        "keys that stayed: accuracy (%)",
-                        "keys that changed: accuracy (%)",
-                    ],
-                    *groups,
-                ],
-            )
-        )
+        blocks.append(("table", groups))
     if lost:
         blocks.append(("heading", "Runs without a result"))
         blocks += [("text", x) for x in lost]
     blocks.append(("figures", None))
-    blocks.append(("heading", "Learning rates"))
-    rates = [[r.label, f"{r.budget:,}", *(_rate_cell(r, x) for x in plan.rates)] for r in found]
-    blocks.append(
-        (
-            "table",
-            [
-                ["variant", "state budget (bytes)", *(f"{r:g}: accuracy (%)" for r in plan.rates)],
-                *rates,
-            ],
-        )
-    )
+    if choices := _choices(plan, found):
+        head = ["variant", "task", "learning rate", "plasticity rate", f"{task.measure} (%)"]
+        blocks.append(("heading", "Choice of rates"))
+        blocks.append(("table", [[*head, "on the reported seeds (%)"], *choices]))
     blocks.append(("heading", "How it was made"))
     blocks.append(("code", command))
     facts = [
         ["machine", machine],
         *([n, v] for n, v in versions.items()),
-        ["training", f"{t.steps} steps of {t.batch} examples"],
+        ["training", _steps(plan.training)],
+        *([["further training", _steps(plan.tuning.training)]] if plan.tuning else []),
         ["processor time of the runs", f"{seconds / 60:.1f} minutes"],
         ["SHA-256 of the evaluation data", ", ".join(hashes)],
     ]
@@ -426,12 +498,61 @@ def _blocks(
     return blocks
 
 
-def _rate_cell(row: Row, rate: float) -> str:
-    found = next((x for x in row.sweep if x["rate"] == rate), None)
-    if found is None:
-        return ""
-    chosen = " (chosen)" if rate == row.rate else ""
-    return f"{100 * found['accuracy']:.1f}{' diverged' if found['diverged'] else ''}{chosen}"
+def _steps(training: Training) -> str:
+    return f"{training.steps} steps of {training.batch} examples"
+
+
+def _explained(plan: Plan, found: Sequence[Row]) -> str:
+    """Says what the main table shows and how its numbers came about."""
+    task, text = plan.task, []
+    if any(r.rival for r in found):
+        text.append(
+            "Differences are taken seed by seed, with the 95 % t interval of their mean: there is "
+            "one where the interval excludes zero."
+        )
+    if plan.tuning is not None:
+        t = plan.tuning.training
+        text.append(
+            "Sources are trained; then each is trained on as it is and in each of its metaplastic "
+            f"forms, from the same weights, for the same {t.steps} steps of the same other data."
+        )
+    if task.control is not None and plan.control:
+        text.append(
+            f"{task.control.name} is the control: the same task, but what the keys of a context "
+            "have in common never changes, so that training can learn it."
+        )
+    text.append(
+        f"{task.measure.capitalize()} is the mean over seeds with its 95 % t interval. All have "
+        "the same model around the recurrence"
+        + (", as many parameters" if plan.equal_parameters and plan.models[0].mlp else "")
+        + ", and the same data in the same order."
+    )
+    if any(len(plan.choices(r.arm)) > 1 for r in found):
+        seeds = "a seed" if plan.selection_seeds == 1 else f"{plan.selection_seeds} seeds"
+        text.append(f"Rates are each one's best of those below, chosen on {seeds} not reported.")
+    if plan.every_rate:
+        text.append(
+            "'Best rate of every seed' is what choosing on the reported numbers themselves, and "
+            "leaving out the two lowest seeds, makes of the same runs."
+        )
+    return " ".join(text)
+
+
+def _choices(plan: Plan, found: Sequence[Row]) -> list[list[str]]:
+    """Gives a line for all rates of every row that has a choice of them."""
+    out = []
+    for row in (x for r in found for x in (r, r.control) if x is not None):
+        for rates in plan.choices(row.arm) if len(plan.choices(row.arm)) > 1 else ():
+
+            def over(runs: Sequence[dict[str, Any]], rates: Rates = rates) -> str:
+                mine = [r for r in runs if (r["rate"], r["plasticity_rate"]) == rates]
+                diverged = " diverged" if any(r["diverged"] for r in mine) else ""
+                return f"{100 * fmean(map(_accuracy, mine)):.1f}{diverged}" if mine else ""
+
+            chosen = " (chosen)" if rates == row.rates else ""
+            cells = [row.label, row.arm.task.name, f"{rates.rate:g}", f"{rates.plasticity:g}"]
+            out.append([*cells, over(row.selection) + chosen, over(row.every or row.results)])
+    return out
 
 
 def _markdown(blocks: Sequence[Block], figures: dict[str, tuple[str, bytes]]) -> str:

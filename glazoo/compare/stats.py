@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-__all__ = ["Interval", "Verdict", "compare", "interval", "student_quantile"]
+__all__ = ["Interval", "Verdict", "compare", "interval", "paired"]
 
 Verdict = Literal["higher", "lower", "not separated"]
 
@@ -30,54 +30,15 @@ class Interval(NamedTuple):
 
     def text(self, digits: int = 3) -> str:
         """Gives `mean +- half`, or the bare mean where there is no interval."""
-        if self.seeds < 2:
-            return f"{self.mean:.{digits}f}"
-        return f"{self.mean:.{digits}f} \u00b1 {self.half:.{digits}f}"
+        return self._text(f".{digits}f", digits)
 
+    def signed(self, digits: int = 1) -> str:
+        """Gives the text of a difference."""
+        return self._text(f"+.{digits}f", digits)
 
-def student_quantile(probability: float, degrees: int) -> float:
-    """Gives the quantile of Student's t distribution.
-
-    Args:
-        probability: in (0.5, 1).
-        degrees: degrees of freedom, an integer >= 1.
-
-    Returns:
-        t with P(T <= t) = probability.
-
-    Raises:
-        ValueError: an argument is outside of its domain.
-
-    Reference: Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.3 and 26.7.4.
-    """
-    if not 0.5 < probability < 1 or degrees < 1:
-        raise ValueError(
-            f"got probability = {probability}, degrees = {degrees}; accepted are a probability in "
-            "(0.5, 1) and degrees >= 1"
-        )
-
-    def central(t: float) -> float:
-        """P(|T| <= t) as a finite sum, which integer degrees of freedom allow."""
-        theta = math.atan2(t, math.sqrt(degrees))
-        sine, cosine = math.sin(theta), math.cos(theta)
-        odd = degrees % 2
-        term = cosine if odd else 1.0
-        total = term if degrees > 1 or not odd else 0.0
-        for i in range(2 + odd, degrees - 1, 2):
-            term *= cosine * cosine * (i - 1) / i
-            total += term
-        if odd:
-            inner = sine * total if degrees > 1 else 0.0
-            return 2 / math.pi * (theta + inner)
-        return sine * total
-
-    wanted, low, high = 2 * probability - 1, 0.0, 1.0
-    while central(high) < wanted:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if central(middle) < wanted else (low, middle)
-    return (low + high) / 2
+    def _text(self, form: str, digits: int) -> str:
+        bare = format(self.mean, form)
+        return bare if self.seeds < 2 else f"{bare} \u00b1 {self.half:.{digits}f}"
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
@@ -102,8 +63,28 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     if n == 1:
         return Interval(mean, mean, mean, 1)
     variance = math.fsum((x - mean) ** 2 for x in values) / (n - 1)
-    half = student_quantile((1 + confidence) / 2, n - 1) * math.sqrt(variance / n)
+    # Not at the top: scipy.stats takes longer to import than all of the rest.
+    from scipy.stats import t
+
+    half = float(t.ppf((1 + confidence) / 2, n - 1)) * math.sqrt(variance / n)
     return Interval(mean, mean - half, mean + half, n)
+
+
+def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Interval | None:
+    """Gives the interval of a difference, seed by seed.
+
+    What a seed does to both, such as its data, is not in the interval; a difference is there where
+    the interval excludes zero.
+
+    Args:
+        a: a number per seed.
+        b: what is subtracted, per seed.
+
+    Returns:
+        The interval of a - b over the seeds that both have; None where there are none.
+    """
+    seeds = sorted(a.keys() & b.keys())
+    return interval([a[s] - b[s] for s in seeds]) if seeds else None
 
 
 def compare(a: Interval, b: Interval) -> Verdict:

@@ -71,6 +71,8 @@ class Task(BaseModel):
     load: int = Field(default=16, ge=1)
     """What must be held at once: pairs, records, facts, examples, tokens to copy or to compress.
     Unused by text."""
+    filler_tokens: int | None = Field(default=None, ge=1)
+    """Filler tokens, instead of these."""
     gap_power: float = Field(default=0.1, gt=0)
     """mqar: the chance of a gap of n slots before a query is proportional to n^(gap_power - 1)."""
     width: int = Field(default=2, ge=2, le=4)
@@ -120,6 +122,8 @@ class Task(BaseModel):
     @property
     def filler(self) -> tuple[int, int]:
         """First filler token and the one after the last."""
+        if self.filler_tokens is not None:
+            return 0, self.filler_tokens
         return 0, 1 if _KINDS[self.name].fields else max(2, self.vocab // 8)
 
     @property
@@ -127,7 +131,7 @@ class Task(BaseModel):
         """First key and the one after the last."""
         start = self.filler[1]
         if _KINDS[self.name].fields:
-            return start, start + self.fields * ((self.vocab - 1) // (self.fields + 2))
+            return start, start + self.fields * ((self.vocab - start) // (self.fields + 2))
         return start, start + (self.vocab - start) // 2
 
     @property

@@ -1,3 +1,4 @@
+import csv
 import importlib.util
 import json
 import re
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from glazoo.compare import commands
 from glazoo.compare.errors import CompareError
 from glazoo.compare.plan import PRESETS, Plan
+from glazoo.compare.tasks import Task
 from glazoo.spec import SpecError
 from glazoo.zoo import load
 
@@ -99,7 +101,8 @@ def test_compare_trains_reports_and_goes_on_where_it_stopped(tmp_path: Path) -> 
     run(*args, "--seeds", "1", "--json")
     assert (out / "runs.jsonl").read_text().splitlines() == lines
     text = run(*args, "--seeds", "2")
-    assert "not separated" in text
+    assert re.search(r"difference", text)
+    assert re.search(r"[+-]\d+\.\d ± \d", text)
     assert (out / "runs.jsonl").read_text().splitlines()[:2] == lines
     runs = [json.loads(x) for x in (out / "runs.jsonl").read_text().splitlines()]
     assert len(runs) == 4
@@ -121,18 +124,57 @@ def test_compare_trains_reports_and_goes_on_where_it_stopped(tmp_path: Path) -> 
         run(*args, "--seeds", "1", "--steps", "5")
 
 
+def test_conversions_are_shown_beside_their_source_and_their_control(tmp_path: Path) -> None:
+    out = tmp_path / "converted"
+    args = ("compare", "gated_deltanet", "--convert", "--task", "records", *TINY, "--length", "24")
+    args = (*args, "--further-steps", "3", "--plasticity-rate", "1,10", "--out", str(out))
+    found = run(*args, "--seeds", "2", "--json")
+    labels = ["before", "trained on", "converted"]
+    assert [r["label"].split(", ")[1] for r in found["rows"]] == labels
+    before, source, converted = found["rows"]
+    assert before["difference"] is None
+    assert source["difference"] is None
+    for row in (converted, converted["control"]):
+        rival = source if row is converted else source["control"]
+        paired = [a - b for a, b in zip(row["accuracies"], rival["accuracies"], strict=True)]
+        assert row["difference"]["mean"] == pytest.approx(sum(paired) / 2)
+        assert row["difference"]["seeds"] == 2
+    assert converted["control"]["task"] == "static"
+    assert converted["shape"]["key_size"] == source["shape"]["key_size"]
+    runs = [json.loads(x) for x in (out / "runs.jsonl").read_text().splitlines()]
+    # Of both tasks: two seeds of three lines, and on the seed that chooses a source and two rates.
+    assert len(runs) == 2 * (2 * 3 + 1 + 2)
+    assert all(r["seed"] >= 1000 for r in runs if r["selection"])
+    # Runs that end within a minute leave nothing of the way there.
+    assert sorted(p.name for p in out.iterdir() if p.is_dir()) == ["plots", "weights"]
+    markdown = (out / "report.md").read_text()
+    head = next(line for line in markdown.splitlines() if line.startswith("| variant"))
+    columns = [c.strip() for c in head.split("|")[1:-1]]
+    assert columns[:3] == [
+        "variant",
+        "difference to the source trained on (points)",
+        "static: difference (points)",
+    ]
+    assert "(chosen)" in markdown
+    accuracy = csv.DictReader((out / "plots" / "accuracy.csv").read_text().splitlines())
+    assert {line["task"] for line in accuracy} == {"records", "static"}
+    with pytest.raises(CompareError, match="palimpsa, of which none has a metaplastic form"):
+        run("compare", "palimpsa", "--convert", *TINY, "--out", str(tmp_path / "none"))
+
+
 def test_a_dry_run_shows_equal_sizes_and_writes_nothing(tmp_path: Path) -> None:
     out = tmp_path / "none"
     data = run("compare", "mamba2", "gla", "mesanet", "--dry-run", "--out", str(out), "--json")
     assert not out.exists()
-    budget = PRESETS["quick"].model.state_bytes
+    budget = PRESETS["quick"].models[0].state_bytes
     parameters = [r["parameters"] for r in data["rows"]]
-    channel = 2 * PRESETS["quick"].model.width + 1
+    channel = 2 * PRESETS["quick"].models[0].width + 1
     assert max(parameters) - min(parameters) <= channel
     for row in data["rows"]:
         assert 0.8 * budget < row["shape"]["state_bytes"] <= budget
     quick = PRESETS["quick"]
     assert data["runs"] == 3 * (len(quick.rates) + quick.seeds)
+    assert data["seconds"] > 0
 
 
 @pytest.mark.parametrize(
@@ -146,6 +188,8 @@ def test_a_dry_run_shows_equal_sizes_and_writes_nothing(tmp_path: Path) -> None:
         (("compare", "gla", "--load", "40", "--length", "50"), CompareError, "length of at least"),
         (("compare", "gla", "--rates", "fast"), CompareError, "rates: got 'fast'"),
         (("compare", "gla", "--rates", "-1"), CompareError, "rates: got"),
+        (("compare", "gla", "--plasticity-rate", "-1"), CompareError, "plasticity-rate: got"),
+        (("compare", "gla", "--preset", "papr"), CompareError, "did you mean 'paper'"),
         (("compare", "gla", "--device", "abacus"), CompareError, "device: got 'abacus'"),
         (("compare", "gla", "--width", "65"), CompareError, "65 is not a multiple"),
         (("capacity", "gla", "--keys", "round"), CompareError, "accepted are random, clustered"),
@@ -192,13 +236,47 @@ def test_two_specs_of_one_name_are_refused(tmp_path: Path) -> None:
         )
 
 
-def test_the_paper_preset_is_the_papers_setting() -> None:
-    from glazoo.compare.tasks import Task
-
-    p = PRESETS["paper"]
-    task = Task(name="mqar", vocab=p.vocab, length=p.length, load=p.load)
-    plan = Plan({"palimpsa": load("palimpsa")}, task, (p.model,), p.training, p.rates, p.seeds)
+@pytest.mark.parametrize(
+    ("name", "length", "load_", "batch"), [("paper", 512, 128, 128), ("paper-long", 1024, 256, 64)]
+)
+def test_the_paper_presets_are_the_papers_setting(
+    name: str, length: int, load_: int, batch: int
+) -> None:
+    p = PRESETS[name]
+    theirs, ours = p.models
+    assert (theirs.layers, theirs.width, theirs.heads, theirs.mlp) == (2, 128, 8, 0)
+    assert (theirs.key_size, theirs.value_size, theirs.start) == (16, 32, "drawn")
+    assert (p.vocab, p.length, p.load, p.filler_tokens) == (8192, length, load_, 1)
+    t = p.training
+    assert (t.examples, t.batch, t.decay, t.curriculum) == (100_000, batch, 0.1, 0.0)
+    assert t.steps == 60 * (100_000 // batch)
+    assert [round(r, 5) for r in p.rates] == [0.001, 0.00215, 0.00464, 0.01]
+    assert (p.seeds, p.every_rate) == (8, (theirs,))
+    assert ours.key_size is None
+    assert (ours.value_size, ours.width, ours.layers) == (32, 128, 2)
+    task = Task(name="mqar", vocab=p.vocab, length=length, load=load_, filler_tokens=1)
+    specs = {n: load(n) for n in ("mamba2", "meta_mamba2", "palimpsa", "gated_deltanet")}
+    plan = Plan(specs, task, p.models, t, p.rates, p.seeds, every_rate=p.every_rate)
     plan.check()
-    assert (p.model.layers, p.model.width, p.model.heads) == (2, 128, 8)
-    assert (p.vocab, p.length, p.load, p.training.examples) == (8192, 512, 128, 100_000)
-    assert len(p.rates) == 4
+    by_model = {m: [a.shape for a in plan.arms if a.model == m] for m in p.models}
+    assert {s.key_size for s in by_model[theirs]} == {16}
+    sizes = [s.state_bytes for s in by_model[ours]]
+    assert max(sizes) <= ours.state_bytes
+    assert min(sizes) > 0.9 * ours.state_bytes
+
+
+def test_the_small_paper_preset_is_the_papers_but_for_its_sizes() -> None:
+    p, small = PRESETS["paper"], PRESETS["paper-small"]
+    for theirs, own in zip(p.models, small.models, strict=True):
+        sizes = {"width", "heads", "key_size", "state_bytes"}
+        assert own.model_dump(exclude=sizes) == theirs.model_dump(exclude=sizes)
+    sizes = {"steps", "batch", "examples", "eval_examples"}
+    assert small.training.model_dump(exclude=sizes) == p.training.model_dump(exclude=sizes)
+    assert small.every_rate == small.models[:1]
+    assert small.filler_tokens == 1
+    # As many pairs for every key channel as in the paper.
+    theirs, own = p.models[0], small.models[0]
+    assert theirs.key_size
+    assert own.key_size
+    assert p.load / (theirs.heads * theirs.key_size) == 1
+    assert small.load / (own.heads * own.key_size) == 1

@@ -1,41 +1,17 @@
 import math
-import statistics
 
 import pytest
 import torch
 
-from glazoo.compare.stats import Interval, compare, interval, student_quantile
+from glazoo.compare.stats import Interval, compare, interval, paired
 from glazoo.compare.tables import against_source
 
 
-@pytest.mark.parametrize("p", [0.6, 0.9, 0.975, 0.9995])
-def test_quantiles_with_one_and_two_degrees_of_freedom_are_the_closed_forms(p: float) -> None:
-    cauchy = math.tan(math.pi * (p - 0.5))
-    two = (2 * p - 1) * math.sqrt(2 / (1 - (2 * p - 1) ** 2))
-    # The sum loses what atan2 and the bisection round: a few units in the last place of 1.
-    assert student_quantile(p, 1) == pytest.approx(cauchy, rel=1e-9)
-    assert student_quantile(p, 2) == pytest.approx(two, rel=1e-9)
-
-
-@pytest.mark.parametrize("degrees", [3, 4, 7, 10])
-def test_quantiles_match_draws(degrees: int) -> None:
-    rng = torch.Generator().manual_seed(degrees)
-    n = 400_000
-    normal = torch.randn(n, generator=rng, dtype=torch.float64)
-    chi = torch.randn(n, degrees, generator=rng, dtype=torch.float64).square().sum(1)
-    t = normal / (chi / degrees).sqrt()
-    share = float((t <= student_quantile(0.975, degrees)).double().mean())
-    # Five standard deviations of the share of n draws.
-    assert abs(share - 0.975) < 5 * math.sqrt(0.975 * 0.025 / n)
-
-
-def test_quantiles_approach_the_normal_from_above() -> None:
-    normal = statistics.NormalDist().inv_cdf(0.975)
-    ts = [student_quantile(0.975, n) for n in (1, 2, 3, 10, 100, 1000)]
-    assert ts == sorted(ts, reverse=True)
-    assert ts[-1] > normal
-    # The first term of the expansion in 1 / degrees.
-    assert ts[-1] - normal == pytest.approx((normal**3 + normal) / 4000, rel=0.01)
+def test_an_interval_is_that_of_students_distribution() -> None:
+    # Two values: the quantile of Cauchy's distribution; three: its closed form with two degrees.
+    cauchy, two = math.tan(math.pi * 0.475), 0.95 * math.sqrt(2 / (1 - 0.95**2))
+    assert interval([0.0, 2.0]).half == pytest.approx(cauchy)
+    assert interval([1.0, 2.0, 3.0]).half == pytest.approx(two / math.sqrt(3))
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
@@ -60,8 +36,21 @@ def test_better_is_only_said_where_intervals_separate() -> None:
     assert against_source("gla", values) == ""
 
 
-def test_an_interval_needs_a_value_and_a_domain() -> None:
+def test_a_paired_difference_leaves_out_what_a_seed_does_to_both() -> None:
+    a, b = {0: 0.9, 1: 0.5, 2: 0.71, 7: 0.1}, {2: 0.6, 0: 0.8, 1: 0.4, 9: 0.0}
+    difference = paired(a, b)
+    assert difference is not None
+    assert difference.seeds == 3
+    assert difference.mean == pytest.approx(0.31 / 3)
+    assert difference.half == pytest.approx(interval([0.1, 0.1, 0.11]).half)
+    assert difference.low > 0
+    # The two intervals by themselves are far wider, and say nothing.
+    assert compare(interval([0.9, 0.5, 0.71]), interval([0.8, 0.4, 0.6])) == "not separated"
+    assert paired(a, {9: 0.0}) is None
+    assert difference.times(100).signed() == "+10.3 \u00b1 1.4"
+    assert interval([-0.5]).signed(2) == "-0.50"
+
+
+def test_an_interval_needs_a_value() -> None:
     with pytest.raises(ValueError, match="got none"):
         interval([])
-    with pytest.raises(ValueError, match="degrees = 0"):
-        student_quantile(0.9, 0)

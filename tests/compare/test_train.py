@@ -1,3 +1,6 @@
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from compare.doing import SMALL, run_of
@@ -5,9 +8,10 @@ from compare.doing import SMALL, run_of
 import glazoo
 from glazoo.compare.errors import CompareError
 from glazoo.compare.model import Model, ModelConfig, align, count_parameters, shape_for
-from glazoo.compare.plan import Plan, best_rate
-from glazoo.compare.tasks import IGNORED, TASKS, Task, data_hash, draw, generator
+from glazoo.compare.plan import Plan, Rates, Tuning, best
+from glazoo.compare.tasks import IGNORED, TASKS, Batch, Task, data_hash, draw, generator
 from glazoo.compare.train import (
+    Run,
     Training,
     _evaluate,
     _loss,
@@ -19,6 +23,7 @@ from glazoo.compare.train import (
 from glazoo.layers import GatedLinearAttention
 from glazoo.layers.gates import GateModule
 from glazoo.layers.parts import activate
+from glazoo.spec import metaplasticize
 from glazoo.zoo import load, names
 
 ALL = [*glazoo.names(), *(f"metaplastic_{n}" for n in glazoo.names() if not load(n).metaplastic)]
@@ -107,20 +112,25 @@ def test_divergence_ends_a_run_and_is_recorded(monkeypatch: pytest.MonkeyPatch) 
     assert result["points"]
 
 
-def test_the_best_rate_is_that_of_the_most_accurate_run_that_did_not_diverge() -> None:
-    runs = [run_of("x", rate=r) for r in (0.1, 0.2, 0.3)]
+def test_the_best_rates_are_those_of_the_most_accurate_runs_that_did_not_diverge() -> None:
+    runs = [run_of("x", rate=r, plasticity_rate=p) for r, p in ((0.1, 1.0), (0.1, 9.0), (0.2, 1.0))]
 
     def results(*found: tuple[bool, float, float]) -> dict[str, dict[str, object]]:
         names = ("diverged", "accuracy", "loss")
-        return {
-            r.key: {"rate": r.rate} | dict(zip(names, f, strict=True))
-            for r, f in zip(runs, found, strict=False)
-        }
+        return {r.key: dict(zip(names, f, strict=True)) for r, f in zip(runs, found, strict=False)}
 
-    assert best_rate(runs, results((False, 0.5, 1.0), (True, 0.9, 0.1), (False, 0.6, 2.0))) == 0.3
-    assert best_rate(runs, results((False, 0.5, 1.0), (False, 0.5, 0.9), (False, 0.4, 0))) == 0.2
-    assert best_rate(runs, results((False, 0.5, 1.0), (False, 0.5, 0.9))) is None
-    assert best_rate(runs[:1], {}) == 0.1
+    diverged = results((False, 0.5, 1.0), (True, 0.9, 0.1), (False, 0.6, 2.0))
+    assert best(runs, diverged) == (0.2, 1.0)
+    tied = results((False, 0.5, 1.0), (False, 0.5, 0.9), (False, 0.4, 0.0))
+    assert best(runs, tied) == (0.1, 9.0)
+    assert best(runs, results((False, 0.5, 1.0), (False, 0.5, 0.9))) is None
+    # Over seeds it is the mean that counts.
+    again = [r.model_copy(update={"seed": 1}) for r in runs]
+    runs = [*runs, *again]
+    both = results(
+        *((False, x, 1.0) for x in (0.5, 0.5, 0.9)), *((False, x, 1.0) for x in (0.8, 0.5, 0.1))
+    )
+    assert best(runs, both) == (0.1, 1.0)
 
 
 def test_an_aligned_query_is_the_key_of_the_same_token_one_place_later() -> None:
@@ -237,8 +247,9 @@ def test_layers_start_as_loud_as_what_they_get(name: str) -> None:
 
 def test_the_plasticity_may_learn_more_slowly_than_the_rest() -> None:
     def plasticity(share: float) -> float:
-        training = Training(steps=3, batch=4, eval_examples=4, plasticity_rate=share)
-        run = run_of("x", spec=load("metaplastic_deltanet"), training=training)
+        training = Training(steps=3, batch=4, eval_examples=4)
+        spec = load("metaplastic_deltanet")
+        run = run_of("x", spec=spec, training=training, plasticity_rate=share)
         torch.manual_seed(0)
         model = Model(run.spec, run.model, run.task.interface)
         scale = model.attention[0].importance.scale
@@ -249,6 +260,127 @@ def test_the_plasticity_may_learn_more_slowly_than_the_rest() -> None:
 
     assert 0 < plasticity(1e-3) < 0.01 * plasticity(1.0)
     assert plasticity(0.0) == 0
+
+
+def test_an_interrupted_run_ends_as_it_would_have_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of(
+        "x", spec=load("metaplastic_deltanet"), training=Training(steps=9, batch=4, eval_examples=4)
+    )
+    whole = train(run, folder=tmp_path / "whole")
+    monkeypatch.setattr("glazoo.compare.train._SAVE_EVERY", 0.0)
+    drawn, steps = _step_batch, []
+
+    def interrupted(run: Run, step: int) -> Batch:
+        steps.append(step)
+        if len(steps) == 6:
+            raise KeyboardInterrupt
+        return drawn(run, step)
+
+    monkeypatch.setattr("glazoo.compare.train._step_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(run, folder=tmp_path / "parts")
+    assert len(list((tmp_path / "parts" / "partial").iterdir())) == 1
+    rest = train(run, folder=tmp_path / "parts")
+    assert steps[6:][:4] == [5, 6, 7, 8]
+    assert not list((tmp_path / "parts" / "partial").iterdir())
+    for same in ("accuracy", "loss", "points", "curve", "plasticity", "tokens"):
+        assert rest[same] == whole[same]
+
+
+@pytest.mark.parametrize("name", ["mamba2", "gated_deltanet"])
+def test_a_converted_model_goes_on_from_what_its_source_is(tmp_path: Path, name: str) -> None:
+    source = load(name)
+    shape = shape_for(source, SMALL)
+    same = SMALL.model_copy(update={"key_size": shape.key_size})
+    before = run_of("before", spec=source, kept=True)
+    after = run_of("after", spec=metaplasticize(source), model=same, before=before)
+    trained = train(before, folder=tmp_path)
+    on = train(after, folder=tmp_path)
+    assert on["accuracy_at_first"] == trained["accuracy"]
+    assert any(on["plasticity"])
+    # Other data than before, the same for the source that is trained on.
+    rival = train(run_of("rival", spec=source, model=same, before=before), folder=tmp_path)
+    assert rival["first_batch_hash"] == on["first_batch_hash"] != trained["first_batch_hash"]
+    assert rival["accuracy_at_first"] == trained["accuracy"]
+    # Weights that were lost are made again.
+    shutil.rmtree(tmp_path / "weights")
+    again = train(after, folder=tmp_path)
+    assert (again["accuracy"], again["loss"]) == (on["accuracy"], on["loss"])
+    alone = train(after)
+    assert (alone["accuracy"], alone["loss"]) == (on["accuracy"], on["loss"])
+
+
+def test_what_depends_on_a_choice_is_run_after_it() -> None:
+    specs = {n: load(n) for n in ("deltanet", "metaplastic_deltanet", "longhorn")}
+    task = Task(name="records", vocab=32, length=32, load=2)
+    plan = Plan(
+        specs,
+        task,
+        (SMALL,),
+        Training(steps=2),
+        (1e-3, 2e-3),
+        seeds=2,
+        plasticity_rates=(0.1, 1.0, 10.0),
+        selection_seeds=2,
+        tuning=Tuning(Training(steps=1), (1e-3,)),
+    )
+    plan.check()
+    labels = ["deltanet, before", "deltanet, trained on", "metaplastic_deltanet, converted"]
+    labels += ["longhorn, before", "longhorn, trained on"]
+    assert [(a.task.name, a.label) for a in plan.arms] == [
+        (t, label) for t in ("records", "static") for label in labels
+    ]
+    results: dict[str, dict[str, object]] = {}
+    stages = []
+    while todo := [r for r in plan.wanted(results) if r.key not in results]:
+        now = [r for r in todo if r.before is None or r.before.key in results]
+        assert now
+        stages.append({(r.label, r.selection) for r in now})
+        for r in now:
+            good = r.rate == 2e-3 or r.plasticity_rate == 10.0
+            results[r.key] = {"accuracy": 0.5 + good, "loss": 1.0, "diverged": False}
+    selecting = {("deltanet, before", True), ("longhorn, before", True)}
+    assert stages[0] == selecting
+    assert stages[1] >= {("deltanet, before", False), ("metaplastic_deltanet, converted", True)}
+    assert len(results) == sum(count for _, count in plan.counts())
+    converted = next(a for a in plan.arms if a.spec.metaplastic)
+    assert plan.chosen(converted, results) == Rates(1e-3, 10.0)
+    assert all(r.before and r.before.rate == 2e-3 for r in plan.reported(converted, results))
+    seeds = {r.seed for r in plan.reported(converted, results)}
+    assert seeds.isdisjoint(r.seed for r in plan.selection(converted, results))
+
+
+def test_the_start_that_a_config_asks_for() -> None:
+    config = ModelConfig(
+        width=16,
+        heads=4,
+        key_size=3,
+        value_size=8,
+        mlp=0,
+        start="drawn",
+        decays=(0.01, 0.16),
+        plasticity=0.66,
+        trains_prior=False,
+    )
+    for name in ("gated_deltanet", "metaplastic_gated_deltanet", "palimpsa", "gla", "longhorn"):
+        spec = load(name)
+        shape = shape_for(spec, config)
+        assert (shape.key_size, shape.heads * shape.value_size) == (3, 32)
+        layer = Model(spec, config, 32).attention[0]
+        assert isinstance(layer, GatedLinearAttention)
+        rates = getattr(getattr(layer, "decay", None), "A_log", None)
+        if rates is not None:
+            assert torch.allclose(rates.exp(), torch.tensor([0.01, 0.06, 0.11, 0.16]))
+        if layer.importance is not None:
+            assert layer.importance.prior_raw is not None
+            assert not layer.importance.prior_raw.requires_grad
+            beta = torch.ones(1, 1, 4)
+            x = torch.zeros(1, 1, 16)
+            opened = layer.importance(x, beta).detach()
+            # Both start near two thirds of the write gate: softplus(1) / 2 is 0.657.
+            assert torch.allclose(opened, torch.tensor(0.66), atol=0.005)
 
 
 def test_the_start_does_not_need_the_engine_that_is_asked_for() -> None:
@@ -262,10 +394,11 @@ def test_equal_parameters_are_equal_to_within_a_channel() -> None:
     specs = {n: load(n) for n in ("deltanet", "palimpsa", "longhorn")}
     task = Task(name="mqar", vocab=32, length=16, load=4)
     plan = Plan(specs, task, (SMALL,), Training(steps=1), (1e-3,), 1)
-    counts = [count for *_, count in plan.sizes]
+    counts = [arm.parameters for arm in plan.arms]
     assert max(counts) - min(counts) <= 2 * SMALL.width + 1
     alone = Plan(specs, task, (SMALL,), Training(steps=1), (1e-3,), 1, equal_parameters=False)
-    assert max(c for *_, c in alone.sizes) - min(c for *_, c in alone.sizes) > 2 * SMALL.width
+    counts = [arm.parameters for arm in alone.arms]
+    assert max(counts) - min(counts) > 2 * SMALL.width
 
 
 def test_a_state_budget_that_no_head_holds_is_refused() -> None:
