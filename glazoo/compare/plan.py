@@ -61,12 +61,12 @@ class Preset:
         return replace(self, **self.tasks.get(name, {}))
 
 
-# Room for nine key channels of a source, and for eight with one importance per key.
+# Eight key channels, with one importance per key or without.
 _RECORDS = {
     "vocab": 81,
     "length": 96,
     "load": 12,
-    "models": (ModelConfig(state_bytes=2304, mlp=0, start="window"),),
+    "models": (ModelConfig(state_bytes=2176, mlp=0, start="window"),),
     "training": Training(steps=300, curriculum=0.0),
     "rates": (1.2e-2,),
     "seeds": 3,
