@@ -1,12 +1,22 @@
-"""Triton kernels of the recurrence classes, and nothing else."""
+"""Triton kernels of the recurrence classes; their loops and registrations need torch alone.
 
-from .delta import delta
-from .full import full
-from .importance import importance
-from .linear import linear
-from .step import delta_step, importance_step, linear_step, posterior_step
-from .synapse import synapse, synapse_step
-from .synapse_delta import synapse_delta, synapse_delta_step
+The operations are imported when first asked for, so that `loops` and `register` serve without
+Triton.
+"""
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .delta import delta
+    from .full import full
+    from .importance import importance
+    from .linear import linear
+    from .step import delta_step, importance_step, linear_step, posterior_step
+    from .synapse import synapse, synapse_step
+    from .synapse_delta import synapse_delta, synapse_delta_step
 
 __all__ = [
     "delta",
@@ -22,3 +32,23 @@ __all__ = [
     "synapse_delta_step",
     "synapse_step",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for place in ("delta", "full", "importance", "linear", "step", "synapse", "synapse_delta"):
+        found = vars(importlib.import_module(f"{__name__}.{place}"))
+        globals().update({x: found[x] for x in __all__ if x in found})
+    return globals()[name]
+
+
+class _Package(types.ModuleType):
+    """Importing the module `linear` does not hide the operation of that name, and so on."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in __all__ or not isinstance(value, types.ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

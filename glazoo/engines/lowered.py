@@ -11,6 +11,7 @@ import functools
 import torch
 
 from glazoo.engines.call import Call, Result
+from glazoo.kernels.loops import without_autocast
 from glazoo.program import Core, Env
 from glazoo.state import State
 
@@ -40,7 +41,7 @@ def run(call: Call, core: Core, dtype: torch.dtype | None = None) -> Result:
     for operand in call.program.operands:
         given = call.operands[operand.name]
         x[operand.name] = given.to(wide if operand.wide else narrow)
-    with torch.autocast(device_type=x["q"].device.type, enabled=False):
+    with without_autocast(x["q"]):
         x["q"] = x["q"] * call.scale
         if "g" in x and x["g"].ndim == 1:
             x["g"] = x["g"].expand(*x["q"].shape[:2], -1)

@@ -35,9 +35,11 @@ def run(call: Call) -> Result:
             "TRITON_INTERPRET=1 set before Python starts, CPU tensors"
         )
     try:
-        from glazoo import kernels
+        import triton  # noqa: F401
     except ImportError as e:
         raise ValueError("impl='triton': Triton is not installed; pip install triton") from e
+    from glazoo import kernels
+
     return lowered.run(call, kernels, _tokens(call))
 
 

@@ -1,12 +1,12 @@
 """Extreme gates, keys and importances: finite results and gradients that match the loop."""
 
-import loops
 import pytest
 import torch
 from budget import unit
 from chunked_cases import OPERATIONS, Case, compare, make, with_gradients
 
 from glazoo.engines import chunked
+from glazoo.kernels import loops
 
 DTYPES = (torch.float64, torch.float32)
 GATED = [

@@ -3,7 +3,6 @@
 import itertools
 from dataclasses import replace
 
-import loops
 import pytest
 import torch
 from chunked_cases import OPERATIONS, STATES, Case, call, cases, compare, make, with_gradients
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from glazoo.engines import chunked
 from glazoo.engines.chunked.common import GATHER, groups
+from glazoo.kernels import loops
 
 TOKENWISE = ("q", "k", "w", "v", "e", "g", "b", "beta")
 

@@ -3,14 +3,24 @@
 from types import SimpleNamespace
 
 import chunked_cases
-import loops
 import pytest
 import torch
-from chunked_cases import OPERATIONS, OPTIONS, Case, call, cases, compare, make, with_gradients
+from chunked_cases import (
+    OPERATIONS,
+    OPTIONS,
+    Case,
+    call,
+    cases,
+    compare,
+    delta_at_once,
+    make,
+    with_gradients,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from glazoo.engines import chunked
+from glazoo.kernels import loops
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
@@ -199,5 +209,5 @@ def test_unknown_options_are_named() -> None:
 @pytest.mark.parametrize("gate", [None, "head", "key"])
 def test_the_two_oracles_of_the_delta_rule_agree(gate: str | None, base: str) -> None:
     case = make("delta", tokens=20, share=2, gate=gate, states=1, base=base)
-    found = with_gradients(SimpleNamespace(delta=loops.delta_at_once), case)
+    found = with_gradients(SimpleNamespace(delta=delta_at_once), case)
     compare(found, loops, case, torch.float64)

@@ -1,4 +1,4 @@
-"""`import glazoo` and every reference run need neither triton nor transformers nor any extra."""
+"""`import glazoo` and both engines of a CPU need neither triton nor transformers nor any extra."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ sys.meta_path[:] = [Without(finder, absent) for finder in sys.meta_path]
 IMPORT = "import glazoo\n"
 
 # Numbers in (0, 1), negated for logarithms of decays, are in the domain of every operand.
-REFERENCE_RUNS = """
+CPU_RUNS = """
 import torch
 
 sizes = {"B": 1, "T": 3, "H": 1, "HV": 2, "K": 4, "V": 5}
@@ -58,9 +58,10 @@ def run(spec):
             shape = [spec.substeps * 3 if d == "nT" else sizes[d] for d in operand.shapes[0]]
             value = torch.rand(shape, dtype=torch.float64)
             operands[operand.name] = -value if operand.high == 0 else value
-    output = glazoo.attention(spec, **operands, impl="reference").output
-    assert output.shape == (1, 3, 2, 5), spec.name
-    assert output.isfinite().all(), spec.name
+    for impl in ("reference", "chunked"):
+        output = glazoo.attention(spec, **operands, impl=impl).output
+        assert output.shape == (1, 3, 2, 5), spec.name
+        assert output.isfinite().all(), spec.name
     print(spec.name)
 
 for name in glazoo.names():
@@ -94,9 +95,9 @@ def test_import_needs_no_optional_package(tmp_path: Path) -> None:
     assert status == 0, output
 
 
-def test_every_reference_runs_without_optional_packages(tmp_path: Path) -> None:
+def test_every_variant_runs_without_optional_packages(tmp_path: Path) -> None:
     assert len(glazoo.names()) > 0
-    status, output = run_without(ABSENT, IMPORT + REFERENCE_RUNS, tmp_path)
+    status, output = run_without(ABSENT, IMPORT + CPU_RUNS, tmp_path)
     assert status == 0, output
     assert set(glazoo.names()) <= set(output.split())
 

@@ -13,14 +13,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, ParamSpec, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-P = ParamSpec("P")
-Result = TypeVar("Result")
 
 # Rows times chunks of a tile: 32 blocks of [64, 64] float32 are 512 KiB per operand.
 TILE = 32
@@ -28,29 +25,6 @@ TILE = 32
 # gathered into batches of similar length, at most GATHER tokens at a time.
 LONG = 8
 GATHER = 16384
-
-
-def without_autocast(function: Callable[P, Result]) -> Callable[P, Result]:
-    """Runs `function` with autocast off: states and gates never drop below float32."""
-
-    @functools.wraps(function)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> Result:
-        kind = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
-        with torch.autocast(kind, enabled=False):
-            return function(*args, **kwargs)
-
-    return wrapped
-
-
-def compute_dtype(*operands: Tensor | None) -> torch.dtype:
-    """float64 if any operand is float64, else float32."""
-    double = any(x is not None and x.dtype == torch.float64 for x in operands)
-    return torch.float64 if double else torch.float32
-
-
-def needs_grad(*operands: Tensor | None) -> bool:
-    """Whether the backward pass will ask for what the forward pass can keep."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
 
 
 class Tile(NamedTuple):
@@ -152,8 +126,10 @@ def load(x: Tensor, rows: Rows, tile: Tile, dtype: torch.dtype) -> Tensor:
     return buffer.view(-1, tile.size, x.shape[3])
 
 
-def store(target: Tensor, value: Tensor, rows: Rows, tile: Tile) -> None:
-    """Writes a buffer [n * R, C, D] to its place in target, summed over repeated heads."""
+def store(target: Tensor | None, value: Tensor, rows: Rows, tile: Tile) -> None:
+    """Writes a buffer [n * R, C, D] to its place in target, if any, summed over repeated heads."""
+    if target is None:
+        return
     if target.dim() == 3:
         target = target.unsqueeze(-1)
     buffer = value.view(_shape(target, rows, tile))
@@ -267,13 +243,6 @@ def chunks(tokens: int, chunk: int) -> int:
     return -(-tokens // chunk)
 
 
-def starting(initial: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """A fresh copy of the initial state (zeros if None), also the final state of no tokens."""
-    if initial is None:
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
-    return initial.to(like.dtype, copy=True, memory_format=torch.contiguous_format)
-
-
 @functools.lru_cache(maxsize=64)
 def _triangle(size: int, kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     ones = torch.ones(size, size, dtype=dtype, device=device)
@@ -285,53 +254,74 @@ def triangle(size: int, kind: str, like: Tensor) -> Tensor:
     return _triangle(size, kind, like.dtype, like.device)
 
 
-Core = Callable[
-    [list[Tensor | None], list[Tensor | None], list[Tensor], list[Tensor], list[Tensor]], None
-]
+Core = Callable[..., None]
+# Operands of a record that are states, and that belong to no sequence; all others are per token.
+STATES = ("initial_state", "h", "j")
+SHARED = ("prior", "cu_seqlens")
 
 
 def over_sequences(
     core: Core,
-    cu_seqlens: Tensor | None,
+    x: Any,
     chunk: int,
-    operands: list[Tensor | None],
-    states: list[Tensor | None],
-    results: list[Tensor],
-    final: list[Tensor],
-    kept: list[Tensor],
+    *,
+    tokens: Sequence[Tensor | None] = (),
+    states: Sequence[Tensor | None] = (),
+    results: Sequence[Tensor | None],
+    final: Sequence[Tensor],
+    kept: Sequence[Tensor] = (),
 ) -> None:
     """Runs `core` on every batch of equally long sequences of a pack.
 
     Args:
-        core: called with (operands, states, results, final, kept) of one batch; it fills the
-            last three.
-        operands: [B, T, ...] each, the first one not None.
-        states: [N, ...] each.
-        results: [B, T, ...] each, allocated.
+        core: called with (x, tokens, states, results, final, kept) of one batch; it fills the last
+            three.
+        x: the record of the call; a batch gets one of its own operands and states.
+        tokens: what else is [B, T, ...], the gradients of results.
+        states: what else is [N, ...], the gradients of final states.
+        results: [B, T, ...] each, allocated, or None where not wanted.
         final: [N, ...] each, holding what sequences without tokens give.
         kept: what is stored per chunk, [slots, ...] each; a batch gets [chunks, rows, ...].
     """
-    first = operands[0]
-    assert first is not None
     used = 0
-    for group in groups(cu_seqlens, first.shape[0], first.shape[1], chunk):
+    for group in groups(x.cu_seqlens, x[0].shape[0], x[0].shape[1], chunk):
         number = chunks(group.length, chunk)
         total = number * group.rows
-        parts = [x[used : used + total].unflatten(0, (number, group.rows)) for x in kept]
+        parts = [y[used : used + total].unflatten(0, (number, group.rows)) for y in kept]
         used += total
-        rooms = [group.room(x) for x in results]
-        rooms_final = [group.room_state(x) for x in final]
+        rooms = [None if y is None else group.room(y) for y in results]
+        rooms_final = [group.room_state(y) for y in final]
+        own = {
+            name: group.take_state(y) if name in STATES else group.take(y)
+            for name, y in x._asdict().items()
+            if isinstance(y, Tensor) and name not in SHARED
+        }
         core(
-            [group.take(x) for x in operands],
-            [group.take_state(x) for x in states],
+            x._replace(**own),
+            [group.take(y) for y in tokens],
+            [group.take_state(y) for y in states],
             rooms,
             rooms_final,
             parts,
         )
-        for x, room in zip(results, rooms, strict=True):
-            group.put(x, room)
-        for x, room in zip(final, rooms_final, strict=True):
-            group.put_state(x, room)
+        for y, room in zip(results, rooms, strict=True):
+            if y is not None and room is not None:
+                group.put(y, room)
+        for y, room in zip(final, rooms_final, strict=True):
+            group.put_state(y, room)
+
+
+def begin(final: Tensor, initial: Tensor | None) -> None:
+    """Makes a final state that of no tokens."""
+    if initial is None:
+        final.zero_()
+    else:
+        final.copy_(initial)
+
+
+def rooms_for(x: Any, wanted: Any, *names: str) -> list[Tensor | None]:
+    """Uninitialised gradients of operands of a record, None where none is wanted."""
+    return [empty_as(getattr(x, name)) if getattr(wanted, name) else None for name in names]
 
 
 def empty_as(x: Tensor, wanted: bool = True) -> Tensor:
@@ -345,9 +335,3 @@ def carry(state: Tensor, writes: Tensor, total: Tensor | None, out: Tensor) -> N
         torch.add(writes, state, out=out)
     else:
         torch.addcmul(writes, state, total, out=out)
-
-
-def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """x [B, H, D] with its heads repeated up to `heads`."""
-    share = heads // x.shape[1]
-    return x if share == 1 else x.repeat_interleave(share, dim=1)

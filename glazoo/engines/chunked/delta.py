@@ -12,23 +12,23 @@ from glazoo.engines.chunked import checks
 from glazoo.engines.chunked.common import (
     Rows,
     Tile,
+    begin,
     carry,
-    compute_dtype,
     empty_as,
     load,
-    needs_grad,
     over_sequences,
-    repeat_heads,
+    rooms_for,
     row_blocks,
     row_limit,
     sequences,
     slots,
-    starting,
     store,
     tiles,
-    without_autocast,
 )
 from glazoo.engines.chunked.gates import ERASE, READ, READ_BEFORE, NoGate, corners, gate_of
+from glazoo.kernels import loops
+from glazoo.kernels.loops import Delta, compute_dtype
+from glazoo.kernels.register import register
 
 CHUNK = 64
 # Diagonal blocks of the triangular system of this size are inverted by substitution, larger ones
@@ -96,31 +96,21 @@ def _part(kept: Tensor, tile: Tile, corner: tuple[slice, slice]) -> Tensor:
     return kept[tile.chunk : tile.chunk + tile.number, *corner]
 
 
-def _forward(
-    q: Tensor,
-    e: Tensor,
-    k: Tensor,
-    w: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    previous: bool,
-    out: Tensor,
-    final: Tensor,
-    borders: Tensor | None,
-    inverses: Tensor | None,
-    errors_kept: Tensor | None,
-) -> None:
-    batch, tokens, heads, _ = w.shape
+def _forward(x: Delta, _tokens: Any, _states: Any, results: Any, finals: Any, kept: Any) -> None:
+    q, e, k, w, g, initial, _, base = x
+    (out,), (final,) = results, finals
+    previous = base == "prev"
+    batch, count, heads, _ = w.shape
     dtype = final.dtype
     groups = min(q.shape[2], e.shape[2], k.shape[2])
-    for rows in row_blocks(batch, heads, groups, row_limit(tokens, CHUNK)):
+    for rows in row_blocks(batch, heads, groups, row_limit(count, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, *final.shape[2:])
         if initial is None:
             state = torch.zeros(shape, dtype=dtype, device=w.device)
         else:
             state = initial[corner].to(dtype).reshape(shape)
-        for tile in tiles(tokens, rows.number, CHUNK):
+        for tile in tiles(count, rows.number, CHUNK):
             wt = load(w, rows, tile, dtype)
             s = _System(q, e, k, g, rows, tile, dtype, previous)
             split = (tile.number, rows.number, tile.size, -1)
@@ -142,46 +132,35 @@ def _forward(
             starts = border[: tile.number].view(-1, *shape[1:])
             result = torch.bmm(s.read, errors).baddbmm_(s.reads, starts)
             store(out, result, rows, tile)
-            if borders is not None and inverses is not None and errors_kept is not None:
+            if kept:
+                borders, inverses, errors_kept = kept
                 # A part-filled chunk uses the first rows (and columns) of its room.
-                for kept, found in (
+                for room, found in (
                     (_part(borders, tile, corner), starts),
                     (_part(inverses, tile, corner)[..., : tile.size, : tile.size], s.inverse),
                     (_part(errors_kept, tile, corner)[..., : tile.size, :], errors),
                 ):
-                    kept.copy_(found.view(kept.shape))
+                    room.copy_(found.view(room.shape))
         final[corner].copy_(state.view(final[corner].shape))
 
 
-def _backward(
-    grad: Tensor,
-    grad_final: Tensor | None,
-    q: Tensor,
-    e: Tensor,
-    k: Tensor,
-    g: Tensor | None,
-    borders: Tensor,
-    inverses: Tensor,
-    errors_kept: Tensor,
-    previous: bool,
-    dq: Tensor,
-    de: Tensor,
-    dk: Tensor,
-    dw: Tensor,
-    dg: Tensor | None,
-    dinitial: Tensor,
-) -> None:
-    batch, tokens, heads, _ = grad.shape
+def _backward(x: Delta, tokens: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
+    q, e, k, _, g, _, _, base = x
+    (grad,), (grad_final,), (dinitial,) = tokens, states, finals
+    dq, de, dk, dw, dg = results
+    borders, inverses, errors_kept = kept
+    previous = base == "prev"
+    batch, count, heads, _ = grad.shape
     dtype = borders.dtype
     groups = min(q.shape[2], e.shape[2], k.shape[2])
-    for rows in row_blocks(batch, heads, groups, row_limit(tokens, CHUNK)):
+    for rows in row_blocks(batch, heads, groups, row_limit(count, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, *borders.shape[3:])
         if grad_final is None:
             state = torch.zeros(shape, dtype=dtype, device=grad.device)
         else:
             state = grad_final[corner].to(dtype).reshape(shape)
-        for tile in reversed(tiles(tokens, rows.number, CHUNK)):
+        for tile in reversed(tiles(count, rows.number, CHUNK)):
             dt = load(grad, rows, tile, dtype)
             inverse = _part(inverses, tile, corner)[..., : tile.size, : tile.size]
             inverse = inverse.reshape(-1, tile.size, tile.size)
@@ -224,203 +203,55 @@ def _backward(
         dinitial[corner].copy_(state.view(dinitial[corner].shape))
 
 
-@torch.library.custom_op("glazoo::chunked_delta", mutates_args=())
-@without_autocast
-def _delta(
-    q: Tensor,
-    e: Tensor,
-    k: Tensor,
-    w: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    previous: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, tokens, heads, size = w.shape
-    out = empty_as(w)
-    like = torch.empty((), dtype=compute_dtype(q, e, k, w), device=w.device)
-    final = starting(initial, (sequences(cu_seqlens, batch), heads, k.shape[3], size), like)
-    total = slots(cu_seqlens, batch, tokens, CHUNK) if keep else 0
-    borders = like.new_empty(total, *final.shape[1:])
-    inverses = like.new_empty(total, heads, CHUNK, CHUNK)
-    errors = like.new_empty(total, heads, CHUNK, size)
-
-    def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
-        arguments: list[Any] = [
-            *operands,
-            *states,
-            previous,
-            *results,
-            *finals,
-            *(kept or (None, None, None)),
-        ]
-        _forward(*arguments)
-
-    kept = [borders, inverses, errors] if keep else []
-    over_sequences(core, cu_seqlens, CHUNK, [q, e, k, w, g], [initial], [out], [final], kept)
-    return out, final, borders, inverses, errors
-
-
-@_delta.register_fake
-def _(
-    q: Tensor,
-    e: Tensor,
-    k: Tensor,
-    w: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    previous: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, tokens, heads, size = w.shape
-    dtype = compute_dtype(q, e, k, w)
-    shape = (heads, k.shape[3], size)
-    total = slots(cu_seqlens, batch, tokens, CHUNK) if keep else 0
+def _allocate(x: Delta, keep: bool) -> tuple[Tensor, ...]:
+    batch, tokens, heads, size = x.w.shape
+    like = x.w.new_empty((), dtype=compute_dtype(x.q, x.e, x.k, x.w))
+    shape = (heads, x.k.shape[3], size)
+    total = slots(x.cu_seqlens, batch, tokens, CHUNK) if keep else 0
     return (
-        empty_as(w),
-        w.new_empty(sequences(cu_seqlens, batch), *shape, dtype=dtype),
-        w.new_empty(total, *shape, dtype=dtype),
-        w.new_empty(total, heads, CHUNK, CHUNK, dtype=dtype),
-        w.new_empty(total, heads, CHUNK, size, dtype=dtype),
+        empty_as(x.w),
+        like.new_empty(sequences(x.cu_seqlens, batch), *shape),
+        like.new_empty(total, *shape),
+        like.new_empty(total, heads, CHUNK, CHUNK),
+        like.new_empty(total, heads, CHUNK, size),
     )
 
 
-@torch.library.custom_op("glazoo::chunked_delta_backward", mutates_args=())
-@without_autocast
-def _delta_backward(
-    grad: Tensor,
-    grad_final: Tensor | None,
-    q: Tensor,
-    e: Tensor,
-    k: Tensor,
-    g: Tensor | None,
-    cu_seqlens: Tensor | None,
-    borders: Tensor,
-    inverses: Tensor,
-    errors: Tensor,
-    previous: bool,
-    with_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, _, heads, size = grad.shape
-    dq, de, dk, dw = empty_as(q), empty_as(e), empty_as(k), empty_as(grad)
-    dg = empty_as(grad if g is None else g, with_gate)
-    shape = (sequences(cu_seqlens, batch), heads, k.shape[3], size)
-    dinitial = starting(grad_final, shape, borders)
+def _run(x: Delta, keep: bool) -> tuple[Tensor, ...]:
+    out, final, *kept = found = _allocate(x, keep)
+    begin(final, x.initial_state)
+    over_sequences(_forward, x, CHUNK, results=[out], final=[final], kept=kept if keep else [])
+    return found
 
-    def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
-        gate = results[4] if with_gate else None
-        arguments: list[Any] = [
-            operands[0],
-            *states,
-            *operands[1:],
-            *kept,
-            previous,
-            *results[:4],
-            gate,
-            *finals,
-        ]
-        _backward(*arguments)
 
+def _gradients(x: Delta, grads: Any, wanted: Any, *kept: Tensor) -> tuple[Tensor | None, ...]:
+    grad, grad_final = grads
+    found = rooms_for(x, wanted, "q", "e", "k", "w", "g")
+    shape = (sequences(x.cu_seqlens, x.w.shape[0]), *kept[0].shape[1:])
+    dinitial = kept[0].new_empty(shape)
+    begin(dinitial, grad_final)
     over_sequences(
-        core,
-        cu_seqlens,
+        _backward,
+        x,
         CHUNK,
-        [grad, q, e, k, g],
-        [grad_final],
-        [dq, de, dk, dw] + [dg] * with_gate,
-        [dinitial],
-        [borders, inverses, errors],
+        tokens=[torch.zeros_like(x.w) if grad is None else grad],
+        states=[grad_final],
+        results=found,
+        final=[dinitial],
+        kept=kept,
     )
-    return dq, de, dk, dw, dg, dinitial
+    return *found, dinitial, None
 
 
-@_delta_backward.register_fake
-def _(
-    grad: Tensor,
-    grad_final: Tensor | None,
-    q: Tensor,
-    e: Tensor,
-    k: Tensor,
-    g: Tensor | None,
-    cu_seqlens: Tensor | None,
-    borders: Tensor,
-    inverses: Tensor,
-    errors: Tensor,
-    previous: bool,
-    with_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shape = (sequences(cu_seqlens, grad.shape[0]), grad.shape[2], k.shape[3], grad.shape[3])
-    dg = empty_as(grad if g is None else g, with_gate)
-    return (
-        empty_as(q),
-        empty_as(e),
-        empty_as(k),
-        empty_as(grad),
-        dg,
-        borders.new_empty(shape),
-    )
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, e, k, _, g, initial, cu_seqlens, previous, _ = inputs
-    ctx.save_for_backward(q, e, k, g, cu_seqlens, *output[2:])
-    ctx.output = output[0].shape, output[0].dtype, output[0].device
-    ctx.previous = previous
-    ctx.initial = None if initial is None else initial.dtype
-    ctx.set_materialize_grads(False)
-
-
-def _pull(ctx: Any, grad: Any, grad_final: Any, *_: Any) -> tuple[Any, ...]:
-    q, e, k, g, cu_seqlens, *kept = ctx.saved_tensors
-    if grad is None:
-        shape, dtype, device = ctx.output
-        grad = torch.zeros(shape, dtype=dtype, device=device)
-    with_gate = g is not None and ctx.needs_input_grad[4]
-    dq, de, dk, dw, dg, dinitial = _delta_backward(
-        grad, grad_final, q, e, k, g, cu_seqlens, *kept, ctx.previous, with_gate
-    )
-    return (
-        dq,
-        de,
-        dk,
-        dw,
-        dg if with_gate else None,
-        None if ctx.initial is None else dinitial.to(ctx.initial),
-        None,
-        None,
-        None,
-    )
-
-
-_delta.register_autograd(_pull, setup_context=_setup)
-
-
-def _step(
-    q: Tensor,
-    e: Tensor,
-    k: Tensor,
-    w: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    previous: bool,
-) -> tuple[Tensor, Tensor]:
-    """One token: a matrix-vector product to predict, a rank-one update, one to read."""
-    heads = w.shape[2]
-    dtype = compute_dtype(q, e, k, w)
-    query, eraser, key = (repeat_heads(x[:, 0], heads).to(dtype) for x in (q, e, k))
-    error = w[:, 0].to(dtype).unsqueeze(-2)
-    if initial is None:
-        new = key.unsqueeze(-1) * error
-    else:
-        old = decayed = initial.to(dtype)
-        if g is not None:
-            decay = g[:, 0].to(dtype).exp().unsqueeze(-1)
-            decayed = old * (decay.unsqueeze(-1) if g.dim() == 3 else decay)
-        error = error - eraser.unsqueeze(-2) @ (old if previous else decayed)
-        new = decayed + key.unsqueeze(-1) * error
-    return (query.unsqueeze(-2) @ new).squeeze(-2).unsqueeze(1).to(w.dtype), new
+_delta = register(
+    "chunked_delta",
+    Delta,
+    results=("out", "final"),
+    kept=("borders", "inverses", "errors"),
+    forward=_run,
+    allocate=_allocate,
+    gradients=_gradients,
+)
 
 
 def delta(
@@ -474,10 +305,7 @@ def delta(
     checks.gate("g", g, k, w)
     checks.packing(cu_seqlens, w)
     checks.state("initial_state", initial_state, cu_seqlens, w, k.shape[3], w.shape[3])
-    previous = base == "prev"
     if w.shape[1] == 1 and cu_seqlens is None:
-        with torch.autocast(w.device.type, enabled=False):
-            return _step(q, e, k, w, g, initial_state, previous)
-    keep = needs_grad(q, e, k, w, g, initial_state)
-    out, final, *_ = _delta(q, e, k, w, g, initial_state, cu_seqlens, previous, keep)
+        return loops.delta(q, e, k, w, g, initial_state=initial_state, base=base)
+    out, final = _delta(q, e, k, w, g, initial_state, cu_seqlens, base)
     return out, final

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -12,25 +13,24 @@ from glazoo.engines.chunked import checks
 from glazoo.engines.chunked.common import (
     Rows,
     Tile,
+    begin,
     carry,
-    compute_dtype,
-    empty_as,
     load,
-    needs_grad,
     over_sequences,
-    repeat_heads,
+    rooms_for,
     row_blocks,
     row_limit,
     sequences,
     slots,
-    starting,
     store,
     tiles,
-    without_autocast,
 )
 from glazoo.engines.chunked.gates import READ, NoGate, gate_of
 from glazoo.engines.chunked.linear import CHUNK, linear
 from glazoo.engines.chunked.linear import _backward as linear_backward
+from glazoo.kernels import loops
+from glazoo.kernels.loops import Linear, compute_dtype
+from glazoo.kernels.register import register
 
 # Numbers in the matrices of the tokens that are factored at once.
 SPAN = 1 << 21
@@ -155,28 +155,38 @@ def _regularised(matrices: Tensor, y: Tensor) -> Tensor:
     return solved.to(y.dtype)
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    g: Tensor | None,
-    prior: Tensor,
-    initial: Tensor | None,
-    gradients: bool,
-    out: Tensor,
-    final: Tensor,
-    borders: Tensor | None,
-) -> None:
-    batch, tokens, heads, _ = w.shape
+class Solve(NamedTuple):
+    """Operands of the solution x_t = (H_t + Lambda)^{-1} q_t, H_t = a_t H_{t-1} + k_t w_t^T."""
+
+    q: Tensor
+    k: Tensor
+    w: Tensor
+    g: Tensor | None
+    prior: Tensor
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    solver: str
+
+    def loop(self) -> Any:
+        given = self._asdict()
+        del given["solver"]
+        return loops.solve(**given)
+
+
+def _forward(x: Solve, _tokens: Any, _states: Any, results: Any, finals: Any, kept: Any) -> None:
+    q, k, w, g, prior, initial, _, solver = x
+    (out,), (final,) = results, finals
+    borders = kept[0] if kept else None
+    batch, count, heads, _ = w.shape
     dtype = final.dtype
-    for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2]), row_limit(tokens, CHUNK)):
+    for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2]), row_limit(count, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, *final.shape[2:])
         if initial is None:
             state = torch.zeros(shape, dtype=dtype, device=w.device)
         else:
             state = initial[corner].to(dtype).reshape(shape)
-        for tile in tiles(tokens, rows.number, CHUNK):
+        for tile in tiles(count, rows.number, CHUNK):
             kt, wt = load(k, rows, tile, dtype), load(w, rows, tile, dtype)
             gate = gate_of(g, rows, tile, dtype)
             writes = torch.bmm(gate.tail(kt).transpose(1, 2), wt).view(tile.number, *shape)
@@ -187,7 +197,7 @@ def _forward(
                 carry(border[c], writes[c], None if total is None else total[c], border[c + 1])
             state = border[tile.number]
             starts = border[: tile.number].view(-1, *shape[1:])
-            systems = _Systems(k, w, g, prior, starts, rows, tile, gradients)
+            systems = _Systems(k, w, g, prior, starts, rows, tile, solver == "cg")
             store(out, systems.solve(load(q, rows, tile, dtype)), rows, tile)
             if borders is not None:
                 part = borders[tile.chunk : tile.chunk + tile.number, *corner]
@@ -196,218 +206,83 @@ def _forward(
 
 
 def _backward(
-    grad: Tensor,
-    x: Tensor,
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    g: Tensor | None,
-    prior: Tensor,
-    grad_final: Tensor | None,
-    gradients: bool,
-    borders: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dw: Tensor,
-    dg: Tensor | None,
-    dprior: Tensor | None,
-    dinitial: Tensor,
+    x: Solve, tokens: Any, states: Any, results: Any, finals: Any, kept: Any, dprior: Tensor | None
 ) -> None:
-    batch, tokens, heads, _ = w.shape
+    q, k, w, g, prior, _, cu_seqlens, solver = x
+    (grad, solved), (borders,) = tokens, kept
+    dq, dk, dw, dg = results
+    batch, count, heads, _ = w.shape
     dtype = borders.dtype
     # minus the adjoint solution, which reads the matrix as a query reads a memory
-    adjoint = torch.empty(x.shape, dtype=dtype, device=x.device)
-    for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2]), row_limit(tokens, CHUNK)):
+    adjoint = torch.empty(solved.shape, dtype=dtype, device=w.device)
+    for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2]), row_limit(count, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
-        for tile in tiles(tokens, rows.number, CHUNK):
+        for tile in tiles(count, rows.number, CHUNK):
             part = borders[tile.chunk : tile.chunk + tile.number, *corner]
             starts = part.reshape(-1, *part.shape[3:])
-            systems = _Systems(k, w, g, prior, starts, rows, tile, gradients)
+            systems = _Systems(k, w, g, prior, starts, rows, tile, solver == "cg")
             z = systems.solve(load(grad, rows, tile, dtype))
             store(dq, z, rows, tile)
             z.neg_()
             store(adjoint, z, rows, tile)
             if dprior is not None:
-                total = z.mul_(load(x, rows, tile, dtype)).sum(1)
+                total = z.mul_(load(solved, rows, tile, dtype)).sum(1)
                 total = total.view(tile.number * rows.batch, rows.width, -1).sum(0)
                 dprior[rows.h0 : rows.h1].add_(total)
-    unused = torch.empty_like(adjoint)
-    linear_backward(x, grad_final, adjoint, k, w, g, borders, False, unused, dk, dw, dg, dinitial)
+    read = Linear(adjoint, k, w, g, None, cu_seqlens, "post")
+    linear_backward(read, [solved], states, [None, dk, dw, dg], finals, kept)
 
 
-@torch.library.custom_op("glazoo::chunked_full", mutates_args=())
-@without_autocast
-def _solve(
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    g: Tensor | None,
-    prior: Tensor,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    gradients: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens, heads, size = w.shape
-    like = torch.empty((), dtype=compute_dtype(q, k, w), device=w.device)
-    out = like.new_empty(w.shape)
-    final = starting(initial, (sequences(cu_seqlens, batch), heads, size, size), like)
-    total = slots(cu_seqlens, batch, tokens, CHUNK) if keep else 0
-    borders = like.new_empty(total, *final.shape[1:])
-
-    def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
-        part = kept[0] if kept else None
-        arguments: list[Any] = [*operands, prior, *states, gradients, *results, *finals, part]
-        _forward(*arguments)
-
-    over_sequences(
-        core, cu_seqlens, CHUNK, [q, k, w, g], [initial], [out], [final], [borders] * keep
-    )
-    return out, final, borders
-
-
-@_solve.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    g: Tensor | None,
-    prior: Tensor,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    gradients: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens, heads, size = w.shape
-    dtype = compute_dtype(q, k, w)
-    total = slots(cu_seqlens, batch, tokens, CHUNK) if keep else 0
+def _allocate(x: Solve, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, heads, size = x.w.shape
+    like = x.w.new_empty((), dtype=compute_dtype(x.q, x.k, x.w))
+    total = slots(x.cu_seqlens, batch, tokens, CHUNK) if keep else 0
     return (
-        w.new_empty(w.shape, dtype=dtype),
-        w.new_empty(sequences(cu_seqlens, batch), heads, size, size, dtype=dtype),
-        w.new_empty(total, heads, size, size, dtype=dtype),
+        like.new_empty(x.w.shape),
+        like.new_empty(sequences(x.cu_seqlens, batch), heads, size, size),
+        like.new_empty(total, heads, size, size),
     )
 
 
-@torch.library.custom_op("glazoo::chunked_full_backward", mutates_args=())
-@without_autocast
-def _solve_backward(
-    grad: Tensor,
-    grad_final: Tensor | None,
-    x: Tensor,
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    g: Tensor | None,
-    prior: Tensor,
-    cu_seqlens: Tensor | None,
-    borders: Tensor,
-    gradients: bool,
-    with_gate: bool,
-    with_prior: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, _, heads, size = w.shape
-    dq, dk, dw = empty_as(q), empty_as(k), empty_as(w)
-    dg = empty_as(w if g is None else g, with_gate)
-    dprior = borders.new_zeros(prior.shape if with_prior else (0,))
-    dinitial = starting(grad_final, (sequences(cu_seqlens, batch), heads, size, size), borders)
+def _run(x: Solve, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    out, final, borders = found = _allocate(x, keep)
+    begin(final, x.initial_state)
+    over_sequences(_forward, x, CHUNK, results=[out], final=[final], kept=[borders] * keep)
+    return found
 
-    def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
-        arguments: list[Any] = [
-            *operands,
-            prior,
-            *states,
-            gradients,
-            *kept,
-            *results[:3],
-            results[3] if with_gate else None,
-            dprior if with_prior else None,
-            *finals,
-        ]
-        _backward(*arguments)
 
+def _gradients(
+    x: Solve, grads: Any, wanted: Any, solved: Tensor, borders: Tensor
+) -> tuple[Tensor | None, ...]:
+    grad, grad_final = grads
+    found = rooms_for(x, wanted, "q", "k", "w", "g")
+    # summed over all tokens in the compute dtype
+    dprior = borders.new_zeros(x.prior.shape) if wanted.prior else None
+    dinitial = borders.new_empty(sequences(x.cu_seqlens, x.w.shape[0]), *borders.shape[1:])
+    begin(dinitial, grad_final)
     over_sequences(
-        core,
-        cu_seqlens,
-        CHUNK,
-        [grad, x, q, k, w, g],
-        [grad_final],
-        [dq, dk, dw] + [dg] * with_gate,
-        [dinitial],
-        [borders],
-    )
-    return dq, dk, dw, dg, dprior, dinitial
-
-
-@_solve_backward.register_fake
-def _(
-    grad: Tensor,
-    grad_final: Tensor | None,
-    x: Tensor,
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    g: Tensor | None,
-    prior: Tensor,
-    cu_seqlens: Tensor | None,
-    borders: Tensor,
-    gradients: bool,
-    with_gate: bool,
-    with_prior: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shape = (sequences(cu_seqlens, w.shape[0]), w.shape[2], w.shape[3], w.shape[3])
-    return (
-        empty_as(q),
-        empty_as(k),
-        empty_as(w),
-        empty_as(w if g is None else g, with_gate),
-        borders.new_empty(prior.shape if with_prior else (0,)),
-        borders.new_empty(shape),
-    )
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, w, g, prior, initial, cu_seqlens, gradients, _ = inputs
-    ctx.save_for_backward(q, k, w, g, prior, cu_seqlens, output[0], output[2])
-    ctx.gradients = gradients
-    ctx.initial = None if initial is None else initial.dtype
-    ctx.set_materialize_grads(False)
-
-
-def _pull(ctx: Any, grad: Any, grad_final: Any, grad_borders: Any) -> tuple[Any, ...]:
-    q, k, w, g, prior, cu_seqlens, x, borders = ctx.saved_tensors
-    if grad is None:
-        grad = torch.zeros_like(x)
-    with_gate = g is not None and ctx.needs_input_grad[3]
-    with_prior = ctx.needs_input_grad[4]
-    dq, dk, dw, dg, dprior, dinitial = _solve_backward(
-        grad,
-        grad_final,
+        functools.partial(_backward, dprior=dprior),
         x,
-        q,
-        k,
-        w,
-        g,
-        prior,
-        cu_seqlens,
-        borders,
-        ctx.gradients,
-        with_gate,
-        with_prior,
+        CHUNK,
+        tokens=[torch.zeros_like(solved) if grad is None else grad, solved],
+        states=[grad_final],
+        results=found,
+        final=[dinitial],
+        kept=[borders],
     )
-    return (
-        dq,
-        dk,
-        dw,
-        dg if with_gate else None,
-        dprior.to(prior.dtype) if with_prior else None,
-        None if ctx.initial is None else dinitial.to(ctx.initial),
-        None,
-        None,
-        None,
-    )
+    return *found, dprior, dinitial, None
 
 
-_solve.register_autograd(_pull, setup_context=_setup)
+_solve = register(
+    "chunked_full",
+    Solve,
+    results=("x", "final"),
+    kept=("borders",),
+    reads=("x",),
+    forward=_run,
+    allocate=_allocate,
+    gradients=_gradients,
+)
 
 
 def full(
@@ -484,36 +359,19 @@ def full(
     checks.state("initial_state[0]", memory, cu_seqlens, w, keys, w.shape[3])
     checks.state("initial_state[1]", matrix, cu_seqlens, w, keys, keys)
     dtype = compute_dtype(q, k, w)
-    with torch.autocast(w.device.type, enabled=False):
+    with loops.without_autocast(w):
         # both are used more than once: their gradients are summed before they are rounded
         q, k = q.to(dtype), k.to(dtype)
         share = heads // k.shape[2]
         weighted = k.repeat_interleave(share, dim=2) if share > 1 else k
         weighted = weighted * beta.to(dtype).unsqueeze(-1)
         if w.shape[1] == 1 and cu_seqlens is None:
-            x, matrix = _single(q, k, weighted, g, prior, matrix)
+            x, matrix = loops.solve(q, k, weighted, g, prior=prior, initial_state=matrix)
         else:
-            keep = needs_grad(q, k, weighted, g, prior, matrix)
-            x, matrix, _ = _solve(
-                q, k, weighted, g, prior, matrix, cu_seqlens, solver == "cg", keep
-            )
+            x, matrix = _solve(q, k, weighted, g, prior, matrix, cu_seqlens, solver)
         out, memory = linear(x, k, w, g, initial_state=memory, cu_seqlens=cu_seqlens)
         doubt = None
         if uncertainty:
             parts = x.unflatten(2, (q.shape[2], -1)) * q.unsqueeze(3)
             doubt = parts.sum(-1).flatten(2, 3).to(w.dtype)
         return out, (memory, matrix), doubt
-
-
-def _single(
-    q: Tensor, k: Tensor, w: Tensor, g: Tensor | None, prior: Tensor, initial: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """One token: x and the new matrix."""
-    heads = w.shape[2]
-    query, key = (repeat_heads(x[:, 0], heads).to(w.dtype) for x in (q, k))
-    matrix = key.unsqueeze(-1) * w[:, 0].unsqueeze(-2)
-    if initial is not None:
-        old = initial.to(w.dtype)
-        matrix = matrix + (old if g is None else old * g[:, 0].to(w.dtype).exp()[..., None, None])
-    total = matrix + torch.diag_embed(prior.to(w.dtype))
-    return torch.linalg.solve(total, query.unsqueeze(-1)).squeeze(-1).unsqueeze(1), matrix

@@ -10,20 +10,21 @@ from torch import Tensor
 
 from glazoo.engines.chunked import checks
 from glazoo.engines.chunked.common import (
+    begin,
     carry,
-    compute_dtype,
-    empty_as,
     load,
     over_sequences,
+    rooms_for,
     row_blocks,
     row_limit,
     sequences,
-    starting,
     store,
     tiles,
-    without_autocast,
 )
 from glazoo.engines.chunked.gates import halves, levels
+from glazoo.kernels import loops
+from glazoo.kernels.loops import Importance, compute_dtype
+from glazoo.kernels.register import register
 
 CHUNK = 64
 
@@ -36,70 +37,60 @@ def _decays(g: Tensor, rows: Any, tile: Any, dtype: torch.dtype) -> tuple[Tensor
 
 
 def _forward(
-    k: Tensor,
-    b: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    out: Tensor,
-    final: Tensor,
+    x: Importance, _tokens: Any, _states: Any, results: Any, finals: Any, _kept: Any
 ) -> None:
-    batch, tokens, heads = b.shape
+    k, b, g, initial, _ = x
+    (out,), (final,) = results, finals
+    batch, count, heads = b.shape
     dtype = final.dtype
-    for rows in row_blocks(batch, heads, k.shape[2], row_limit(tokens, CHUNK)):
+    for rows in row_blocks(batch, heads, k.shape[2], row_limit(count, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, k.shape[3])
         if initial is None:
             state = torch.zeros(shape, dtype=dtype, device=b.device)
         else:
             state = initial[corner].to(dtype).reshape(shape)
-        for tile in tiles(tokens, rows.number, CHUNK):
-            x = load(k, rows, tile, dtype)
-            x.square_().mul_(load(b, rows, tile, dtype))
+        for tile in tiles(count, rows.number, CHUNK):
+            y = load(k, rows, tile, dtype)
+            y.square_().mul_(load(b, rows, tile, dtype))
             total = prefix = None
             if g is None:
-                x = x.cumsum(1)
+                y = y.cumsum(1)
             else:
                 prefix, total = _decays(g, rows, tile, dtype)
                 for half in levels(tile.size):
-                    first, second = halves(x, half)
+                    first, second = halves(y, half)
                     before, after = halves(prefix, half)
                     second.addcmul_(after, first[:, :, -1:])
                     after.mul_(before[:, :, -1:])
-            local = x[:, -1].view(tile.number, *shape)
+            local = y[:, -1].view(tile.number, *shape)
             border = torch.empty(tile.number + 1, *shape, dtype=dtype, device=b.device)
             border[0] = state
             for c in range(tile.number):
                 carry(border[c], local[c], None if total is None else total[c], border[c + 1])
             state = border[tile.number]
             starts = border[: tile.number].view(-1, 1, shape[1])
-            x = x.add_(starts) if prefix is None else x.addcmul_(starts, prefix)
-            store(out, x, rows, tile)
+            y = y.add_(starts) if prefix is None else y.addcmul_(starts, prefix)
+            store(out, y, rows, tile)
         final[corner].copy_(state.view(final[corner].shape))
 
 
 def _backward(
-    grad: Tensor,
-    k: Tensor,
-    b: Tensor,
-    g: Tensor | None,
-    value: Tensor,
-    initial: Tensor | None,
-    grad_final: Tensor | None,
-    dk: Tensor,
-    db: Tensor,
-    dg: Tensor | None,
-    dinitial: Tensor,
+    x: Importance, tokens: Any, states: Any, results: Any, finals: Any, _kept: Any
 ) -> None:
-    batch, tokens, heads = b.shape
+    k, b, g, initial, _ = x
+    (grad, value), (grad_final,), (dinitial,) = tokens, states, finals
+    dk, db, dg = results
+    batch, count, heads = b.shape
     dtype = dinitial.dtype
-    for rows in row_blocks(batch, heads, k.shape[2], row_limit(tokens, CHUNK)):
+    for rows in row_blocks(batch, heads, k.shape[2], row_limit(count, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, k.shape[3])
         if grad_final is None:
             state = torch.zeros(shape, dtype=dtype, device=b.device)
         else:
             state = grad_final[corner].to(dtype).reshape(shape)
-        for tile in reversed(tiles(tokens, rows.number, CHUNK)):
+        for tile in reversed(tiles(count, rows.number, CHUNK)):
             y = load(grad, rows, tile, dtype)
             kt, bt = load(k, rows, tile, dtype), load(b, rows, tile, dtype)
             decay = total = suffix = None
@@ -162,114 +153,49 @@ def _previous(
     return before
 
 
-@torch.library.custom_op("glazoo::chunked_importance", mutates_args=())
-@without_autocast
-def _importance(
-    k: Tensor, b: Tensor, g: Tensor | None, initial: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    batch, tokens, heads = b.shape
-    like = torch.empty((), dtype=compute_dtype(k, b), device=b.device)
-    out = like.new_empty(batch, tokens, heads, k.shape[3])
-    final = starting(initial, (sequences(cu_seqlens, batch), heads, k.shape[3]), like)
-
-    def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
-        arguments: list[Any] = [*operands, *states, *results, *finals]
-        _forward(*arguments)
-
-    over_sequences(core, cu_seqlens, CHUNK, [k, b, g], [initial], [out], [final], [])
-    return out, final
-
-
-@_importance.register_fake
-def _(
-    k: Tensor, b: Tensor, g: Tensor | None, initial: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    batch, tokens, heads = b.shape
-    dtype = compute_dtype(k, b)
+def _allocate(x: Importance, keep: bool) -> tuple[Tensor, Tensor]:
+    batch, tokens, heads = x.b.shape
+    like = x.b.new_empty((), dtype=compute_dtype(x.k, x.b))
+    keys = x.k.shape[3]
     return (
-        b.new_empty(batch, tokens, heads, k.shape[3], dtype=dtype),
-        b.new_empty(sequences(cu_seqlens, batch), heads, k.shape[3], dtype=dtype),
+        like.new_empty(batch, tokens, heads, keys),
+        like.new_empty(sequences(x.cu_seqlens, batch), heads, keys),
     )
 
 
-@torch.library.custom_op("glazoo::chunked_importance_backward", mutates_args=())
-@without_autocast
-def _importance_backward(
-    grad: Tensor,
-    grad_final: Tensor | None,
-    k: Tensor,
-    b: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    value: Tensor,
-    with_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, _, heads = b.shape
-    dk, db = empty_as(k), empty_as(b)
-    dg = empty_as(b if g is None else g, with_gate)
-    shape = (sequences(cu_seqlens, batch), heads, k.shape[3])
-    dinitial = starting(grad_final, shape, value)
+def _run(x: Importance, keep: bool) -> tuple[Tensor, Tensor]:
+    out, final = found = _allocate(x, keep)
+    begin(final, x.initial_state)
+    over_sequences(_forward, x, CHUNK, results=[out], final=[final])
+    return found
 
-    def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
-        gate = results[2] if with_gate else None
-        arguments: list[Any] = [*operands, *states, *results[:2], gate, *finals]
-        _backward(*arguments)
 
+def _gradients(x: Importance, grads: Any, wanted: Any, value: Tensor) -> tuple[Tensor | None, ...]:
+    grad, grad_final = grads
+    found = rooms_for(x, wanted, "k", "b", "g")
+    dinitial = value.new_empty(sequences(x.cu_seqlens, x.b.shape[0]), *value.shape[2:])
+    begin(dinitial, grad_final)
     over_sequences(
-        core,
-        cu_seqlens,
+        _backward,
+        x,
         CHUNK,
-        [grad, k, b, g, value],
-        [initial, grad_final],
-        [dk, db] + [dg] * with_gate,
-        [dinitial],
-        [],
+        tokens=[torch.zeros_like(value) if grad is None else grad, value],
+        states=[grad_final],
+        results=found,
+        final=[dinitial],
     )
-    return dk, db, dg, dinitial
+    return *found, dinitial, None
 
 
-@_importance_backward.register_fake
-def _(
-    grad: Tensor,
-    grad_final: Tensor | None,
-    k: Tensor,
-    b: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    value: Tensor,
-    with_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = (sequences(cu_seqlens, b.shape[0]), b.shape[2], k.shape[3])
-    dg = empty_as(b if g is None else g, with_gate)
-    return empty_as(k), empty_as(b), dg, value.new_empty(shape)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    k, b, g, initial, cu_seqlens = inputs
-    ctx.save_for_backward(k, b, g, initial, cu_seqlens, output[0])
-    ctx.set_materialize_grads(False)
-
-
-def _pull(ctx: Any, grad: Any, grad_final: Any) -> tuple[Any, ...]:
-    k, b, g, initial, cu_seqlens, value = ctx.saved_tensors
-    if grad is None:
-        grad = torch.zeros_like(value)
-    with_gate = g is not None and ctx.needs_input_grad[2]
-    dk, db, dg, dinitial = _importance_backward(
-        grad, grad_final, k, b, g, initial, cu_seqlens, value, with_gate
-    )
-    return (
-        dk,
-        db,
-        dg if with_gate else None,
-        None if initial is None else dinitial.to(initial.dtype),
-        None,
-    )
-
-
-_importance.register_autograd(_pull, setup_context=_setup)
+_importance = register(
+    "chunked_importance",
+    Importance,
+    results=("out", "final"),
+    reads=("out",),
+    forward=_run,
+    allocate=_allocate,
+    gradients=_gradients,
+)
 
 
 def importance(
@@ -313,16 +239,6 @@ def importance(
     count = sequences(cu_seqlens, k.shape[0])
     checks.shape("initial_state", initial_state, (count, b.shape[2], k.shape[3]))
     if k.shape[1] == 1 and cu_seqlens is None:
-        with torch.autocast(k.device.type, enabled=False):
-            dtype = compute_dtype(k, b)
-            keys = k.to(dtype).square().repeat_interleave(b.shape[2] // k.shape[2], dim=2)
-            value = keys * b.to(dtype).unsqueeze(-1)
-            if initial_state is not None:
-                old = initial_state.to(dtype).unsqueeze(1)
-                if g is not None:
-                    decay = g.to(dtype).exp()
-                    old = old * (decay.unsqueeze(-1) if g.dim() == 3 else decay)
-                value = value + old
-            return value, value[:, 0]
+        return loops.importance(k, b, g, initial_state=initial_state)
     value, final = _importance(k, b, g, initial_state, cu_seqlens)
     return value, final

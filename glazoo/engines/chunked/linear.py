@@ -10,50 +10,44 @@ from torch import Tensor
 
 from glazoo.engines.chunked import checks
 from glazoo.engines.chunked.common import (
+    begin,
     carry,
-    compute_dtype,
     empty_as,
     load,
-    needs_grad,
     over_sequences,
-    repeat_heads,
+    rooms_for,
     row_blocks,
     row_limit,
     sequences,
     slots,
-    starting,
     store,
     tiles,
-    without_autocast,
 )
 from glazoo.engines.chunked.gates import READ, READ_BEFORE, gate_of
+from glazoo.kernels import loops
+from glazoo.kernels.loops import Linear, compute_dtype
+from glazoo.kernels.register import register
 
 CHUNK = 64
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    before: bool,
-    out: Tensor,
-    final: Tensor,
-    borders: Tensor | None,
-) -> None:
+def _forward(x: Linear, _tokens: Any, _states: Any, results: Any, finals: Any, kept: Any) -> None:
     """One batch of equally long sequences; `borders` [chunks, B, HV, K, V] is filled if given."""
-    batch, tokens, heads, _ = w.shape
+    q, k, w, g, initial, _, read = x
+    (out,), (final,) = results, finals
+    borders = kept[0] if kept else None
+    before = read == "pre"
+    batch, count, heads, _ = w.shape
     dtype = final.dtype
     mode = READ_BEFORE if before else READ
-    for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2]), row_limit(tokens, CHUNK)):
+    for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2]), row_limit(count, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, *final.shape[2:])
         if initial is None:
             state = torch.zeros(shape, dtype=dtype, device=w.device)
         else:
             state = initial[corner].to(dtype).reshape(shape)
-        for tile in tiles(tokens, rows.number, CHUNK):
+        for tile in tiles(count, rows.number, CHUNK):
             qt, kt, wt = (load(x, rows, tile, dtype) for x in (q, k, w))
             gate = gate_of(g, rows, tile, dtype, exclusive=before)
             result = torch.bmm(gate.scores(qt, kt, mode), wt)
@@ -72,32 +66,22 @@ def _forward(
         final[corner].copy_(state.view(final[corner].shape))
 
 
-def _backward(
-    grad: Tensor,
-    grad_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    g: Tensor | None,
-    borders: Tensor,
-    before: bool,
-    dq: Tensor,
-    dk: Tensor,
-    dw: Tensor,
-    dg: Tensor | None,
-    dinitial: Tensor,
-) -> None:
-    batch, tokens, heads, _ = w.shape
+def _backward(x: Linear, tokens: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
+    q, k, w, g, _, _, read = x
+    (grad,), (grad_final,), (dinitial,), (borders,) = tokens, states, finals, kept
+    dq, dk, dw, dg = results
+    before = read == "pre"
+    batch, count, heads, _ = w.shape
     dtype = borders.dtype
     mode = READ_BEFORE if before else READ
-    for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2]), row_limit(tokens, CHUNK)):
+    for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2]), row_limit(count, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, *borders.shape[3:])
         if grad_final is None:
             state = torch.zeros(shape, dtype=dtype, device=w.device)
         else:
             state = grad_final[corner].to(dtype).reshape(shape)
-        for tile in reversed(tiles(tokens, rows.number, CHUNK)):
+        for tile in reversed(tiles(count, rows.number, CHUNK)):
             qt, kt, wt, dt = (load(x, rows, tile, dtype) for x in (q, k, w, grad))
             gate = gate_of(g, rows, tile, dtype, backward=dg is not None, exclusive=before)
             starts = borders[tile.chunk : tile.chunk + tile.number, *corner].reshape(-1, *shape[1:])
@@ -125,178 +109,52 @@ def _backward(
         dinitial[corner].copy_(state.view(dinitial[corner].shape))
 
 
-@torch.library.custom_op("glazoo::chunked_linear", mutates_args=())
-@without_autocast
-def _linear(
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    before: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens, heads, size = w.shape
-    out = empty_as(w)
-    like = torch.empty((), dtype=compute_dtype(q, k, w), device=w.device)
-    final = starting(initial, (sequences(cu_seqlens, batch), heads, k.shape[3], size), like)
-    total = slots(cu_seqlens, batch, tokens, CHUNK) if keep else 0
-    borders = like.new_empty(total, *final.shape[1:])
-
-    def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
-        arguments: list[Any] = [
-            *operands,
-            *states,
-            before,
-            *results,
-            *finals,
-            kept[0] if kept else None,
-        ]
-        _forward(*arguments)
-
-    over_sequences(
-        core, cu_seqlens, CHUNK, [q, k, w, g], [initial], [out], [final], [borders] * keep
-    )
-    return out, final, borders
-
-
-@_linear.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    g: Tensor | None,
-    initial: Tensor | None,
-    cu_seqlens: Tensor | None,
-    before: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens, heads, size = w.shape
-    dtype = compute_dtype(q, k, w)
-    shape = (heads, k.shape[3], size)
-    total = slots(cu_seqlens, batch, tokens, CHUNK) if keep else 0
+def _allocate(x: Linear, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, heads, size = x.w.shape
+    like = x.w.new_empty((), dtype=compute_dtype(x.q, x.k, x.w))
+    shape = (heads, x.k.shape[3], size)
+    total = slots(x.cu_seqlens, batch, tokens, CHUNK) if keep else 0
     return (
-        empty_as(w),
-        w.new_empty(sequences(cu_seqlens, batch), *shape, dtype=dtype),
-        w.new_empty(total, *shape, dtype=dtype),
+        empty_as(x.w),
+        like.new_empty(sequences(x.cu_seqlens, batch), *shape),
+        like.new_empty(total, *shape),
     )
 
 
-@torch.library.custom_op("glazoo::chunked_linear_backward", mutates_args=())
-@without_autocast
-def _linear_backward(
-    grad: Tensor,
-    grad_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    g: Tensor | None,
-    cu_seqlens: Tensor | None,
-    borders: Tensor,
-    before: bool,
-    with_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, _, heads, size = w.shape
-    dq, dk, dw = empty_as(q), empty_as(k), empty_as(w)
-    dg = empty_as(w if g is None else g, with_gate)
-    shape = (sequences(cu_seqlens, batch), heads, k.shape[3], size)
-    dinitial = starting(grad_final, shape, borders)
+def _run(x: Linear, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    out, final, borders = found = _allocate(x, keep)
+    begin(final, x.initial_state)
+    over_sequences(_forward, x, CHUNK, results=[out], final=[final], kept=[borders] * keep)
+    return found
 
-    def core(operands: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
-        gate = results[3] if with_gate else None
-        arguments: list[Any] = [
-            operands[0],
-            *states,
-            *operands[1:],
-            *kept,
-            before,
-            *results[:3],
-            gate,
-            *finals,
-        ]
-        _backward(*arguments)
 
-    results = [dq, dk, dw] + [dg] * with_gate
+def _gradients(x: Linear, grads: Any, wanted: Any, borders: Tensor) -> tuple[Tensor | None, ...]:
+    grad, grad_final = grads
+    found = rooms_for(x, wanted, "q", "k", "w", "g")
+    dinitial = borders.new_empty(sequences(x.cu_seqlens, x.w.shape[0]), *borders.shape[1:])
+    begin(dinitial, grad_final)
     over_sequences(
-        core, cu_seqlens, CHUNK, [grad, q, k, w, g], [grad_final], results, [dinitial], [borders]
+        _backward,
+        x,
+        CHUNK,
+        tokens=[torch.zeros_like(x.w) if grad is None else grad],
+        states=[grad_final],
+        results=found,
+        final=[dinitial],
+        kept=[borders],
     )
-    return dq, dk, dw, dg, dinitial
+    return *found, dinitial, None
 
 
-@_linear_backward.register_fake
-def _(
-    grad: Tensor,
-    grad_final: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    g: Tensor | None,
-    cu_seqlens: Tensor | None,
-    borders: Tensor,
-    before: bool,
-    with_gate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shape = (sequences(cu_seqlens, w.shape[0]), w.shape[2], k.shape[3], w.shape[3])
-    dg = empty_as(w if g is None else g, with_gate)
-    return empty_as(q), empty_as(k), empty_as(w), dg, borders.new_empty(shape)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, w, g, initial, cu_seqlens, before, _ = inputs
-    ctx.save_for_backward(q, k, w, g, cu_seqlens, output[2])
-    ctx.before = before
-    ctx.initial = None if initial is None else initial.dtype
-    ctx.set_materialize_grads(False)
-
-
-def _pull(ctx: Any, grad: Any, grad_final: Any, grad_borders: Any) -> tuple[Any, ...]:
-    q, k, w, g, cu_seqlens, borders = ctx.saved_tensors
-    if grad is None:
-        grad = torch.zeros_like(w)
-    with_gate = g is not None and ctx.needs_input_grad[3]
-    dq, dk, dw, dg, dinitial = _linear_backward(
-        grad, grad_final, q, k, w, g, cu_seqlens, borders, ctx.before, with_gate
-    )
-    return (
-        dq,
-        dk,
-        dw,
-        dg if with_gate else None,
-        None if ctx.initial is None else dinitial.to(ctx.initial),
-        None,
-        None,
-        None,
-    )
-
-
-_linear.register_autograd(_pull, setup_context=_setup)
-
-
-def _step(
-    q: Tensor, k: Tensor, w: Tensor, g: Tensor | None, initial: Tensor | None, before: bool
-) -> tuple[Tensor, Tensor]:
-    """One token: elementwise update of the state and one matrix-vector product."""
-    heads = w.shape[2]
-    dtype = compute_dtype(q, k, w)
-    read = repeat_heads(q[:, 0], heads).to(dtype).unsqueeze(-2)
-    write = repeat_heads(k[:, 0], heads).to(dtype).unsqueeze(-1) * w[:, 0].to(dtype).unsqueeze(-2)
-    if initial is None:
-        new = write
-    else:
-        old = initial.to(dtype)
-        if g is not None:
-            decay = g[:, 0].to(dtype).exp().unsqueeze(-1)
-            new = write + old * (decay.unsqueeze(-1) if g.dim() == 3 else decay)
-        else:
-            new = write + old
-    if not before:
-        source = new
-    elif initial is None:
-        source = torch.zeros_like(new)
-    else:
-        source = initial.to(dtype)
-    return (read @ source).squeeze(-2).unsqueeze(1).to(w.dtype), new
+_linear = register(
+    "chunked_linear",
+    Linear,
+    results=("out", "final"),
+    kept=("borders",),
+    forward=_run,
+    allocate=_allocate,
+    gradients=_gradients,
+)
 
 
 def linear(
@@ -346,10 +204,7 @@ def linear(
     checks.gate("g", g, k, w)
     checks.packing(cu_seqlens, w)
     checks.state("initial_state", initial_state, cu_seqlens, w, k.shape[3], w.shape[3])
-    before = read == "pre"
     if w.shape[1] == 1 and cu_seqlens is None:
-        with torch.autocast(w.device.type, enabled=False):
-            return _step(q, k, w, g, initial_state, before)
-    keep = needs_grad(q, k, w, g, initial_state)
-    out, final, _ = _linear(q, k, w, g, initial_state, cu_seqlens, before, keep)
+        return loops.linear(q, k, w, g, initial_state=initial_state, read=read)
+    out, final = _linear(q, k, w, g, initial_state, cu_seqlens, read)
     return out, final

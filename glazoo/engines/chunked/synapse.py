@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,21 +14,21 @@ from glazoo.engines.chunked import checks
 from glazoo.engines.chunked.common import (
     Rows,
     Tile,
+    begin,
     carry,
-    compute_dtype,
     empty_as,
     load,
-    needs_grad,
     over_sequences,
-    repeat_heads,
+    rooms_for,
     row_blocks,
     sequences,
     slots,
-    starting,
     store,
-    without_autocast,
 )
 from glazoo.engines.chunked.gates import NoGate, gate_of
+from glazoo.kernels import loops
+from glazoo.kernels.loops import Synapse, compute_dtype
+from glazoo.kernels.register import register
 
 # Tokens between two states that are kept for the backward pass.
 CHUNK = 256
@@ -166,30 +167,19 @@ def _read(
         doubt[span] = spread.squeeze(2).transpose(0, 1)
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    b: Tensor,
-    g: Tensor | None,
-    prior: Tensor,
-    initial: tuple[Tensor | None, Tensor | None],
-    before: bool,
-    out: Tensor,
-    doubt: Tensor | None,
-    final: tuple[Tensor, Tensor],
-    kept: tuple[Tensor, Tensor] | None,
-) -> None:
-    batch, tokens, heads, size = w.shape
-    dtype = final[0].dtype
+def _forward(x: Synapse, _tokens: Any, _states: Any, results: Any, finals: Any, kept: Any) -> None:
+    q, k, w, b, g, prior, *initial, _, read, _, _ = x
+    out, doubt = results
+    batch, count, heads, size = w.shape
+    dtype = finals[0].dtype
     synapses = k.shape[3] * size
     for rows in _rows(batch, heads, min(q.shape[2], k.shape[2]), synapses):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, k.shape[3], size)
-        h, j = (_start(x, corner, shape, final[0]) for x in initial)
+        h, j = (_start(y, corner, shape, finals[0]) for y in initial)
         floor = _floor(prior, rows, dtype)
-        for tile in _tiles(tokens):
-            if kept is not None:
+        for tile in _tiles(count):
+            if kept:
                 for store_in, value in zip(kept, (h, j), strict=True):
                     part = store_in[tile.chunk, *corner]
                     part.copy_(value.view(part.shape))
@@ -198,11 +188,11 @@ def _forward(
             spread = None if doubt is None else torch.empty_like(t.w)
             floors = floor.repeat(tile.number, 1, 1)
             for span in _spans(result.shape[0], synapses):
-                _read(t, span, floors[span], before, result, spread)
+                _read(t, span, floors[span], read == "pre", result, spread)
             store(out, result, rows, tile)
             if doubt is not None:
                 store(doubt, _need(spread), rows, tile)
-        for state, value in zip(final, (h, j), strict=True):
+        for state, value in zip(finals, (h, j), strict=True):
             state[corner].copy_(value.view(state[corner].shape))
 
 
@@ -338,37 +328,30 @@ def _unread(
 
 
 def _backward(
-    grad: Tensor,
-    grad_doubt: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    b: Tensor,
-    g: Tensor | None,
-    prior: Tensor,
-    grad_final: tuple[Tensor | None, Tensor | None],
-    before: bool,
-    kept: tuple[Tensor, Tensor],
-    dq: Tensor,
-    dk: Tensor,
-    dw: Tensor,
-    db: Tensor,
-    dg: Tensor | None,
+    x: Synapse,
+    tokens: Any,
+    states: Any,
+    results: Any,
+    finals: Any,
+    kept: Any,
     dprior: Tensor | None,
-    dinitial: tuple[Tensor, Tensor],
 ) -> None:
-    batch, tokens, heads, size = w.shape
+    q, k, w, b, g, prior, _, _, _, read, _, _ = x
+    grad, grad_doubt = tokens
+    dq, dk, dw, db, dg = results
+    before = read == "pre"
+    batch, count, heads, size = w.shape
     dtype = kept[0].dtype
     synapses = k.shape[3] * size
     for rows in _rows(batch, heads, min(q.shape[2], k.shape[2]), synapses):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, k.shape[3], size)
-        state = [_start(x, corner, shape, kept[0]) for x in grad_final]
+        state = [_start(y, corner, shape, kept[0]) for y in states]
         floor = _floor(prior, rows, dtype)
-        pieces = list(reversed(_tiles(tokens)))
+        pieces = list(reversed(_tiles(count)))
         room = _room(pieces, rows.number, synapses, kept[0])
         for tile in pieces:
-            start = tuple(x[tile.chunk, *corner].reshape(shape) for x in kept)
+            start = tuple(y[tile.chunk, *corner].reshape(shape) for y in kept)
             t, _ = _prepare(
                 q, k, w, b, g, (start[0], start[1]), rows, tile, backward=dg is not None
             )
@@ -408,277 +391,73 @@ def _backward(
                 t.gate.finish(t.h, after[0])
                 local.g.add_(t.gate.finish(t.j, after[1]))
                 store(dg, local.g, rows, tile)
-            results = ((dq, local.q), (dk, local.k), (dw, local.w), (db, local.b))
-            for target, value in results:
+            for target, value in ((dq, local.q), (dk, local.k), (dw, local.w), (db, local.b)):
                 store(target, value, rows, tile)
             if dprior is not None and local.prior is not None:
                 part = local.prior.view(tile.number * rows.batch, rows.width, -1).sum(0)
                 if dprior.shape[1] == 1:
                     part = part.sum(-1, keepdim=True)
                 dprior[rows.h0 : rows.h1].add_(part)
-        for target, value in zip(dinitial, state, strict=True):
+        for target, value in zip(finals, state, strict=True):
             target[corner].copy_(value.view(target[corner].shape))
 
 
-@torch.library.custom_op("glazoo::chunked_synapse", mutates_args=())
-@without_autocast
-def _synapse(
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    b: Tensor,
-    g: Tensor | None,
-    prior: Tensor,
-    initial_h: Tensor | None,
-    initial_j: Tensor | None,
-    cu_seqlens: Tensor | None,
-    before: bool,
-    uncertainty: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, tokens, heads, size = w.shape
-    out, doubt = empty_as(w), empty_as(w, uncertainty)
-    like = torch.empty((), dtype=compute_dtype(q, k, w, b), device=w.device)
-    shape = (sequences(cu_seqlens, batch), heads, k.shape[3], size)
-    final = [starting(x, shape, like) for x in (initial_h, initial_j)]
-    total = slots(cu_seqlens, batch, tokens, CHUNK) if keep else 0
-    kept = [like.new_empty(total, *shape[1:]) for _ in range(2)]
+def _allocate(x: Synapse, keep: bool) -> tuple[Tensor, ...]:
+    batch, tokens, heads, size = x.w.shape
+    like = x.w.new_empty((), dtype=compute_dtype(x.q, x.k, x.w, x.b))
+    shape = (heads, x.k.shape[3], size)
+    total = slots(x.cu_seqlens, batch, tokens, CHUNK) if keep else 0
+    counts = (*[sequences(x.cu_seqlens, batch)] * 2, *[total] * 2)
+    h, j, *kept = (like.new_empty(count, *shape) for count in counts)
+    return empty_as(x.w), h, j, empty_as(x.w, x.uncertainty), *kept
 
-    def core(operands: Any, states: Any, results: Any, finals: Any, parts: Any) -> None:
-        extra = results[1] if uncertainty else None
-        arguments: list[Any] = [
-            *operands,
-            prior,
-            states,
-            before,
-            results[0],
-            extra,
-            finals,
-            parts or None,
-        ]
-        _forward(*arguments)
 
-    results = [out] + [doubt] * uncertainty
+def _run(x: Synapse, keep: bool) -> tuple[Tensor, ...]:
+    out, h, j, doubt, *kept = found = _allocate(x, keep)
+    begin(h, x.h)
+    begin(j, x.j)
     over_sequences(
-        core,
-        cu_seqlens,
+        _forward,
+        x,
         CHUNK,
-        [q, k, w, b, g],
-        [initial_h, initial_j],
-        results,
-        final,
-        kept if keep else [],
+        results=[out, doubt if x.uncertainty else None],
+        final=[h, j],
+        kept=kept if keep else [],
     )
-    return out, final[0], final[1], doubt, kept[0], kept[1]
+    return found
 
 
-@_synapse.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    b: Tensor,
-    g: Tensor | None,
-    prior: Tensor,
-    initial_h: Tensor | None,
-    initial_j: Tensor | None,
-    cu_seqlens: Tensor | None,
-    before: bool,
-    uncertainty: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, tokens, heads, size = w.shape
-    dtype = compute_dtype(q, k, w, b)
-    shape = (heads, k.shape[3], size)
-    total = slots(cu_seqlens, batch, tokens, CHUNK) if keep else 0
-    count = sequences(cu_seqlens, batch)
-    return (
-        empty_as(w),
-        w.new_empty(count, *shape, dtype=dtype),
-        w.new_empty(count, *shape, dtype=dtype),
-        empty_as(w, uncertainty),
-        w.new_empty(total, *shape, dtype=dtype),
-        w.new_empty(total, *shape, dtype=dtype),
-    )
-
-
-@torch.library.custom_op("glazoo::chunked_synapse_backward", mutates_args=())
-@without_autocast
-def _synapse_backward(
-    grad: Tensor,
-    grad_doubt: Tensor | None,
-    grad_h: Tensor | None,
-    grad_j: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    b: Tensor,
-    g: Tensor | None,
-    prior: Tensor,
-    cu_seqlens: Tensor | None,
-    kept_h: Tensor,
-    kept_j: Tensor,
-    before: bool,
-    with_gate: bool,
-    with_prior: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, _, heads, size = w.shape
-    found = [empty_as(x) for x in (q, k, w, b)]
-    dg = empty_as(w if g is None else g, with_gate)
+def _gradients(x: Synapse, grads: Any, wanted: Any, *kept: Tensor) -> tuple[Tensor | None, ...]:
+    grad, grad_h, grad_j, grad_doubt = grads
+    found = rooms_for(x, wanted, "q", "k", "w", "b", "g")
     # summed over all tokens in the compute dtype
-    dprior = kept_h.new_zeros(prior.shape if with_prior else (0,))
-    shape = (sequences(cu_seqlens, batch), heads, k.shape[3], size)
-    dinitial = [starting(x, shape, kept_h) for x in (grad_h, grad_j)]
-
-    def core(operands: Any, states: Any, results: Any, finals: Any, parts: Any) -> None:
-        arguments: list[Any] = [
-            *operands,
-            prior,
-            states,
-            before,
-            parts,
-            *results[:4],
-            results[4] if with_gate else None,
-            dprior if with_prior else None,
-            finals,
-        ]
-        _backward(*arguments)
-
+    dprior = kept[0].new_zeros(x.prior.shape) if wanted.prior else None
+    shape = (sequences(x.cu_seqlens, x.w.shape[0]), *kept[0].shape[1:])
+    dinitial = [kept[0].new_empty(shape) for _ in range(2)]
+    begin(dinitial[0], grad_h)
+    begin(dinitial[1], grad_j)
     over_sequences(
-        core,
-        cu_seqlens,
+        functools.partial(_backward, dprior=dprior),
+        x,
         CHUNK,
-        [grad, grad_doubt, q, k, w, b, g],
-        [grad_h, grad_j],
-        found + [dg] * with_gate,
-        dinitial,
-        [kept_h, kept_j],
+        tokens=[torch.zeros_like(x.w) if grad is None else grad, grad_doubt],
+        states=[grad_h, grad_j],
+        results=found,
+        final=dinitial,
+        kept=kept,
     )
-    return found[0], found[1], found[2], found[3], dg, dprior, dinitial[0], dinitial[1]
+    return *found, dprior, *dinitial, None
 
 
-@_synapse_backward.register_fake
-def _(
-    grad: Tensor,
-    grad_doubt: Tensor | None,
-    grad_h: Tensor | None,
-    grad_j: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    b: Tensor,
-    g: Tensor | None,
-    prior: Tensor,
-    cu_seqlens: Tensor | None,
-    kept_h: Tensor,
-    kept_j: Tensor,
-    before: bool,
-    with_gate: bool,
-    with_prior: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shape = (sequences(cu_seqlens, w.shape[0]), w.shape[2], k.shape[3], w.shape[3])
-    return (
-        empty_as(q),
-        empty_as(k),
-        empty_as(w),
-        empty_as(b),
-        empty_as(w if g is None else g, with_gate),
-        kept_h.new_empty(prior.shape if with_prior else (0,)),
-        kept_h.new_empty(shape),
-        kept_h.new_empty(shape),
-    )
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, w, b, g, prior, initial_h, initial_j, cu_seqlens, before, _, _ = inputs
-    ctx.save_for_backward(q, k, w, b, g, prior, cu_seqlens, output[4], output[5])
-    ctx.before = before
-    ctx.initial = tuple(None if x is None else x.dtype for x in (initial_h, initial_j))
-    ctx.set_materialize_grads(False)
-
-
-def _pull(
-    ctx: Any, grad: Any, grad_h: Any, grad_j: Any, grad_doubt: Any, *unused: Any
-) -> tuple[Any, ...]:
-    q, k, w, b, g, prior, cu_seqlens, kept_h, kept_j = ctx.saved_tensors
-    if grad is None:
-        grad = torch.zeros_like(w)
-    with_gate = g is not None and ctx.needs_input_grad[4]
-    with_prior = ctx.needs_input_grad[5]
-    dq, dk, dw, db, dg, dprior, *dinitial = _synapse_backward(
-        grad,
-        grad_doubt,
-        grad_h,
-        grad_j,
-        q,
-        k,
-        w,
-        b,
-        g,
-        prior,
-        cu_seqlens,
-        kept_h,
-        kept_j,
-        ctx.before,
-        with_gate,
-        with_prior,
-    )
-    states = [
-        None if dtype is None else x.to(dtype)
-        for x, dtype in zip(dinitial, ctx.initial, strict=True)
-    ]
-    return (
-        dq,
-        dk,
-        dw,
-        db,
-        dg if with_gate else None,
-        dprior.to(prior.dtype) if with_prior else None,
-        *states,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-_synapse.register_autograd(_pull, setup_context=_setup)
-
-
-def _step(
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    b: Tensor,
-    g: Tensor | None,
-    prior: Tensor,
-    initial: tuple[Tensor, Tensor] | None,
-    before: bool,
-    uncertainty: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
-    heads = w.shape[2]
-    dtype = compute_dtype(q, k, w, b)
-    query, key = (repeat_heads(x[:, 0], heads).to(dtype) for x in (q, k))
-    h = key.unsqueeze(-1) * w[:, 0].to(dtype).unsqueeze(-2)
-    j = key.square().unsqueeze(-1) * b[:, 0].to(dtype).unsqueeze(-2)
-    if initial is None:
-        old_h, old_j = torch.zeros_like(h), torch.zeros_like(j)
-    else:
-        old_h, old_j = (x.to(dtype) for x in initial)
-        if g is None:
-            h, j = h + old_h, j + old_j
-        else:
-            decay = g[:, 0].to(dtype).exp().unsqueeze(-1)
-            decay = decay.unsqueeze(-1) if g.dim() == 3 else decay
-            h, j = h + decay * old_h, j + decay * old_j
-    read_h, read_j = (old_h, old_j) if before else (h, j)
-    total = read_j + prior.to(dtype).unsqueeze(-1)
-    out = query.unsqueeze(-2) @ (read_h / total)
-    doubt = None
-    if uncertainty:
-        spread = query.square().unsqueeze(-2) @ total.reciprocal()
-        doubt = spread.squeeze(-2).unsqueeze(1).to(w.dtype)
-    return out.squeeze(-2).unsqueeze(1).to(w.dtype), (h, j), doubt
+_synapse = register(
+    "chunked_synapse",
+    Synapse,
+    results=("out", "final_h", "final_j", "doubt"),
+    kept=("kept_h", "kept_j"),
+    forward=_run,
+    allocate=_allocate,
+    gradients=_gradients,
+)
 
 
 def synapse(
@@ -754,15 +533,20 @@ def synapse(
     checks.shape("prior", prior, (heads,), (heads, keys))
     for i, x in enumerate(initial_state or ()):
         checks.state(f"initial_state[{i}]", x, cu_seqlens, w, keys, w.shape[3])
-    before = read == "pre"
+    if w.shape[1] == 1 and cu_seqlens is None:
+        return loops.synapse(
+            q,
+            k,
+            w,
+            b,
+            g,
+            prior=prior,
+            initial_state=initial_state,
+            read=read,
+            uncertainty=uncertainty,
+        )
     if prior.dim() == 1:
         prior = prior.unsqueeze(-1)
-    if w.shape[1] == 1 and cu_seqlens is None:
-        with torch.autocast(w.device.type, enabled=False):
-            return _step(q, k, w, b, g, prior, initial_state, before, uncertainty)
-    h, j = (None, None) if initial_state is None else initial_state
-    keep = needs_grad(q, k, w, b, g, prior, h, j)
-    out, final_h, final_j, doubt, _, _ = _synapse(
-        q, k, w, b, g, prior, h, j, cu_seqlens, before, uncertainty, keep
-    )
-    return out, (final_h, final_j), doubt if uncertainty else None
+    h, j = initial_state or (None, None)
+    out, h, j, doubt = _synapse(q, k, w, b, g, prior, h, j, cu_seqlens, read, uncertainty, True)
+    return out, (h, j), doubt if uncertainty else None

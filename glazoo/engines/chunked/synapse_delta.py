@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,18 +14,19 @@ from glazoo.engines.chunked import checks
 from glazoo.engines.chunked.common import (
     Rows,
     Tile,
-    compute_dtype,
+    begin,
     empty_as,
     load,
-    needs_grad,
     over_sequences,
+    rooms_for,
     row_blocks,
     sequences,
     slots,
-    starting,
     store,
-    without_autocast,
 )
+from glazoo.kernels import loops
+from glazoo.kernels.loops import SynapseDelta, compute_dtype
+from glazoo.kernels.register import register
 from glazoo.program.elementwise import exact_strength
 
 # Tokens between two states that are kept for the backward pass.
@@ -33,6 +35,8 @@ CHUNK = 64
 BLOCK = 65536
 
 FIRST_ORDER, EXACT, DIAGONAL, RATE = 0, 1, 2, 3
+# Operands per token, in the order of their gradients below.
+OPERANDS = ("q", "k", "v", "beta", "b", "e", "evidence", "g")
 
 
 def _tiles(tokens: int) -> list[Tile]:
@@ -64,37 +68,26 @@ class _Tokens(NamedTuple):
     """[R, K, V], for a rate."""
 
 
-def _load(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    b: Tensor,
-    e: Tensor | None,
-    s: Tensor | None,
-    g: Tensor | None,
-    rows: Rows,
-    tile: Tile,
-    dtype: torch.dtype,
-    rule: int,
-) -> _Tokens:
-    def get(x: Tensor) -> Tensor:
-        return load(x, rows, tile, dtype).transpose(0, 1).contiguous()
+def _load(x: SynapseDelta, rows: Rows, tile: Tile, dtype: torch.dtype) -> _Tokens:
+    def get(y: Tensor | None) -> Any:
+        return None if y is None else load(y, rows, tile, dtype).transpose(0, 1).contiguous()
 
-    gate = None if g is None else get(g)
-    key, value = get(k), get(v)
-    shape = (*key.shape[1:], value.shape[2])
+    gate = get(x.g)
+    ones = None
+    if x.gain == "exact_rate":
+        shape = (rows.number, x.k.shape[3], x.v.shape[3])
+        ones = torch.ones(shape, dtype=dtype, device=x.k.device)
     return _Tokens(
-        get(q),
-        key,
-        value,
-        get(beta),
-        get(b),
-        None if e is None else get(e),
-        None if s is None else get(s),
+        get(x.q),
+        get(x.k),
+        get(x.v),
+        get(x.beta),
+        get(x.b),
+        get(x.e),
+        get(x.evidence),
         None if gate is None else gate.exp(),
         None if gate is None else gate.expm1().neg_(),
-        key.new_ones(shape) if rule == RATE else None,
+        ones,
     )
 
 
@@ -172,38 +165,30 @@ def _strength(
     return exact_strength(t.beta[i], found, square), inverse, found, square
 
 
+def _rule(x: SynapseDelta) -> int:
+    full = {"first_order": FIRST_ORDER, "exact": EXACT, "exact_rate": RATE}
+    return DIAGONAL if x.correction == "diagonal" else full[x.gain]
+
+
 def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    b: Tensor,
-    e: Tensor | None,
-    s: Tensor | None,
-    g: Tensor | None,
-    prior: Tensor,
-    initial: tuple[Tensor | None, Tensor | None],
-    rule: int,
-    previous: bool,
-    out: Tensor,
-    doubt: Tensor | None,
-    final: tuple[Tensor, Tensor],
-    kept: tuple[Tensor, Tensor] | None,
+    x: SynapseDelta, _tokens: Any, _states: Any, results: Any, finals: Any, kept: Any
 ) -> None:
-    batch, tokens, heads, size = v.shape
-    dtype = final[0].dtype
-    keys = k.shape[3]
-    for rows in _rows(batch, heads, _groups(q, k, e, s), keys * size):
+    out, doubt = results
+    rule, previous = _rule(x), x.base == "prev"
+    batch, count, heads, size = x.v.shape
+    dtype = finals[0].dtype
+    keys = x.k.shape[3]
+    for rows in _rows(batch, heads, _groups(x), keys * size):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, keys, size)
-        mu, j = (_start(x, corner, shape, final[0]) for x in initial)
-        floor = _floor(prior, rows, dtype)
-        for tile in _tiles(tokens):
-            if kept is not None:
+        mu, j = (_start(y, corner, shape, finals[0]) for y in (x.h, x.j))
+        floor = _floor(x.prior, rows, dtype)
+        for tile in _tiles(count):
+            if kept:
                 for target, value in zip(kept, (mu, j), strict=True):
                     part = target[tile.chunk, *corner]
                     part.copy_(value.view(part.shape))
-            t = _load(q, k, v, beta, b, e, s, g, rows, tile, dtype, rule)
+            t = _load(x, rows, tile, dtype)
             result = t.v.new_empty(tile.size, rows.number, size)
             spread = None if doubt is None else torch.empty_like(result)
             for i in range(tile.size):
@@ -214,12 +199,12 @@ def _forward(
             store(out, result.transpose(0, 1).contiguous(), rows, tile)
             if doubt is not None and spread is not None:
                 store(doubt, spread.transpose(0, 1).contiguous(), rows, tile)
-        for state, value in zip(final, (mu, j), strict=True):
+        for state, value in zip(finals, (mu, j), strict=True):
             state[corner].copy_(value.view(state[corner].shape))
 
 
-def _groups(q: Tensor, k: Tensor, e: Tensor | None, s: Tensor | None) -> int:
-    return min(x.shape[2] for x in (q, k, e, s) if x is not None)
+def _groups(x: SynapseDelta) -> int:
+    return min(y.shape[2] for y in (x.q, x.k, x.e, x.evidence) if y is not None)
 
 
 def _start(
@@ -396,62 +381,50 @@ def _strength_backward(
 
 
 def _backward(
-    grad: Tensor,
-    grad_doubt: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    b: Tensor,
-    e: Tensor | None,
-    s: Tensor | None,
-    g: Tensor | None,
-    prior: Tensor,
-    grad_final: tuple[Tensor | None, Tensor | None],
-    rule: int,
-    previous: bool,
-    kept: tuple[Tensor, Tensor],
-    results: list[Tensor],
-    de: Tensor | None,
-    ds: Tensor | None,
-    dg: Tensor | None,
+    x: SynapseDelta,
+    tokens: Any,
+    states: Any,
+    results: Any,
+    finals: Any,
+    kept: Any,
     dprior: Tensor | None,
-    dinitial: tuple[Tensor, Tensor],
 ) -> None:
-    batch, tokens, heads, size = v.shape
+    grad, grad_doubt = tokens
+    rule, previous = _rule(x), x.base == "prev"
+    batch, count, heads, size = x.v.shape
     dtype = kept[0].dtype
-    keys = k.shape[3]
-    for rows in _rows(batch, heads, _groups(q, k, e, s), keys * size):
+    keys = x.k.shape[3]
+    for rows in _rows(batch, heads, _groups(x), keys * size):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, keys, size)
-        dmu, dj = (_start(x, corner, shape, kept[0]).clone() for x in grad_final)
-        floor = _floor(prior, rows, dtype)
+        dmu, dj = (_start(y, corner, shape, kept[0]).clone() for y in states)
+        floor = _floor(x.prior, rows, dtype)
         total = None if dprior is None else torch.zeros_like(dmu)
-        for tile in reversed(_tiles(tokens)):
-            t = _load(q, k, v, beta, b, e, s, g, rows, tile, dtype, rule)
+        for tile in reversed(_tiles(count)):
+            t = _load(x, rows, tile, dtype)
             dy = load(grad, rows, tile, dtype).transpose(0, 1).contiguous()
             du = None
             if grad_doubt is not None:
                 du = load(grad_doubt, rows, tile, dtype).transpose(0, 1).contiguous()
-            first, second = (x[tile.chunk, *corner].reshape(shape) for x in kept)
-            states = [(first, second)]
+            first, second = (y[tile.chunk, *corner].reshape(shape) for y in kept)
+            walked = [(first, second)]
             for i in range(tile.size):
-                mu, j = states[-1]
-                states.append(_advance(t, i, mu, j, floor, rule, previous))
+                mu, j = walked[-1]
+                walked.append(_advance(t, i, mu, j, floor, rule, previous))
             grads = _Grads(
                 torch.empty_like(t.q),
                 torch.empty_like(t.k),
                 torch.empty_like(t.v),
                 torch.empty_like(t.beta),
                 torch.empty_like(t.b),
-                None if de is None or t.e is None else torch.zeros_like(t.e),
-                None if ds is None or t.s is None else torch.empty_like(t.s),
-                None if dg is None or t.decay is None else torch.empty_like(t.decay),
+                None if t.e is None else torch.zeros_like(t.e),
+                None if t.s is None else torch.empty_like(t.s),
+                None if results[-1] is None else torch.empty_like(_need(t.decay)),
                 total,
             )
             for i in reversed(range(tile.size)):
-                new_mu, new_j = states.pop()
-                mu, j = states[-1]
+                new_mu, new_j = walked.pop()
+                mu, j = walked[-1]
                 dmu, dj = _retreat(
                     t,
                     i,
@@ -468,338 +441,81 @@ def _backward(
                     dj,
                     grads,
                 )
-            for target, value in zip([*results, de, ds, dg], grads[:8], strict=True):
-                if target is not None and value is not None:
-                    store(target, value.transpose(0, 1).contiguous(), rows, tile)
+            for target, value in zip(results, grads[:8], strict=True):
+                if target is not None:
+                    store(target, _need(value).transpose(0, 1).contiguous(), rows, tile)
         if dprior is not None and total is not None:
             part = total.sum(-1).view(rows.batch, rows.width, -1).sum(0)
             if dprior.shape[1] == 1:
                 part = part.sum(-1, keepdim=True)
             dprior[rows.h0 : rows.h1].add_(part)
-        for target, value in zip(dinitial, (dmu, dj), strict=True):
+        for target, value in zip(finals, (dmu, dj), strict=True):
             target[corner].copy_(value.view(target[corner].shape))
 
 
-@torch.library.custom_op("glazoo::chunked_synapse_delta", mutates_args=())
-@without_autocast
-def _synapse_delta(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    b: Tensor,
-    e: Tensor | None,
-    s: Tensor | None,
-    g: Tensor | None,
-    prior: Tensor,
-    initial_mu: Tensor | None,
-    initial_j: Tensor | None,
-    cu_seqlens: Tensor | None,
-    rule: int,
-    previous: bool,
-    uncertainty: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, tokens, heads, size = v.shape
-    out, doubt = empty_as(v), empty_as(v, uncertainty)
-    like = torch.empty((), dtype=compute_dtype(q, k, v, beta, b), device=v.device)
-    shape = (sequences(cu_seqlens, batch), heads, k.shape[3], size)
-    final = [starting(x, shape, like) for x in (initial_mu, initial_j)]
-    total = slots(cu_seqlens, batch, tokens, CHUNK) if keep else 0
-    kept = [like.new_empty(total, *shape[1:]) for _ in range(2)]
+def _need(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return x
 
-    def core(operands: Any, states: Any, results: Any, finals: Any, parts: Any) -> None:
-        extra = results[1] if uncertainty else None
-        arguments: list[Any] = [
-            *operands,
-            prior,
-            states,
-            rule,
-            previous,
-            results[0],
-            extra,
-            finals,
-            parts or None,
-        ]
-        _forward(*arguments)
 
+def _allocate(x: SynapseDelta, keep: bool) -> tuple[Tensor, ...]:
+    batch, tokens, heads, size = x.v.shape
+    like = x.v.new_empty((), dtype=compute_dtype(x.q, x.k, x.v, x.beta, x.b))
+    shape = (heads, x.k.shape[3], size)
+    total = slots(x.cu_seqlens, batch, tokens, CHUNK) if keep else 0
+    counts = (*[sequences(x.cu_seqlens, batch)] * 2, *[total] * 2)
+    mu, j, *kept = (like.new_empty(count, *shape) for count in counts)
+    return empty_as(x.v), mu, j, empty_as(x.v, x.uncertainty), *kept
+
+
+def _run(x: SynapseDelta, keep: bool) -> tuple[Tensor, ...]:
+    out, mu, j, doubt, *kept = found = _allocate(x, keep)
+    begin(mu, x.h)
+    begin(j, x.j)
     over_sequences(
-        core,
-        cu_seqlens,
+        _forward,
+        x,
         CHUNK,
-        [q, k, v, beta, b, e, s, g],
-        [initial_mu, initial_j],
-        [out] + [doubt] * uncertainty,
-        final,
-        kept if keep else [],
+        results=[out, doubt if x.uncertainty else None],
+        final=[mu, j],
+        kept=kept if keep else [],
     )
-    return out, final[0], final[1], doubt, kept[0], kept[1]
+    return found
 
 
-@_synapse_delta.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    b: Tensor,
-    e: Tensor | None,
-    s: Tensor | None,
-    g: Tensor | None,
-    prior: Tensor,
-    initial_mu: Tensor | None,
-    initial_j: Tensor | None,
-    cu_seqlens: Tensor | None,
-    rule: int,
-    previous: bool,
-    uncertainty: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, tokens, heads, size = v.shape
-    dtype = compute_dtype(q, k, v, beta, b)
-    shape = (heads, k.shape[3], size)
-    total = slots(cu_seqlens, batch, tokens, CHUNK) if keep else 0
-    count = sequences(cu_seqlens, batch)
-    return (
-        empty_as(v),
-        v.new_empty(count, *shape, dtype=dtype),
-        v.new_empty(count, *shape, dtype=dtype),
-        empty_as(v, uncertainty),
-        v.new_empty(total, *shape, dtype=dtype),
-        v.new_empty(total, *shape, dtype=dtype),
-    )
-
-
-@torch.library.custom_op("glazoo::chunked_synapse_delta_backward", mutates_args=())
-@without_autocast
-def _synapse_delta_backward(
-    grad: Tensor,
-    grad_doubt: Tensor | None,
-    grad_mu: Tensor | None,
-    grad_j: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    b: Tensor,
-    e: Tensor | None,
-    s: Tensor | None,
-    g: Tensor | None,
-    prior: Tensor,
-    cu_seqlens: Tensor | None,
-    kept_mu: Tensor,
-    kept_j: Tensor,
-    rule: int,
-    previous: bool,
-    with_gate: bool,
-    with_prior: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, _, heads, size = v.shape
-    found = [empty_as(x) for x in (q, k, v, beta, b)]
-    de = empty_as(k if e is None else e, e is not None)
-    ds = empty_as(k if s is None else s, s is not None)
-    dg = empty_as(v if g is None else g, with_gate)
-    dprior = kept_mu.new_zeros(prior.shape if with_prior else (0,))
-    shape = (sequences(cu_seqlens, batch), heads, k.shape[3], size)
-    dinitial = [starting(x, shape, kept_mu) for x in (grad_mu, grad_j)]
-
-    def core(operands: Any, states: Any, results: Any, finals: Any, parts: Any) -> None:
-        arguments: list[Any] = [
-            *operands,
-            prior,
-            states,
-            rule,
-            previous,
-            parts,
-            results[:5],
-            results[5] if e is not None else None,
-            results[5 + (e is not None)] if s is not None else None,
-            results[-1] if with_gate else None,
-            dprior if with_prior else None,
-            finals,
-        ]
-        _backward(*arguments)
-
+def _gradients(
+    x: SynapseDelta, grads: Any, wanted: Any, *kept: Tensor
+) -> tuple[Tensor | None, ...]:
+    grad, grad_mu, grad_j, grad_doubt = grads
+    found = dict(zip(OPERANDS, rooms_for(x, wanted, *OPERANDS), strict=True))
+    # summed over all tokens in the compute dtype
+    found["prior"] = kept[0].new_zeros(x.prior.shape) if wanted.prior else None
+    shape = (sequences(x.cu_seqlens, x.v.shape[0]), *kept[0].shape[1:])
+    dinitial = [kept[0].new_empty(shape) for _ in range(2)]
+    begin(dinitial[0], grad_mu)
+    begin(dinitial[1], grad_j)
     over_sequences(
-        core,
-        cu_seqlens,
+        functools.partial(_backward, dprior=found["prior"]),
+        x,
         CHUNK,
-        [grad, grad_doubt, q, k, v, beta, b, e, s, g],
-        [grad_mu, grad_j],
-        found + [de] * (e is not None) + [ds] * (s is not None) + [dg] * with_gate,
-        dinitial,
-        [kept_mu, kept_j],
+        tokens=[torch.zeros_like(x.v) if grad is None else grad, grad_doubt],
+        states=[grad_mu, grad_j],
+        results=[found[name] for name in OPERANDS],
+        final=dinitial,
+        kept=kept,
     )
-    return (*found, de, ds, dg, dprior, *dinitial)  # type: ignore[return-value]
+    return *(found[name] for name in x._fields[:9]), *dinitial, None
 
 
-@_synapse_delta_backward.register_fake
-def _(
-    grad: Tensor,
-    grad_doubt: Tensor | None,
-    grad_mu: Tensor | None,
-    grad_j: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    b: Tensor,
-    e: Tensor | None,
-    s: Tensor | None,
-    g: Tensor | None,
-    prior: Tensor,
-    cu_seqlens: Tensor | None,
-    kept_mu: Tensor,
-    kept_j: Tensor,
-    rule: int,
-    previous: bool,
-    with_gate: bool,
-    with_prior: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shape = (sequences(cu_seqlens, v.shape[0]), v.shape[2], k.shape[3], v.shape[3])
-    return (
-        empty_as(q),
-        empty_as(k),
-        empty_as(v),
-        empty_as(beta),
-        empty_as(b),
-        empty_as(k if e is None else e, e is not None),
-        empty_as(k if s is None else s, s is not None),
-        empty_as(v if g is None else g, with_gate),
-        kept_mu.new_empty(prior.shape if with_prior else (0,)),
-        kept_mu.new_empty(shape),
-        kept_mu.new_empty(shape),
-    )
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, beta, b, e, s, g, prior, mu, j, cu_seqlens, rule, previous, _, _ = inputs
-    ctx.save_for_backward(q, k, v, beta, b, e, s, g, prior, cu_seqlens, output[4], output[5])
-    ctx.rule, ctx.previous = rule, previous
-    ctx.initial = tuple(None if x is None else x.dtype for x in (mu, j))
-    ctx.set_materialize_grads(False)
-
-
-def _pull(
-    ctx: Any, grad: Any, grad_mu: Any, grad_j: Any, grad_doubt: Any, *unused: Any
-) -> tuple[Any, ...]:
-    q, k, v, beta, b, e, s, g, prior, cu_seqlens, kept_mu, kept_j = ctx.saved_tensors
-    if grad is None:
-        grad = torch.zeros_like(v)
-    with_gate = g is not None and ctx.needs_input_grad[7]
-    with_prior = ctx.needs_input_grad[8]
-    dq, dk, dv, dbeta, db, de, ds, dg, dprior, *dinitial = _synapse_delta_backward(
-        grad,
-        grad_doubt,
-        grad_mu,
-        grad_j,
-        q,
-        k,
-        v,
-        beta,
-        b,
-        e,
-        s,
-        g,
-        prior,
-        cu_seqlens,
-        kept_mu,
-        kept_j,
-        ctx.rule,
-        ctx.previous,
-        with_gate,
-        with_prior,
-    )
-    states = [
-        None if dtype is None else x.to(dtype)
-        for x, dtype in zip(dinitial, ctx.initial, strict=True)
-    ]
-    return (
-        dq,
-        dk,
-        dv,
-        dbeta,
-        db,
-        None if e is None else de,
-        None if s is None else ds,
-        dg if with_gate else None,
-        dprior.to(prior.dtype) if with_prior else None,
-        *states,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-_synapse_delta.register_autograd(_pull, setup_context=_setup)
-
-
-def _single(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    b: Tensor,
-    e: Tensor | None,
-    s: Tensor | None,
-    g: Tensor | None,
-    prior: Tensor,
-    initial: tuple[Tensor | None, Tensor | None],
-    rule: int,
-    previous: bool,
-    uncertainty: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
-    """One token in differentiable operations, without tiles or kept states."""
-    heads = v.shape[2]
-    dtype = compute_dtype(q, k, v, beta, b)
-
-    def get(x: Tensor, down: bool) -> Tensor:
-        x = x[:, 0].to(dtype)
-        x = x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-        return x.unsqueeze(-1 if down else -2)
-
-    key, query = get(k, True), get(q, True)
-    eraser = key if e is None else get(e, True)
-    value, rate, gate = get(v, False), get(beta, False), get(b, False)
-    floor = prior.to(dtype).unsqueeze(-1)
-    shape = (v.shape[0], heads, k.shape[3], v.shape[3])
-    mu, j = (
-        torch.zeros(shape, dtype=dtype, device=v.device) if x is None else x.to(dtype)
-        for x in initial
-    )
-    if g is None:
-        predicted, certainty, before = j, j + floor, mu
-    else:
-        decay = g[:, 0].to(dtype).exp().unsqueeze(-1)
-        decay = decay.unsqueeze(-1) if g.dim() == 3 else decay
-        predicted = decay * j
-        certainty = predicted + floor
-        before = decay * (j + floor) / certainty * mu
-    seen = key if s is None else get(s, True)
-    new_j = predicted + seen.square() * gate
-    source = mu if previous else before
-    strength, over = rate, new_j + floor
-    if rule != FIRST_ORDER:
-        squares, over = key.square(), certainty
-        found = (squares / over).sum(-2, keepdim=True)
-        # In the order of the sum above, so that both are equal, to the last bit, at importance 1.
-        ones = torch.ones_like(over)
-        square = (squares * ones).sum(-2, keepdim=True) if rule == RATE else None
-        strength = exact_strength(rate, found, square)
-    if rule == DIAGONAL:
-        gain = key / over * strength
-        new_mu = before * (1 - key * gain) + gain * value
-    else:
-        error = strength * (value - eraser.transpose(-1, -2) @ source)
-        new_mu = before + key / over * error
-    out = (query.transpose(-1, -2) @ new_mu).squeeze(-2).unsqueeze(1).to(v.dtype)
-    doubt = None
-    if uncertainty:
-        spread = query.square().transpose(-1, -2) @ (new_j + floor).reciprocal()
-        doubt = spread.squeeze(-2).unsqueeze(1).to(v.dtype)
-    return out, (new_mu, new_j), doubt
+_synapse_delta = register(
+    "chunked_synapse_delta",
+    SynapseDelta,
+    results=("out", "final_mu", "final_j", "doubt"),
+    kept=("kept_mu", "kept_j"),
+    forward=_run,
+    allocate=_allocate,
+    gradients=_gradients,
+)
 
 
 def synapse_delta(
@@ -902,41 +618,49 @@ def synapse_delta(
     checks.shape("prior", prior, (heads,), (heads, keys))
     for i, x in enumerate(initial_state or ()):
         checks.state(f"initial_state[{i}]", x, cu_seqlens, v, keys, v.shape[3])
-    mu, j = (None, None) if initial_state is None else initial_state
+    mu, j = initial_state or (None, None)
+    if b is None:
+        j = None
+    if v.shape[1] == 1 and cu_seqlens is None:
+        return loops.synapse_delta(
+            q,
+            k,
+            v,
+            beta,
+            b,
+            g,
+            e=e,
+            evidence=evidence,
+            prior=prior,
+            gain=gain,
+            correction=correction,
+            initial_state=(mu, j),
+            base=base,
+            uncertainty=uncertainty,
+        )
     if beta.dim() == 3:
         beta = beta.unsqueeze(-1)
-    if b is None:
-        b, j = v.new_zeros(()), None
-    elif b.dim() == 3:
-        b = b.unsqueeze(-1)
+    b = v.new_zeros(()) if b is None else b.unsqueeze(-1) if b.dim() == 3 else b
     b = b.expand(v.shape)
     if prior.dim() == 1:
         prior = prior.unsqueeze(-1)
-    full = {"first_order": FIRST_ORDER, "exact": EXACT, "exact_rate": RATE}
-    rule = full[gain] if correction == "full" else DIAGONAL
-    previous = base == "prev"
-    if v.shape[1] == 1 and cu_seqlens is None:
-        with torch.autocast(v.device.type, enabled=False):
-            return _single(
-                q, k, v, beta, b, e, evidence, g, prior, (mu, j), rule, previous, uncertainty
-            )
-    keep = needs_grad(q, k, v, beta, b, e, evidence, g, prior, mu, j)
-    out, final_mu, final_j, doubt, _, _ = _synapse_delta(
+    out, mu, j, doubt = _synapse_delta(
         q,
         k,
         v,
         beta,
         b,
+        g,
         e,
         evidence,
-        g,
         prior,
         mu,
         j,
         cu_seqlens,
-        rule,
-        previous,
+        gain,
+        correction,
+        base,
         uncertainty,
-        keep,
+        True,
     )
-    return out, (final_mu, final_j), doubt if uncertainty else None
+    return out, (mu, j), doubt if uncertainty else None
