@@ -367,7 +367,7 @@ class Precondition(Step):
 
     def write(self, names: Names) -> None:
         level = apply("log", names.x["J"] + number(self.eps)) - names.x["center"]
-        power = Term(f"{self.base:g}^(-{apply('softsign', level).text})", _KEY)
+        power = Term(f"{number(self.base).text}^(-{apply('softsign', level).text})", _KEY)
         names.x["m"] = names.let("m", power)
 
 

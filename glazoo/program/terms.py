@@ -72,8 +72,8 @@ def apply(name: str, x: Term) -> Term:
 
 
 def number(x: float) -> Term:
-    """Return a number as a term."""
-    return Term(f"{x:g}")
+    """Return a number as a term, with all its digits."""
+    return Term(repr(x))
 
 
 @dataclass(slots=True)
