@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,6 +16,7 @@ from rich.text import Text
 import glazoo
 from glazoo.compare.commands import bench, capacity, compare, decay
 from glazoo.converters.commands import convert, inspect, tune
+from glazoo.converters.files import one_line
 from glazoo.program import Program
 from glazoo.spec import Spec
 from glazoo.terminal import AsJson, console, print_json
@@ -224,11 +226,24 @@ def schema() -> None:
 
 
 @app.command()
-def doctor(*, as_json: AsJson = False) -> None:
-    """Show versions and devices, and combinations that are known to fail."""
+def doctor(
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FOLDER]...",
+            help="Where models are written: look for what killed runs have left. Default: here.",
+        ),
+    ] = None,
+    *,
+    clean: Annotated[
+        bool, typer.Option("--remove-leftovers", help="Remove what killed runs have left.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show versions and devices, combinations that are known to fail, and leftovers."""
     from glazoo.doctor import examine
 
-    report = examine()
+    report = examine(folders or [Path()], clean=clean)
     if as_json:
         print_json(report.to_json())
     else:
@@ -245,7 +260,8 @@ def doctor(*, as_json: AsJson = False) -> None:
         for finding in report.findings:
             style = "bold red" if finding.level == "error" else "yellow"
             out.print(Text(f"{finding.level}: {finding.what}", style=style))
-            out.print(Text(f"  {finding.do}"))
+            if finding.do:
+                out.print(Text(f"  {finding.do}"))
         if not report.findings:
             out.print("nothing known to fail")
     if not report.healthy:
@@ -261,7 +277,10 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, ImportError) as e:
-        Console(stderr=True).print(Text(f"glazoo: {e}"), style="red", soft_wrap=True)
+        # Only the operating system's own errors have a number.
+        named = isinstance(e, OSError) and e.errno is not None
+        reason = one_line(e) if named else str(e)
+        Console(stderr=True).print(Text(f"glazoo: {reason}"), style="red", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, Literal
+
+from glazoo.converters.files import leftovers, one_line, remove_leftovers
 
 __all__ = ["Finding", "Report", "examine"]
 
@@ -64,11 +68,16 @@ class Report:
         return asdict(self) | {"healthy": self.healthy}
 
 
-def examine() -> Report:
-    """Looks at versions and devices, and at combinations that are known to fail.
+def examine(folders: Iterable[Path] = (), *, clean: bool = False) -> Report:
+    """Looks at versions and devices, at combinations that are known to fail, and at what killed
+    runs have left in folders.
+
+    Args:
+        folders: where to look.
+        clean: remove what they have left.
 
     Returns:
-        The report; nothing is changed and nothing is fetched.
+        The report; nothing is fetched, and nothing is changed but for `clean`.
     """
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
@@ -78,9 +87,27 @@ def examine() -> Report:
             versions[package] = None
     devices = _devices()
     findings = judge(versions, gpu=len(devices) > 1, interpreting=_interpreting())
+    for folder in folders:
+        findings += _left(folder, clean=clean)
     from glazoo.engines import available
 
     return Report(versions, devices, list(available()), findings)
+
+
+def _left(folder: Path, *, clean: bool) -> list[Finding]:
+    try:
+        gone = remove_leftovers(folder) if clean else []
+        left = leftovers(folder)
+    except OSError as e:
+        return [Finding("warning", f"cannot look for leftovers: {one_line(e)}", "name a folder")]
+    removal = f"glazoo doctor {folder} --remove-leftovers"
+    return [
+        *(Finding("warning", f"a killed run had left {x}", "removed") for x in gone),
+        *(
+            Finding("warning", f"a killed run has left {x}", "" if x.only_copy else removal)
+            for x in left
+        ),
+    ]
 
 
 def _interpreting() -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import glazoo
+from glazoo import cli
 from glazoo.doctor import judge
 
 
@@ -70,6 +72,61 @@ def test_doctor_reports_this_installation() -> None:
     assert report["versions"]["glazoo"] == glazoo.__version__
     assert report["engines"][0] == "reference"
     assert result.returncode == (0 if report["healthy"] else 1)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "{}/none.toml"),
+        ("train", "{}"),
+        ("show", "{}/none.toml"),
+        ("convert", "{}/no", "x"),
+    ],
+)
+def test_a_file_that_is_not_there_is_named_with_what_is_wanted(
+    arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    result = run(*(a.format(tmp_path) for a in arguments))
+    assert result.returncode == 2
+    (line,) = result.stderr.strip().splitlines()
+    assert str(tmp_path) in line
+    assert "Errno" not in line
+
+
+def test_errors_of_the_operating_system_are_sentences(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def absent() -> None:
+        Path("/nowhere/at/all").read_text()
+
+    monkeypatch.setattr(cli, "app", absent)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert capsys.readouterr().err == "glazoo: /nowhere/at/all: No such file or directory\n"
+
+
+def test_doctor_finds_what_killed_runs_have_left_and_removes_it(tmp_path: Path) -> None:
+    for name in (".model.partial-abc", ".old.replaced-def", ".kept.replaced-ghi", ".x.partial"):
+        (tmp_path / name / "inside").mkdir(parents=True)
+    (tmp_path / ".model.partial-abc" / "shard").write_bytes(bytes(3000))
+    # This one has been replaced; what stood at `kept` is nowhere else.
+    (tmp_path / "old").mkdir()
+    report = json.loads(run("doctor", str(tmp_path), "--json").stdout)
+    found = {f["what"]: f["do"] for f in report["findings"] if "a killed run" in f["what"]}
+    assert len(found) == 3
+    (partial,) = (w for w in found if "partial-abc" in w)
+    assert "(2.9 KiB)" in partial
+    assert found[partial] == f"glazoo doctor {tmp_path} --remove-leftovers"
+    (only,) = (w for w in found if "kept" in w)
+    assert f"holds what stood at {tmp_path / 'kept'}: move it back" in only
+    assert len(list(tmp_path.iterdir())) == 5
+
+    report = json.loads(run("doctor", str(tmp_path), "--remove-leftovers", "--json").stdout)
+    gone = [f for f in report["findings"] if f["do"] == "removed"]
+    assert len(gone) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".kept.replaced-ghi", ".x.partial", "old"]
+    report = json.loads(run("doctor", str(tmp_path / "nowhere"), "--json").stdout)
+    assert any("cannot look for leftovers" in f["what"] for f in report["findings"])
 
 
 def test_version() -> None:

@@ -25,7 +25,7 @@ from glazoo.converters.casting import Cast, Dtype, plan_cast, with_dtype
 from glazoo.converters.errors import ConversionError
 from glazoo.converters.families import FAMILIES, Family, find_family
 from glazoo.converters.families.layouts import layout_of
-from glazoo.converters.files import Progress, Staging, checksum, one_line
+from glazoo.converters.files import Progress, Staging, checksum, leftovers, one_line
 from glazoo.converters.gate import gate_shapes, initial_gate
 from glazoo.converters.report import AddedTensor, ConversionReport, FileRecord, RevertReport
 from glazoo.converters.settings import FORMAT_VERSION, READABLE, Settings
@@ -665,14 +665,13 @@ def convert_checkpoint(
             force=force,
             progress=progress,
         )
-        pattern = re.compile(rf"\.{re.escape(destination.name)}\.(partial|replaced)-")
-        stale = [p.name for p in destination.parent.iterdir() if pattern.match(p.name)]
+        left = leftovers(destination.parent, destination.name)
     except OSError as e:
         raise ConversionError(f"cannot convert {source}: {one_line(e)}") from e
-    if stale:
-        warnings.append(
-            f"killed conversions have left folders next to the destination: {', '.join(stale)}"
-        )
+    warnings += [
+        f"a killed run has left {x}" + ("" if x.only_copy else "; --remove-leftovers removes it")
+        for x in left
+    ]
     shards = checkpoint.shards
     before, after = _state_bytes(checkpoint, settings)
     return ConversionReport(

@@ -97,6 +97,10 @@ def convert(
     force: Annotated[
         bool, typer.Option("--force", help="Replace a model's folder that is already at DST.")
     ] = False,
+    clean: Annotated[
+        bool,
+        typer.Option("--remove-leftovers", help="Remove what killed runs have left beside DST."),
+    ] = False,
     report: Annotated[
         Path | None,
         typer.Option(help="Write the report to this file: JSON, or Markdown if it ends in .md."),
@@ -109,7 +113,12 @@ def convert(
     code is 1 if source and converted model differ by more than rounding.
     """
     from glazoo.converters.checkpoint import convert_checkpoint, revert_checkpoint
+    from glazoo.converters.files import remove_leftovers
 
+    if clean and not dry_run and dst.absolute().parent.is_dir():
+        # Before anything is written: they may hold the room that it needs.
+        for gone in remove_leftovers(dst.absolute().parent, dst.name):
+            Console(stderr=True, quiet=as_json).print(Text(f"removed {gone}"), soft_wrap=True)
     if import_:
         from glazoo.converters.families.original import import_original
 

@@ -6,18 +6,30 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, BinaryIO, Literal
 
 from glazoo.converters.errors import ConversionError
 
-__all__ = ["Progress", "Staging", "Terminated", "checksum", "one_line"]
+__all__ = [
+    "Leftover",
+    "Progress",
+    "Staging",
+    "Terminated",
+    "checksum",
+    "leftovers",
+    "one_line",
+    "remove_leftovers",
+    "size_text",
+]
 
 Progress = Callable[[str, int, int], None]
 """Called as `progress(file, done_bytes, total_bytes)` while a folder is written; the total does not
@@ -46,6 +58,90 @@ def checksum(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
             if on_bytes is not None:
                 on_bytes(len(block))
     return digest.hexdigest()
+
+
+def size_text(n: int) -> str:
+    """Gives a number of bytes for people."""
+    value, unit = float(n), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{n} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """A folder that a killed run has left beside its destination."""
+
+    path: Path
+    destination: Path
+    only_copy: bool
+    """Whether it holds what stood at the destination, which nothing has replaced."""
+    bytes: int
+    """Size of the files that no other folder shares."""
+
+    def __str__(self) -> str:
+        what = f"{self.path} ({size_text(self.bytes)})"
+        if not self.only_copy:
+            return what
+        return f"{what}, which holds what stood at {self.destination}: move it back, or delete it"
+
+
+_LEFT = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-[^.]*")
+
+
+def leftovers(folder: Path, name: str | None = None) -> list[Leftover]:
+    """Returns what killed runs have left in a folder, of one destination or of all.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    found = []
+    for path in sorted(folder.iterdir()):
+        match = _LEFT.fullmatch(path.name)
+        if match is None or name not in (None, match["name"]) or not path.is_dir():
+            continue
+        lock = _lock(path)
+        if lock is None:
+            # A run that is still going.
+            continue
+        os.close(lock)
+        destination = folder / match["name"]
+        only = match["kind"] == "replaced" and not destination.exists()
+        files = [p.lstat() for p in path.rglob("*") if p.is_file()]
+        size = sum(s.st_size for s in files if s.st_nlink == 1)
+        found.append(Leftover(path, destination, only, size))
+    return found
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> list[Leftover]:
+    """Removes what killed runs have left in a folder, but for what is nowhere else; returns what
+    was removed.
+
+    Raises:
+        OSError: something cannot be removed.
+    """
+    gone = [x for x in leftovers(folder, name) if not x.only_copy]
+    for leftover in gone:
+        shutil.rmtree(leftover.path)
+    return gone
+
+
+def _lock(folder: Path) -> int | None:
+    """Marks a folder as somebody's for as long as the process lives; gives None if it is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except (ImportError, OSError):
+        # Some file systems have no locks.
+        pass
+    return handle
 
 
 class _Signals:
@@ -128,6 +224,7 @@ class Staging:
         self._progress = progress
         self._signals = _Signals()
         self._folder: Path | None = None
+        self._mark: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -171,6 +268,7 @@ class Staging:
                 mask = os.umask(0)
                 os.umask(mask)
                 self._folder.chmod(0o777 & ~mask)
+                self._mark = _lock(self._folder)
             self._signals.deliver()
         except BaseException as e:
             self._discard()
@@ -207,6 +305,9 @@ class Staging:
             if self._folder is not None:
                 shutil.rmtree(self._folder, ignore_errors=True)
                 self._folder = None
+            if self._mark is not None:
+                os.close(self._mark)
+                self._mark = None
 
     def _commit(self) -> None:
         for folder, _, _ in os.walk(self.folder):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glazoo.converters.errors import ConversionError
+from glazoo.converters.files import size_text
 from glazoo.strictjson import dumps, plain
 
 __all__ = [
@@ -39,15 +40,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def _size(n: int) -> str:
-    value, unit = float(n), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{n} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -147,6 +139,7 @@ class ConversionReport(Report):
 
     def to_markdown(self) -> str:
         percent = 100 * self.added_parameters / max(1, self.base_parameters)
+        states = (self.state_bytes_source, self.state_bytes_converted)
         per_layer = len(self.added) // max(1, len(self.layers))
         lines = [
             f"# Conversion of {self.source}"
@@ -166,12 +159,9 @@ class ConversionReport(Report):
                         "parameters",
                         f"{self.base_parameters:,} + {self.added_parameters:,} ({percent:.2f} %)",
                     ),
-                    ("weights", f"{_size(self.base_bytes)} + {_size(self.added_bytes)}"),
+                    ("weights", f"{size_text(self.base_bytes)} + {size_text(self.added_bytes)}"),
                     *self._cast_rows(),
-                    (
-                        "state of one sequence",
-                        f"{_size(self.state_bytes_source)} -> {_size(self.state_bytes_converted)}",
-                    ),
+                    ("state of one sequence", " -> ".join(map(size_text, states))),
                     ("seconds", f"{self.seconds:.1f}"),
                     ("versions", ", ".join(f"{k} {v}" for k, v in self.versions.items())),
                 ],
@@ -211,7 +201,7 @@ class ConversionReport(Report):
         lines += ["", "## Files", ""]
         lines += _table(
             ("source", "converted", "size", "how", "SHA-256"),
-            [(f.path, f.stored, _size(f.bytes), f.how, f.sha256 or "") for f in self.files],
+            [(f.path, f.stored, size_text(f.bytes), f.how, f.sha256 or "") for f in self.files],
         )
         if self.skipped_files:
             lines += ["", "Not carried over: " + ", ".join(self.skipped_files) + "."]
@@ -247,7 +237,7 @@ class RevertReport(Report):
             "",
             *_table(
                 ("file", "size", "how", "SHA-256"),
-                [(f.path, _size(f.bytes), f.how, f.sha256 or "") for f in self.files],
+                [(f.path, size_text(f.bytes), f.how, f.sha256 or "") for f in self.files],
             ),
         ]
         return "\n".join(lines) + "\n"

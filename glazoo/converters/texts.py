@@ -145,8 +145,8 @@ def _file_tokens(
         return tokens_of(Data(files=tuple(Path(t) for t in texts), tokenizer=tokenizer), made)
     except OSError as e:
         raise ConversionError(f"cannot read {one_line(e)}") from e
-    except UnicodeDecodeError as e:
-        raise ConversionError(f"texts: a file is no UTF-8 text: {e}") from e
+    except ValueError as e:
+        raise ConversionError(f"texts: {e}") from e
 
 
 def _refusal(folder: Path, error: Exception) -> ConversionError:

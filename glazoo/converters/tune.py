@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,20 +95,16 @@ def _gates_apart(folder: Path) -> bool:
 def _save_all(source: Path, dst: Path, model: Any, *, force: bool) -> None:
     """Writes a whole model, with the source's further files."""
     destination = Path(os.path.abspath(dst))
-    Staging.check(destination, force=force)
     _, shards = _read_shards(source)
     taken = {CONFIG, INDEX, *(s.path.name for s in shards)}
     others, _ = _other_files(source, taken)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=".tuned-") as scratch:
-        model.save_pretrained(scratch)
-        with Staging(destination, force=force, total=1, progress=None) as stage:
-            made = {p.name for p in Path(scratch).iterdir()}
-            for path in sorted(Path(scratch).iterdir()):
-                stage.take(path, path.name, link=True)
-            for other in others:
-                # Bytes of the source are no longer in the weights: there is nothing to revert to.
-                if other.parts[0] != "glazoo" and other.as_posix() not in made:
-                    stage.take(source / other, other.as_posix(), link=False)
+    with Staging(destination, force=force, total=1, progress=None) as stage:
+        model.save_pretrained(stage.folder)
+        made = {p.name for p in stage.folder.iterdir()}
+        for other in others:
+            # Bytes of the source are no longer in the weights: there is nothing to revert to.
+            if other.parts[0] != "glazoo" and other.as_posix() not in made:
+                stage.take(source / other, other.as_posix(), link=False)
 
 
 def _only_gates(model: nn.Module) -> None:
@@ -242,6 +237,11 @@ def tune_checkpoint(
         raise ConversionError(f"{work} has checkpoints: --resume continues, or remove the folder")
     model, _ = load_converted(source, dtype=getattr(torch, dtype))
     apart = _gates_apart(source)
+    if getattr(model, "_hf_peft_config_loaded", False) and (everything or not apart):
+        raise ConversionError(
+            f"{source} holds an adapter beside its weights, which alone would be saved: merge it "
+            "into them first, or move adapter_config.json and its weights away"
+        )
     train, evaluation = _examples(
         texts,
         tokenizer or str(source),

@@ -106,14 +106,19 @@ def read_config(path: str | Path) -> TrainConfig:
         The validated configuration, with absolute paths.
 
     Raises:
-        ValueError: it is no TOML file, or has unknown, missing or contradicting keys.
-        OSError: it cannot be read.
+        ValueError: it cannot be read, is no TOML file, or has unknown, missing or contradicting
+            keys.
     """
     path = Path(path)
     try:
         data = tomllib.loads(path.read_text("utf-8"))
         config = TrainConfig.model_validate(data)
-    except tomllib.TOMLDecodeError as e:
+    except OSError as e:
+        raise ValueError(
+            f"cannot read the configuration {path}: {e.strerror}; it is a TOML file with the "
+            "tables [model], [data] and [training]"
+        ) from e
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: not a TOML file: {e}") from e
     except ValidationError as e:
         lines = [f"{'.'.join(str(p) for p in x['loc'])}: {x['msg']}" for x in e.errors()]
@@ -170,12 +175,17 @@ def tokens_of(data: Data, tokenizer: PreTrainedTokenizerBase) -> NDArray[Any]:
     """Gives all token ids of the data, one axis; texts are separated by the end of text.
 
     Raises:
-        ValueError: a token file has the wrong shape or dtype.
+        ValueError: a token file is none, or has the wrong shape or dtype; a text is not UTF-8.
         OSError: a file cannot be read.
     """
     if data.tokens:
-        arrays = [np.load(path, mmap_mode="r") for path in data.tokens]
-        for path, array in zip(data.tokens, arrays, strict=True):
+        arrays = []
+        for path in data.tokens:
+            try:
+                array = np.load(path, mmap_mode="r")
+            except (ValueError, EOFError) as e:
+                raise ValueError(f"{path}: not an array that numpy.save wrote: {e}") from e
+            arrays.append(array)
             if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
                 raise ValueError(
                     f"{path}: got {array.dtype} {list(array.shape)}, accepted are integers [N]"
@@ -194,7 +204,10 @@ def _texts(data: Data) -> Iterator[str]:
         topics = pydoc_data.topics.topics
         yield from (topics[name] for name in sorted(topics))
     for path in data.files:
-        yield path.read_text("utf-8")
+        try:
+            yield path.read_text("utf-8")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{path} is no UTF-8 text: {e}") from e
 
 
 class Blocks(Dataset[dict[str, Tensor]]):

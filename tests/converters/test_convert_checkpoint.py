@@ -19,8 +19,10 @@ from converters.conftest import MakeSource
 from converters.converting import contents, edit_json, make_model, prompts
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, Mamba2ForCausalLM
+from typer.testing import CliRunner
 
 import glazoo.models  # noqa: F401 - registers the converted architectures
+from glazoo.cli import app
 from glazoo.converters import (
     ConversionError,
     convert_checkpoint,
@@ -28,7 +30,7 @@ from glazoo.converters import (
     metaplasticize_model,
     revert_checkpoint,
 )
-from glazoo.converters.files import Terminated
+from glazoo.converters.files import Terminated, leftovers, remove_leftovers
 from glazoo.converters.tensors import read_shard
 
 LAYOUTS = [
@@ -358,15 +360,40 @@ def test_a_killed_conversion_leaves_no_destination(source: Path, tmp_path: Path)
         def kill(name, done, total):
             if done == total or "00003" in name:
                 os.kill(os.getpid(), signal.SIGKILL)
-        convert_checkpoint(sys.argv[1], sys.argv[2], progress=kill)
+        convert_checkpoint(sys.argv[1], sys.argv[2], link=False, progress=kill)
         """,
         source,
         tmp_path / "c",
     )
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "c").exists()
+    (left,) = leftovers(tmp_path, "c")
+    assert left.bytes > 0
     report = convert_checkpoint(source, tmp_path / "c")
-    assert any("killed conversions have left folders" in w for w in report.warnings)
+    (warning,) = (w for w in report.warnings if "a killed run has left" in w)
+    assert str(left.path) in warning
+    assert "--remove-leftovers removes it" in warning
+    assert load(tmp_path / "c") is not None
+    # Asked for, it goes; another destination's stays.
+    other = tmp_path / ".other.partial-x"
+    other.mkdir()
+    command = ["convert", str(source), str(tmp_path / "c"), "--force", "--remove-leftovers"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert str(left.path) in done.output
+    assert not left.path.exists()
+    assert other.exists()
+
+
+def test_a_run_that_is_still_going_has_left_nothing(source: Path, tmp_path: Path) -> None:
+    seen = []
+
+    def look(name: str, done: int, total: int) -> None:
+        seen.append([p.name for p in tmp_path.iterdir() if p.name.startswith(".c.partial-")])
+        assert not remove_leftovers(tmp_path)
+
+    convert_checkpoint(source, tmp_path / "c", progress=look)
+    assert all(len(names) == 1 for names in seen)
     assert load(tmp_path / "c") is not None
 
 

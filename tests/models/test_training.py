@@ -301,3 +301,18 @@ def test_bad_runs_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("model = [", "utf-8")
     with pytest.raises(ValueError, match="not a TOML file"):
         read_config(tmp_path / "bad.toml")
+    for path, reason in ((tmp_path / "none.toml", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(ValueError, match=f"cannot read the configuration {path}: {reason}"):
+            read_config(path)
+
+
+def test_data_that_is_no_text_is_named(tmp_path: Path) -> None:
+    data = tables(tmp_path)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    data["data"]["files"] = ["latin.txt"]
+    with pytest.raises(ValueError, match=r"latin\.txt is no UTF-8 text"):
+        tokens_of(read_config(write(tmp_path, data)).data, byte_tokenizer())
+    (tmp_path / "ids.npy").write_text("1 2 3")
+    data["data"] = {"tokens": ["ids.npy"]}
+    with pytest.raises(ValueError, match=r"ids\.npy: not an array that numpy\.save wrote"):
+        tokens_of(read_config(write(tmp_path, data)).data, byte_tokenizer())
