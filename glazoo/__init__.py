@@ -3,11 +3,14 @@ form."""
 
 from importlib.metadata import PackageNotFoundError, version
 
-from glazoo.api import attention
+from glazoo.api import attention as _attention
+from glazoo.api import warn_of_layout
 from glazoo.program import Kernel, Program, lower
 from glazoo.spec import Spec, SpecError, freeze, metaplasticize
 from glazoo.state import Output, OutputWithUncertainty, State
 from glazoo.zoo import load, names, schema
+
+attention = warn_of_layout(_attention)
 
 try:
     __version__ = version("glazoo")

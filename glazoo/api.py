@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, TypeVar, cast, overload
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +22,10 @@ from glazoo.spec import Gate, Spec
 from glazoo.state import Output, OutputWithUncertainty, State
 from glazoo.zoo import load
 
-__all__ = ["Impl", "attention", "schedule"]
+__all__ = ["Impl", "attention", "schedule", "warn_of_layout"]
+
+
+Operation = TypeVar("Operation", bound=Callable[..., Any])
 
 
 class Impl(StrEnum):
@@ -189,6 +194,31 @@ def attention(
 # Graph capture follows the properties and methods of an object that it finds in a list, but not
 # those of one that a function gave it: so the function gives the place in the list.
 _PROGRAMS: list[Program] = []
+
+
+def warn_of_layout(function: Operation) -> Operation:
+    """Returns the operation with a warning where operands look as if heads came before tokens.
+
+    Both layouts have four axes, and gates may follow the same mistake, so that nothing else shows
+    it. A few tokens and many heads are no mistake, though: layers, which know their layout, call
+    the operation without it, and continuations and single tokens are not looked at.
+    """
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        q = args[1] if len(args) > 1 else kwargs.get("q")
+        fresh = kwargs.get("initial_state") is None and kwargs.get("cu_seqlens") is None
+        if isinstance(q, Tensor) and q.ndim == 4 and fresh and 1 < q.shape[1] < q.shape[2]:
+            _, tokens, heads, _ = q.shape
+            warnings.warn(
+                f"q: got shape {list(q.shape)}, that is {tokens} tokens and {heads} heads: fewer "
+                "tokens than heads. The layout is [B, T, H, K]; if yours is [B, H, T, K], "
+                "transpose(1, 2) every operand",
+                stacklevel=2,
+            )
+        return function(*args, **kwargs)
+
+    return cast(Operation, call)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -9,6 +9,7 @@ import torch
 
 import glazoo
 from glazoo.api import schedule
+from glazoo.layers import GatedLinearAttention
 
 
 def operands(**change):
@@ -209,3 +210,20 @@ def test_auto_says_what_it_picked(caplog) -> None:
     with caplog.at_level(logging.INFO, logger="glazoo"):
         run(options={"impl": "auto"})
     assert "impl='auto' runs the chunked engine on cpu" in caplog.text
+
+
+def test_heads_before_tokens_are_warned_of():
+    def call(shape, **more):
+        q = torch.randn(shape)
+        beta = torch.rand(shape[:3])
+        return glazoo.attention("deltanet", q, q, q, beta=beta, **more)
+
+    with pytest.warns(UserWarning, match=r"got shape \[2, 4, 6, 8\], that is 4 tokens and 6 heads"):
+        swapped = call((2, 4, 6, 8), output_final_state=True)
+    call((2, 6, 4, 8))
+    # A single token, a continuation, packed sequences, and what layers do: no mistakes.
+    call((2, 1, 6, 8))
+    call((2, 4, 6, 8), initial_state=swapped.final_state)
+    call((1, 4, 6, 8), cu_seqlens=torch.tensor([0, 1, 4]))
+    layer = GatedLinearAttention("deltanet", 32, num_heads=6, head_k_dim=8, head_v_dim=8)
+    layer(torch.randn(1, 3, 32))

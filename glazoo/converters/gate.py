@@ -69,6 +69,9 @@ class ImportanceGate(KeepsWide):
     this project's.
     """
 
+    no_weight_decay = True
+    """Zero is a plasticity, a prior and an opening like others: trainers should not pull there."""
+
     b_down: nn.Parameter
     b_up: nn.Parameter
     b_scale: nn.Parameter

@@ -142,7 +142,7 @@ class _Context(NamedTuple):
     mask: Tensor | None
     """[B, T] bool, True for real tokens."""
     ends: Tensor | None
-    """[B], tokens up to the last real one."""
+    """[B], number of real tokens, which come first."""
     starts: Tensor | None
     """[T], packed sequences: first token of every token's sequence."""
     new_state: LayerState
@@ -452,8 +452,8 @@ class GatedLinearAttention(KeepsWide):
 
         Args:
             hidden_states: [B, T, hidden_size].
-            attention_mask: [B, T], 1 for real tokens and 0 for padding, on the left or the right of
-                a row.
+            attention_mask: [B, T], 1 for real tokens and 0 for padding, wherever it stands: real
+                tokens give what they give without it.
             state: what an earlier call gave as `state`; default: nothing seen.
             output_state: whether to give the state after the last token.
             output_uncertainty: whether to give the posterior variance.
@@ -465,17 +465,19 @@ class GatedLinearAttention(KeepsWide):
             `LayerOutput(output, state, first_values, uncertainty)`.
 
         Raises:
-            ValueError: a shape does not fit, the mask has holes, the state is another layer's, or
-                with `check_finite` a value is not finite.
+            ValueError: a shape does not fit, the state is another layer's, or with `check_finite` a
+                value is not finite.
         """
         x = hidden_states
         self._check_input(x, attention_mask, state, cu_seqlens, output_state)
-        mask = ends = starts = None
+        mask = ends = starts = order = None
         if attention_mask is not None:
-            mask = attention_mask != 0
-            x = x.where(mask[..., None], x.new_zeros(()))
-            count = torch.arange(1, x.shape[1] + 1, device=x.device)
-            ends = (mask * count).amax(1)
+            # Real tokens first: convolutions and shifts reach over what stands between them.
+            order = (attention_mask == 0).to(torch.uint8).argsort(dim=1, stable=True)
+            mask = _take(attention_mask, order) != 0
+            x = _take(x, order).where(mask[..., None], x.new_zeros(()))
+            ends = mask.sum(1)
+            first_values = None if first_values is None else _take(first_values, order)
         if cu_seqlens is not None:
             token = torch.arange(x.shape[1], device=x.device)
             bounds = cu_seqlens.to(x.device)
@@ -510,11 +512,14 @@ class GatedLinearAttention(KeepsWide):
         output = self._output(result.output, q, k, v, inputs)
         if self.check_finite and not bool(output.isfinite().all()):
             raise ValueError(f"output: layer {self.layer_idx} ({self.spec.name}) is not finite")
+        uncertainty = getattr(result, "uncertainty", None)
+        if order is not None:
+            back = order.argsort(1)
+            output, first_values, uncertainty = (
+                None if x is None else _take(x, back) for x in (output, first_values, uncertainty)
+            )
         return LayerOutput(
-            output,
-            ctx.new_state if output_state else None,
-            first_values,
-            getattr(result, "uncertainty", None),
+            output, ctx.new_state if output_state else None, first_values, uncertainty
         )
 
     def _check_input(
@@ -535,15 +540,11 @@ class GatedLinearAttention(KeepsWide):
                 f"hidden_states: the input of layer {self.layer_idx} ({self.spec.name}) is not "
                 "finite"
             )
-        if mask is not None:
-            if mask.shape != x.shape[:2]:
-                raise ValueError(
-                    f"attention_mask: got shape {list(mask.shape)}, accepted is [B, T] = "
-                    f"{list(x.shape[:2])}"
-                )
-            # Elsewhere looking at values waits for the device; a model looks once for all layers.
-            if mask.device.type == "cpu":
-                check_mask(mask)
+        if mask is not None and mask.shape != x.shape[:2]:
+            raise ValueError(
+                f"attention_mask: got shape {list(mask.shape)}, accepted is [B, T] = "
+                f"{list(x.shape[:2])}"
+            )
         if cu_seqlens is not None and (state or output_state or mask is not None):
             raise ValueError(
                 "cu_seqlens: packed sequences start fresh and have no padding; "
@@ -904,22 +905,9 @@ class _Inputs(NamedTuple):
         return found
 
 
-def check_mask(mask: Int[Tensor, "B T"]) -> None:
-    """Checks that the real tokens of every row are in one piece.
-
-    Raises:
-        ValueError: a row has padding between real tokens.
-    """
-    if mask.shape[1] < 3 or torch.compiler.is_compiling():
-        return
-    real = (mask != 0).to(torch.int8)
-    pieces = (real.diff(dim=1) == 1).sum(1) + real[:, 0]
-    holes = (pieces > 1).nonzero().flatten().tolist()
-    if holes:
-        raise ValueError(
-            f"attention_mask: row {holes[0]} has padding between its real tokens; accepted is "
-            "padding on the left or the right"
-        )
+def _take(x: Tensor, order: Int[Tensor, "B T"]) -> Tensor:
+    """Gives every row's tokens in an order of its own."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], order]
 
 
 def _check(spec: Spec, steps: int) -> None:

@@ -99,6 +99,9 @@ class KeepsWide(nn.Module):
     parameters but keeps their dtype, and treats its submodules as usual.
     """
 
+    no_weight_decay = True
+    """Zero is a value like others for them: trainers should not pull them there."""
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if recurse:
             for child in self.children():
@@ -433,6 +436,9 @@ def feature_size(kind: str, size: int) -> int:
 
 class FeatureMap(nn.Module):
     """The feature map of a stream, from a head's channels to its keys."""
+
+    no_weight_decay = True
+    """For its own parameters, as for those of norms."""
 
     def __init__(self, kind: str, size: int) -> None:
         super().__init__()

@@ -14,6 +14,9 @@ from glazoo.models.configuration import RECURRENT
 
 __all__ = ["RecurrentCacheLayer", "recurrent_layer"]
 
+Again = Callable[[int], LayerState]
+"""Gives the state after the first so many tokens of a call."""
+
 
 class RecurrentCacheLayer(CacheLayerMixin):
     """The state of one recurrent layer: a few tensors of fixed size, sequences first.
@@ -24,17 +27,26 @@ class RecurrentCacheLayer(CacheLayerMixin):
 
     _layer_type = RECURRENT
     is_compileable = False
-    is_croppable = False
     supports_early_init = False
 
     def __init__(self, **_: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.state: LayerState = {}
         self.tokens = 0
+        self.record_past = False
+        self._past: list[tuple[int, LayerState, Again]] = []
         self.device: torch.device | None = None
 
-    def store(self, state: LayerState, tokens: int) -> None:
-        """Replaces the state, after `tokens` more tokens."""
+    def store(self, state: LayerState, tokens: int, again: Again) -> None:
+        """Replaces the state, after `tokens` more tokens.
+
+        Args:
+            state: the new state.
+            tokens: how many tokens it has seen beyond the old one.
+            again: gives the state after the first so many of them.
+        """
+        if self.record_past:
+            self._past.append((tokens, self.state, again))
         self.state = state
         self.tokens += tokens
         self.is_initialized = True
@@ -42,6 +54,8 @@ class RecurrentCacheLayer(CacheLayerMixin):
         self.device, self.batch_size = first.device, first.shape[0]
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        # What was recorded is of other sequences, or elsewhere.
+        self._past.clear()
         self.state = {name: fn(x) for name, x in self.state.items()}
         if self.state:
             self.batch_size = next(iter(self.state.values())).shape[0]
@@ -80,6 +94,7 @@ class RecurrentCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets everything."""
         self.state, self.tokens, self.is_initialized = {}, 0, False
+        self._past.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Puts the sequences into the order of a beam search."""
@@ -93,10 +108,38 @@ class RecurrentCacheLayer(CacheLayerMixin):
         """Keeps the named sequences."""
         self._map(lambda x: x.index_select(0, indices.to(x.device)))
 
+    def activate_past_recording(self) -> None:
+        """Keeps what it takes to go back, from now on and until the next `crop`."""
+        self.record_past = True
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can go back: only over tokens that were seen while it was recorded."""
+        return self.record_past
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Refuses to go back: what was forgotten cannot be restored."""
-        if tokens_to_remove:
-            raise ValueError("past_key_values: a recurrent state cannot be cropped")
+        """Goes back over the last -`tokens_to_remove` tokens.
+
+        Nothing can be taken out of a state: the state before them is brought back, and the tokens
+        of the same call that stay are read again.
+
+        Raises:
+            ValueError: they were not recorded, or the number is positive.
+        """
+        back = -tokens_to_remove
+        if back < 0 or back > sum(tokens for tokens, _, _ in self._past):
+            raise ValueError(
+                f"past_key_values: a recurrent state cannot be cropped by {back} tokens; it goes "
+                "back over tokens that were seen after activate_past_recording(), by a negative "
+                "number of them"
+            )
+        while back > 0:
+            tokens, before, again = self._past.pop()
+            kept = max(0, tokens - back)
+            self.state = again(kept) if kept else before
+            self.tokens -= tokens - kept
+            back -= tokens - kept
+        self._past.clear()
 
 
 # The state has one size whatever the length, so that a static cache holds the same.

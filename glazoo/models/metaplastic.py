@@ -22,6 +22,7 @@ from glazoo.converters.families import FAMILIES, Block, Family
 from glazoo.converters.families.mixer import MetaplasticMixer
 from glazoo.converters.gate import ImportanceGate
 from glazoo.converters.settings import Settings
+from glazoo.models.decay import teach_trainer
 from glazoo.models.saving import SavesWhole
 from glazoo.strictjson import dumps, loads
 
@@ -110,9 +111,13 @@ class _ConvertedModel(SavesWhole):
     """What a converted model adds to its source's class."""
 
     glazoo_family: ClassVar[Family]
+    # Assisted generation takes tokens back, which caches of transformers' own do for convolutions
+    # and keys only: with this, `generate` refuses it at once.
+    _is_stateful = True
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        teach_trainer()
         assert isinstance(self, nn.Module)
         settings = Settings.from_block(config.metaplastic)
         # Some heads build the model below them through AutoModel, which gives the converted one.
@@ -305,6 +310,7 @@ def convert_in_place(model: nn.Module, family: Family, settings: Settings) -> No
     model.__class__ = cls
     strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     model._keep_in_fp32_modules_strict = strict | {"metaplastic"}  # type: ignore[assignment]
+    teach_trainer()
     _register_models(family)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,8 +15,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from glazoo.layers import GatedLinearAttention
-from glazoo.layers.attention import check_mask
+from glazoo.layers import GatedLinearAttention, LayerState
 from glazoo.layers.parts import (
     KeepsWide,
     Projection,
@@ -28,6 +28,7 @@ from glazoo.layers.parts import (
 )
 from glazoo.models.cache import recurrent_layer
 from glazoo.models.configuration import GlazooConfig
+from glazoo.models.decay import teach_trainer
 from glazoo.models.saving import SavesWhole
 
 __all__ = ["GlazooForCausalLM", "GlazooModel", "GlazooPreTrainedModel"]
@@ -161,21 +162,28 @@ class GlazooBlock(GradientCheckpointingLayer):
             y = self.mixer(x, positions=positions, mask=causal, cache=cache)
         else:
             kept = None if cache is None else recurrent_layer(cache, self.layer_idx)
-            result = self.mixer(
-                x,
-                padding,
-                state=None if kept is None else kept.state,
+            given = first_values if self.mixer.shares_values else None
+            before = None if kept is None else kept.state
+            mixer = functools.partial(
+                self.mixer,
+                state=before,
                 output_state=kept is not None,
-                cu_seqlens=cu_seqlens,
                 lower_bound=lower_bound if self.mixer.needs_lower_bound else None,
-                first_values=first_values if self.mixer.shares_values else None,
             )
+            result = mixer(x, padding, cu_seqlens=cu_seqlens, first_values=given)
             if self.mixer.shares_values:
                 first_values = result.first_values
             y = result.output
             if kept is not None:
                 assert result.state is not None
-                kept.store(result.state, x.shape[1])
+
+                def again(n: int) -> LayerState:
+                    hidden = None if padding is None else padding[:, :n]
+                    values = None if given is None else given[:, :n]
+                    state: LayerState = mixer(x[:, :n], hidden, first_values=values).state
+                    return state
+
+                kept.store(result.state, x.shape[1], again)
         hidden_states = hidden_states + y
         if self.mlp is not None:
             hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
@@ -193,6 +201,10 @@ class GlazooPreTrainedModel(SavesWhole, PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - of the base class
     _supports_sdpa = True
     _can_compile_fullgraph = False
+
+    def __init__(self, config: GlazooConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        teach_trainer()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -282,7 +294,7 @@ class GlazooModel(GlazooPreTrainedModel):
 
         Args:
             input_ids: [B, T], tokens.
-            attention_mask: [B, past + T], 1 for real tokens; padding on the left or the right.
+            attention_mask: [B, past + T], 1 for real tokens and 0 for padding, wherever it stands.
             position_ids: [B, T]; only softmax attention uses them, and packed sequences are
                 recognised by positions that start over (B = 1).
             past_key_values: cache of an earlier call.
@@ -315,8 +327,11 @@ class GlazooModel(GlazooPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         past = 0 if past_key_values is None else _seen(past_key_values, self.config)
         padding = _padding(attention_mask, batch, past, tokens)
-        if position_ids is None:
+        if position_ids is None and padding is None:
             position_ids = torch.arange(past, past + tokens, device=x.device)[None]
+        elif position_ids is None:
+            # Real tokens are counted: padding between them moves nothing.
+            position_ids = (padding.cumsum(1) - 1).clamp(min=0)[:, past:]
         causal = None
         if "full_attention" in self.config.layer_types:
             causal = _causal(padding, packed, past, tokens, x.device)
@@ -499,11 +514,7 @@ def _padding(mask: Tensor | None, batch: int, past: int, tokens: int) -> Tensor 
             f"[{batch}, {past + tokens}]"
         )
     mask = mask != 0
-    if not torch.compiler.is_compiling():
-        if bool(mask.all()):
-            return None
-        check_mask(mask)
-    return mask
+    return None if not torch.compiler.is_compiling() and bool(mask.all()) else mask
 
 
 def _causal(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from converters.converting import contents, edit_json
 from converters.tiny import TINY, tiny_model
@@ -243,6 +244,7 @@ LOAD = """
 import sys
 if sys.argv[1] == "absent":
     sys.modules["glazoo"] = None
+import torch
 import transformers
 for folder in sys.argv[2:]:
     for trust in (None, True):
@@ -348,3 +350,12 @@ def test_a_type_that_memory_does_not_know_is_no_converted_configuration(tmp_path
     with pytest.raises(ConversionError, match="has no block 'metaplastic'"):
         AutoModelForCausalLM.from_config(config)
     assert not isinstance(PreTrainedConfig.from_pretrained(tmp_path), type(config))
+
+
+@pytest.mark.parametrize("name", ["mamba2", "minimax", "qwen3_next"])
+def test_assisted_generation_is_refused_at_once(name: str) -> None:
+    model = metaplasticize_model(tiny_model(name))
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful"):
+        model.generate(  # type: ignore[operator]
+            torch.arange(12)[None] % 6, prompt_lookup_num_tokens=3, max_new_tokens=4
+        )

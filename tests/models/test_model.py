@@ -86,7 +86,7 @@ def test_hybrid_prefill_in_pieces_padding_and_packing(pattern: list[str]) -> Non
     assert cache is not None
     assert cache.get_seq_length() == 10
 
-    for real in (slice(3, 13), slice(0, 10)):
+    for real in ([*range(3, 13)], [*range(10)], [0, 1, 3, 4, 5, 8, 9, 10, 11, 12]):
         padded, mask = tokens(2, 13, seed=5), torch.zeros(2, 13, dtype=torch.int64)
         padded[:, real], mask[:, real] = x, 1
         assert (made(padded, attention_mask=mask).logits[:, real] - whole).abs().max() < budget
@@ -99,6 +99,71 @@ def test_hybrid_prefill_in_pieces_padding_and_packing(pattern: list[str]) -> Non
     for logits in (by_bounds, by_positions):
         assert (logits[:, :10] - whole[:1]).abs().max() < budget
         assert (logits[:, 10:] - whole[1:, :4]).abs().max() < budget
+
+
+@torch.no_grad()
+def test_a_padding_token_inside_a_prompt_is_as_if_it_were_not_there() -> None:
+    made, prompt = model(HYBRID), tokens(1, 7)[0]
+    prompt[prompt == 0] = 1
+    zeros = prompt.new_zeros
+    holes = torch.cat([prompt[:2], zeros(1), prompt[2:5], zeros(2), prompt[5:]])
+    # `generate` takes every padding token for padding, wherever it stands.
+    expected = made.generate(prompt[None], **GREEDY)[0, 7:]
+    assert torch.equal(made.generate(holes[None], **GREEDY)[0, 10:], expected)
+    batch = torch.stack([holes, torch.cat([zeros(3), prompt])])
+    for row in made.generate(batch, **GREEDY):
+        assert torch.equal(row[10:], expected)
+
+
+class Calls:
+    """Counts the calls of a model, and remembers how many tokens each had."""
+
+    def __init__(self, made: GlazooForCausalLM) -> None:
+        self.lengths: list[int] = []
+        made.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, made: Any, args: Any, kwargs: Any) -> None:
+        self.lengths.append(kwargs["input_ids"].shape[1])
+
+
+@pytest.mark.parametrize("pattern", [HYBRID, ["hgrn2", "rwkv7", "attention"], "palimpsa"], ids=str)
+@pytest.mark.parametrize("guide", ["prompt", "itself", "another"])
+@torch.no_grad()
+def test_assisted_generation_gives_the_same_tokens(pattern: Any, guide: str) -> None:
+    made = model(pattern).double()
+    # A prompt that repeats itself, so that looking it up proposes something.
+    prompt = tokens(1, 6).repeat(1, 3)
+    options = {**GREEDY, "max_new_tokens": 16}
+    expected = made.generate(prompt, **options)
+    help_: dict[str, Any] = {"prompt_lookup_num_tokens": 3}
+    if guide != "prompt":
+        help_ = {"assistant_model": made if guide == "itself" else model("gla").double()}
+    calls = Calls(made)
+    assert torch.equal(made.generate(prompt, **help_, **options), expected)
+    # Several tokens were proposed at once.
+    assert any(1 < n < 18 for n in calls.lengths)
+
+
+@torch.no_grad()
+def test_a_recorded_cache_goes_back_over_several_calls() -> None:
+    made, x = model(HYBRID).double(), tokens(2, 10)
+    budget = float32_error(made, x)
+    for back in (0, 1, 2, 3, 5, 6):
+        cache = DynamicCache(config=made.config)
+        made(x[:, :4], past_key_values=cache)
+        assert not cache.is_croppable
+        cache.activate_past_recording()
+        made(x[:, 4:7], past_key_values=cache)
+        made(x[:, 7:8], past_key_values=cache)
+        made(x[:, 8:], past_key_values=cache)
+        cache.crop(-back)
+        assert cache.get_seq_length() == 10 - back
+        more = made(torch.cat([x[:, 10 - back :], x[:, :2]], 1), past_key_values=cache).logits
+        whole = made(torch.cat([x, x[:, :2]], 1)).logits[:, 10 - back :]
+        assert (more - whole).abs().max() < budget
+        # What was not recorded stays, and so does what was read before the last `crop`.
+        with pytest.raises(ValueError, match="tokens; it goes back over tokens that were seen"):
+            cache.crop(-back - 3)
 
 
 @pytest.mark.parametrize("tie", [False, True])
@@ -238,11 +303,8 @@ def test_forward_and_backward_compile_in_one_graph(name: str) -> None:
 def test_bad_inputs_are_named() -> None:
     made, x = model(HYBRID), tokens(2, 6)
     cache = made(x, use_cache=True).past_key_values
-    holes = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 1, 1, 1]])
-    with pytest.raises(ValueError, match="attention_mask: row 1 has padding between"):
-        made(x, attention_mask=holes)
     with pytest.raises(ValueError, match=r"attention_mask: got shape \[2, 5\]"):
-        made(x, attention_mask=holes[:, :5])
+        made(x, attention_mask=torch.ones(2, 5))
     with pytest.raises(ValueError, match="input_ids, inputs_embeds: exactly one"):
         made()
     other = model(["gla", "attention", "retnet"])
@@ -256,8 +318,10 @@ def test_bad_inputs_are_named() -> None:
         model("attention")(x, past_key_values=model("gla")(x, use_cache=True).past_key_values)
     with pytest.raises(ValueError, match="packed sequences start fresh"):
         made(x[:1], cu_seq_lens_q=torch.tensor([0, 6]), past_key_values=cache)
-    with pytest.raises(ValueError, match="cannot be cropped"):
+    with pytest.raises(ValueError, match="cannot be cropped by -1 tokens"):
         cache.crop(1)
+    with pytest.raises(ValueError, match="cannot be cropped by 1 tokens"):
+        cache.crop(-1)
 
 
 def test_check_finite_finds_the_layer() -> None:
