@@ -221,6 +221,9 @@ def test_heads_before_tokens_are_warned_of():
     with pytest.warns(UserWarning, match=r"got shape \[2, 4, 6, 8\], that is 4 tokens and 6 heads"):
         swapped = call((2, 4, 6, 8), output_final_state=True)
     call((2, 6, 4, 8))
+    # Compiled as one graph: nothing is said, and nothing breaks.
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    assert compiled((2, 4, 6, 8)).output.shape == (2, 4, 6, 8)
     # A single token, a continuation, packed sequences, and what layers do: no mistakes.
     call((2, 1, 6, 8))
     call((2, 4, 6, 8), initial_state=swapped.final_state)
