@@ -4,12 +4,22 @@ glazoo."""
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from glazoo.converters.families import Family
 from glazoo.converters.settings import Settings
 
-__all__ = ["CARD", "REMOTE_CODE", "REMOTE_MODULE", "base_model", "model_card", "remote_map"]
+__all__ = [
+    "CARD",
+    "REMOTE_CODE",
+    "REMOTE_MODULE",
+    "base_model",
+    "model_card",
+    "remote_map",
+    "without_model_code",
+]
 
 CARD = "README.md"
 REMOTE_CODE = "modeling_glazoo.py"
@@ -131,3 +141,11 @@ def remote_map(family: Family) -> dict[str, str]:
         for auto, cls in auto_models(family).items()
     }
     return {"AutoConfig": f"{module}.{config_class(family).__name__}"} | models
+
+
+def without_model_code(named: Any) -> Any:
+    """Gives an entry `auto_map` without the code that a folder brings for its model: the converted
+    model has classes of its own, and that file does not come along."""
+    if not isinstance(named, Mapping):
+        return named
+    return {k: v for k, v in named.items() if not k.startswith(("AutoConfig", "AutoModel"))}

@@ -20,7 +20,14 @@ from typing import Any, Literal
 
 import torch
 
-from glazoo.converters.card import CARD, REMOTE_CODE, REMOTE_MODULE, model_card, remote_map
+from glazoo.converters.card import (
+    CARD,
+    REMOTE_CODE,
+    REMOTE_MODULE,
+    model_card,
+    remote_map,
+    without_model_code,
+)
 from glazoo.converters.casting import Cast, Dtype, plan_cast, with_dtype
 from glazoo.converters.errors import ConversionError
 from glazoo.converters.families import FAMILIES, Family, find_family
@@ -172,7 +179,8 @@ def _inspect(folder: Path) -> Checkpoint:
 
     index, shards = _read_shards(folder)
     warnings = []
-    if _own_code(raw):
+    named = raw.get("auto_map")
+    if named != without_model_code(named):
         warnings.append(
             f"the folder brings code of its own (auto_map) for {family.model_type}, which "
             "transformers has: its class is converted, and that entry is left out"
@@ -219,13 +227,6 @@ def _inspect(folder: Path) -> Checkpoint:
         skipped=skipped,
         warnings=tuple(warnings),
     )
-
-
-def _own_code(raw: Mapping[str, Any]) -> set[str]:
-    """Gives the entries of `auto_map` that name a folder's own code for the model."""
-    found = raw.get("auto_map")
-    models = ("AutoConfig", "AutoModel")
-    return {name for name in found if name.startswith(models)} if isinstance(found, dict) else set()
 
 
 def _read_shards(folder: Path) -> tuple[dict[str, Any] | None, tuple[Shard, ...]]:
@@ -815,8 +816,7 @@ def _convert_files(
     if cast is not None:
         config = with_dtype(config, cast.dtype)
     family = checkpoint.family
-    dropped = _own_code(config)
-    named = {k: v for k, v in (config.pop("auto_map", None) or {}).items() if k not in dropped}
+    named = without_model_code(config.pop("auto_map", None)) or {}
     if remote_code:
         named |= remote_map(family)
     if named:

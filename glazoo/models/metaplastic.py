@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from glazoo.converters.card import REMOTE_CODE, REMOTE_MODULE, remote_map
+from glazoo.converters.card import REMOTE_CODE, REMOTE_MODULE, remote_map, without_model_code
 from glazoo.converters.errors import ConversionError
 from glazoo.converters.families import FAMILIES, Block, Family
 from glazoo.converters.families.mixer import MetaplasticMixer
@@ -300,7 +300,8 @@ def convert_in_place(model: nn.Module, family: Family, settings: Settings) -> No
     new.__class__ = config_class(family)
     new.metaplastic = settings.to_block()
     new.architectures = [family.converted_architecture(type(model).__name__)]
-    new.auto_map = {**(getattr(old, "auto_map", None) or {}), **remote_map(family)}
+    others = without_model_code(getattr(old, "auto_map", None)) or {}
+    new.auto_map = {**others, **remote_map(family)}
     attach(model, family, settings)
     # Other models may share the configuration object: give this one its own.
     for module in model.modules():
