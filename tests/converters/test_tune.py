@@ -107,6 +107,18 @@ def test_folders_that_were_saved_again_are_tuned_too(
         assert (".metaplastic." in key) or torch.equal(p, tuned.get_parameter(key))
 
 
+def test_an_adapter_beside_the_weights_is_not_all_that_is_saved(
+    converted: Path, tmp_path: Path, text: Path
+) -> None:
+    peft = pytest.importorskip("peft", reason="adapters are applied where peft is installed only")
+    model: Any = load_converted(converted)[0]
+    model.add_adapter(peft.LoraConfig(target_modules=["in_proj"]))
+    model.save_pretrained(converted)
+    with pytest.raises(ConversionError, match="holds an adapter beside its weights"):
+        tune_checkpoint(converted, tmp_path / "t", [text], everything=True, **SMALL)
+    assert not (tmp_path / "t").exists()
+
+
 def test_an_interrupted_run_is_resumed(
     converted: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
