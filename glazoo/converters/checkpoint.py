@@ -32,7 +32,7 @@ from glazoo.converters.casting import Cast, Dtype, plan_cast, with_dtype
 from glazoo.converters.errors import ConversionError
 from glazoo.converters.families import FAMILIES, Family, find_family
 from glazoo.converters.families.layouts import layout_of
-from glazoo.converters.files import Progress, Staging, checksum, leftovers, one_line
+from glazoo.converters.files import Progress, Staging, checksum, leftover_warnings, one_line
 from glazoo.converters.gate import gate_shapes, initial_gate
 from glazoo.converters.report import AddedTensor, ConversionReport, FileRecord, RevertReport
 from glazoo.converters.settings import FORMAT_VERSION, READABLE, Settings
@@ -666,13 +666,9 @@ def convert_checkpoint(
             force=force,
             progress=progress,
         )
-        left = leftovers(destination.parent, destination.name)
+        warnings += leftover_warnings(destination)
     except OSError as e:
         raise ConversionError(f"cannot convert {source}: {one_line(e)}") from e
-    warnings += [
-        f"a killed run has left {x}" + ("" if x.only_copy else "; --remove-leftovers removes it")
-        for x in left
-    ]
     shards = checkpoint.shards
     before, after = _state_bytes(checkpoint, settings)
     return ConversionReport(
@@ -946,6 +942,7 @@ def revert_checkpoint(
                         f"{stored} was changed since the conversion: {name} cannot be given back"
                     )
                 records.append(FileRecord(name, stored, length, digest, how))
+        warnings = leftover_warnings(destination)
     except OSError as e:
         raise ConversionError(f"cannot revert {source}: {one_line(e)}") from e
     return RevertReport(
@@ -954,6 +951,7 @@ def revert_checkpoint(
         files=tuple(records),
         seconds=time.monotonic() - begun,
         dtype=dtype,
+        warnings=tuple(warnings),
     )
 
 

@@ -3,6 +3,7 @@ and back, their training, and where they stand."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -113,11 +114,12 @@ def convert(
     code is 1 if source and converted model differ by more than rounding.
     """
     from glazoo.converters.checkpoint import convert_checkpoint, revert_checkpoint
-    from glazoo.converters.files import remove_leftovers
+    from glazoo.converters.files import leftover_warnings, remove_leftovers
 
-    if clean and not dry_run and dst.absolute().parent.is_dir():
+    destination = Path(os.path.abspath(dst))
+    if clean and not dry_run and destination.parent.is_dir():
         # Before anything is written: they may hold the room that it needs.
-        for gone in remove_leftovers(dst.absolute().parent, dst.name):
+        for gone in remove_leftovers(destination.parent, destination.name):
             Console(stderr=True, quiet=as_json).print(Text(f"removed {gone}"), soft_wrap=True)
     if import_:
         from glazoo.converters.families.original import import_original
@@ -129,6 +131,8 @@ def convert(
             print_json({"source": str(src), "destination": str(dst)})
         else:
             console().print(Text(f"{src} imported into {dst}: convert that folder now"))
+        for warning in leftover_warnings(destination):
+            Console(stderr=True).print(Text(warning), soft_wrap=True)
         return
     results: list[Report] = []
     passed = True

@@ -25,6 +25,7 @@ __all__ = [
     "Staging",
     "Terminated",
     "checksum",
+    "leftover_warnings",
     "leftovers",
     "one_line",
     "remove_leftovers",
@@ -113,6 +114,19 @@ def leftovers(folder: Path, name: str | None = None) -> list[Leftover]:
         size = sum(s.st_size for s in files if s.st_nlink == 1)
         found.append(Leftover(path, destination, only, size))
     return found
+
+
+def leftover_warnings(destination: Path) -> list[str]:
+    """Says what killed runs have left beside a destination, and what removes it.
+
+    Raises:
+        OSError: the folder around it cannot be read.
+    """
+    removal = f"; glazoo doctor {destination.parent} --remove-leftovers removes it"
+    return [
+        f"a killed run has left {x}" + ("" if x.only_copy else removal)
+        for x in leftovers(destination.parent, destination.name)
+    ]
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> list[Leftover]:

@@ -42,6 +42,10 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _warned(warnings: Sequence[str]) -> list[str]:
+    return ["", "## Warnings", "", *(f"- {w}" for w in warnings)] if warnings else []
+
+
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
@@ -205,8 +209,7 @@ class ConversionReport(Report):
         )
         if self.skipped_files:
             lines += ["", "Not carried over: " + ", ".join(self.skipped_files) + "."]
-        if self.warnings:
-            lines += ["", "## Warnings", "", *(f"- {w}" for w in self.warnings)]
+        lines += _warned(self.warnings)
         return "\n".join(lines) + "\n"
 
     def _cast_rows(self) -> list[tuple[str, str]]:
@@ -227,6 +230,7 @@ class RevertReport(Report):
     dtype: str | None = None
     """dtype that the conversion cast the weights to: they come back in it. None where every file is
     byte for byte the source's."""
+    warnings: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=versions)
 
     def to_markdown(self) -> str:
@@ -239,6 +243,7 @@ class RevertReport(Report):
                 ("file", "size", "how", "SHA-256"),
                 [(f.path, size_text(f.bytes), f.how, f.sha256 or "") for f in self.files],
             ),
+            *_warned(self.warnings),
         ]
         return "\n".join(lines) + "\n"
 
@@ -396,6 +401,7 @@ class TuneReport(Report):
     gates: tuple[GateSummary, ...]
     """After tuning."""
     seconds: float
+    warnings: tuple[str, ...] = ()
     versions: dict[str, str] = field(default_factory=versions)
 
     def to_markdown(self) -> str:
@@ -413,7 +419,7 @@ class TuneReport(Report):
             ("seconds", f"{self.seconds:.1f}"),
         ]
         lines = [f"# {self.source} tuned", "", *_table(("what", "value"), rows), ""]
-        lines += ["## Importance gates", "", *_gate_table(self.gates)]
+        lines += ["## Importance gates", "", *_gate_table(self.gates), *_warned(self.warnings)]
         lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in self.versions.items()) + "."]
         return "\n".join(lines) + "\n"
 

@@ -23,7 +23,7 @@ from glazoo.converters.checkpoint import (
 from glazoo.converters.errors import ConversionError
 from glazoo.converters.examine import _vocabulary, gate_summaries, load_converted
 from glazoo.converters.families import find_family
-from glazoo.converters.files import Staging, one_line
+from glazoo.converters.files import Staging, leftover_warnings, one_line
 from glazoo.converters.module import gates
 from glazoo.converters.report import TuneReport
 from glazoo.converters.settings import Settings
@@ -312,4 +312,5 @@ def tune_checkpoint(
         loss_after=float(after),
         gates=gate_summaries(model),
         seconds=time.monotonic() - begun,
+        warnings=tuple(leftover_warnings(destination)),
     )

@@ -385,6 +385,17 @@ def test_a_killed_conversion_leaves_no_destination(source: Path, tmp_path: Path)
     assert other.exists()
 
 
+def test_reversions_say_what_killed_runs_have_left(source: Path, tmp_path: Path) -> None:
+    convert_checkpoint(source, tmp_path / "c")
+    (tmp_path / ".back.partial-x").mkdir()
+    (tmp_path / ".c.partial-y").mkdir()
+    report = revert_checkpoint(tmp_path / "c", tmp_path / "back")
+    (warning,) = report.warnings
+    assert ".back.partial-x" in warning
+    assert f"glazoo doctor {tmp_path} --remove-leftovers removes it" in warning
+    assert warning in report.to_markdown()
+
+
 def test_a_run_that_is_still_going_has_left_nothing(source: Path, tmp_path: Path) -> None:
     seen = []
 

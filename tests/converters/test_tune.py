@@ -55,7 +55,11 @@ def converted(tmp_path: Path) -> Path:
 
 def test_gates_are_trained_and_nothing_else(converted: Path, tmp_path: Path, text: Path) -> None:
     before = contents(converted)
+    (tmp_path / ".t.partial-x").mkdir()
     report = tune_checkpoint(converted, tmp_path / "t", [text], **SMALL)
+    (warning,) = report.warnings
+    assert "a killed run has left" in warning
+    assert warning in report.to_markdown()
     assert contents(converted) == before
     assert report.loss_after < report.loss_before
     assert report.trained == "gates"
