@@ -209,8 +209,8 @@ def warn_of_layout(function: Operation) -> Operation:
         q = args[1] if len(args) > 1 else kwargs.get("q")
         fresh = kwargs.get("initial_state") is None and kwargs.get("cu_seqlens") is None
         # A warning breaks a compiled graph.
-        looked_at = isinstance(q, Tensor) and q.ndim == 4 and not torch.compiler.is_compiling()
-        if looked_at and fresh and 1 < q.shape[1] < q.shape[2]:
+        looked_at = fresh and not torch.compiler.is_compiling()
+        if looked_at and isinstance(q, Tensor) and q.ndim == 4 and 1 < q.shape[1] < q.shape[2]:
             _, tokens, heads, _ = q.shape
             warnings.warn(
                 f"q: got shape {list(q.shape)}, that is {tokens} tokens and {heads} heads: fewer "

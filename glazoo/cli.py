@@ -278,8 +278,7 @@ def main() -> None:
         app()
     except (ValueError, OSError, ImportError) as e:
         # Only the operating system's own errors have a number.
-        named = isinstance(e, OSError) and e.errno is not None
-        reason = one_line(e) if named else str(e)
+        reason = one_line(e) if isinstance(e, OSError) and e.errno is not None else str(e)
         Console(stderr=True).print(Text(f"glazoo: {reason}"), style="red", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -515,8 +515,9 @@ class GatedLinearAttention(KeepsWide):
         uncertainty = getattr(result, "uncertainty", None)
         if order is not None:
             back = order.argsort(1)
-            output, first_values, uncertainty = (
-                None if x is None else _take(x, back) for x in (output, first_values, uncertainty)
+            output = _take(output, back)
+            first_values, uncertainty = (
+                None if x is None else _take(x, back) for x in (first_values, uncertainty)
             )
         return LayerOutput(
             output, ctx.new_state if output_state else None, first_values, uncertainty

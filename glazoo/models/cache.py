@@ -113,7 +113,7 @@ class RecurrentCacheLayer(CacheLayerMixin):
         self.record_past = True
 
     @property
-    def is_croppable(self) -> bool:
+    def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether `crop` can go back: only over tokens that were seen while it was recorded."""
         return self.record_past
 

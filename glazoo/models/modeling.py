@@ -327,11 +327,13 @@ class GlazooModel(GlazooPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         past = 0 if past_key_values is None else _seen(past_key_values, self.config)
         padding = _padding(attention_mask, batch, past, tokens)
-        if position_ids is None and padding is None:
-            position_ids = torch.arange(past, past + tokens, device=x.device)[None]
-        elif position_ids is None:
+        if position_ids is None:
             # Real tokens are counted: padding between them moves nothing.
-            position_ids = (padding.cumsum(1) - 1).clamp(min=0)[:, past:]
+            position_ids = (
+                torch.arange(past, past + tokens, device=x.device)[None]
+                if padding is None
+                else (padding.cumsum(1) - 1).clamp(min=0)[:, past:]
+            )
         causal = None
         if "full_attention" in self.config.layer_types:
             causal = _causal(padding, packed, past, tokens, x.device)
