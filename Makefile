@@ -33,8 +33,8 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@$(PIP) --quiet --no-build-isolation --editable '.[dev,plots,train,eval]'
 	@touch $@
 
-demo: $(READY) ## convert, verify and fine-tune a small Mamba2 model; prints one table (minutes, CPU)
-	@echo "== demo: train a small Mamba2, convert it, verify equality, fine-tune both"
+demo: $(READY) ## train, convert, verify and train on small Mamba2 models; prints one table (minutes, CPU)
+	@echo "== demo: train small Mamba2 models, convert them, verify equality, train both on"
 	$(BIN)/python -P -m glazoo.demo
 
 test: $(READY) ## the tests that run in minutes on two CPU cores (no slow, no GPU tests)

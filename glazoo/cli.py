@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -16,10 +15,9 @@ from rich.text import Text
 import glazoo
 from glazoo.compare.commands import bench, capacity, compare, decay
 from glazoo.converters.commands import convert, inspect, tune
-from glazoo.converters.files import one_line
 from glazoo.program import Program
 from glazoo.spec import Spec
-from glazoo.terminal import AsJson, console, print_json
+from glazoo.terminal import AsJson, console, print_json, refusals
 from glazoo.theory.commands import posterior, verify
 from glazoo.train import train
 
@@ -274,15 +272,8 @@ for command in (convert, tune, inspect, train, verify, posterior, compare, capac
 
 def main() -> None:
     """Runs the command line; a refusal is one line on standard error and exit code 2."""
-    try:
+    with refusals():
         app()
-    except (ValueError, OSError, ImportError) as e:
-        # Only the operating system's own errors have a number.
-        reason = one_line(e) if isinstance(e, OSError) and e.errno is not None else str(e)
-        Console(stderr=True).print(Text(f"glazoo: {reason}"), style="red", soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from glazoo.strictjson import dumps
 
-__all__ = ["AsJson", "bytes_progress", "console", "print_json"]
+__all__ = ["AsJson", "bytes_progress", "console", "print_json", "refusals"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
 
@@ -26,6 +27,22 @@ def console() -> Console:
 def print_json(data: Any) -> None:
     """Prints plain data as JSON, and nothing else."""
     typer.echo(dumps(data, indent=2))
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Ends the program where a command refuses: one line on standard error and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as e:
+        from glazoo.converters.files import one_line
+
+        # Only the operating system's own errors have a number.
+        reason = one_line(e) if isinstance(e, OSError) and e.errno is not None else str(e)
+        Console(stderr=True).print(Text(f"glazoo: {reason}"), style="red", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 @contextmanager

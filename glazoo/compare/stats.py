@@ -34,7 +34,7 @@ class Interval(NamedTuple):
 
     def signed(self, digits: int = 1) -> str:
         """Gives the text of a difference."""
-        return self._text(f"+.{digits}f", digits)
+        return self._text(f"+z.{digits}f", digits)
 
     def _text(self, form: str, digits: int) -> str:
         bare = format(self.mean, form)

@@ -40,6 +40,10 @@ Progress = Callable[[float, float], None]
 """Takes the share that is done and the current loss."""
 
 
+_PLASTICITIES = ("importance.scale", "metaplastic.b_scale")
+"""Ends of the names of plasticities: of a layer's here, and of a converted mixer's."""
+
+
 class Training(BaseModel):
     """How every run trains."""
 
@@ -229,7 +233,7 @@ def fit(
         The learning curve and the cost.
     """
     t = run.training
-    scales = [p for n, p in model.named_parameters() if n.endswith("importance.scale")]
+    scales = [p for n, p in model.named_parameters() if n.endswith(_PLASTICITIES)]
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1 and all(p is not s for s in scales)]
     groups: list[dict[str, Any]] = [
