@@ -90,7 +90,7 @@ def model_card(
     if not any(line.startswith("library_name") for line in kept):
         kept.append("library_name: transformers")
     layers = f"{len(settings.layers)} layers"
-    auto = family.auto_classes[0]
+    auto = family.loaders(settings.base_architectures[0])[0]
     shape = {
         "head": "one importance vector over keys per head",
         "value": "one importance per synapse",

@@ -182,8 +182,7 @@ def _kept_by_family(dtype: Dtype, family: Family, architecture: str, config: Any
     # Late, since that module imports this one.
     from glazoo.converters.checkpoint import _stored, _without_text_prefix
 
-    with torch.device("meta"):
-        model = family.source_model(architecture)(config)
+    model: Any = family.build(architecture, config)
     patterns = {*(model._keep_in_fp32_modules_strict or ())}
     if dtype == "float16":
         patterns |= {*(model._keep_in_fp32_modules or ())}

@@ -9,11 +9,12 @@ with the checksum of every file of the source.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -30,7 +31,7 @@ from glazoo.converters.card import (
 )
 from glazoo.converters.casting import Cast, Dtype, plan_cast, with_dtype
 from glazoo.converters.errors import ConversionError
-from glazoo.converters.families import FAMILIES, Family, find_family
+from glazoo.converters.families import Family, Found, families, find_family
 from glazoo.converters.families.layouts import layout_of
 from glazoo.converters.files import Progress, Staging, checksum, leftover_warnings, one_line
 from glazoo.converters.gate import gate_shapes, initial_gate
@@ -91,6 +92,8 @@ class Checkpoint:
     index: dict[str, Any] | None
     """The index file's content; None for a single file."""
     shards: tuple[Shard, ...]
+    found: Mapping[int, Found]
+    """The model's mixers by layer."""
     prefixes: dict[int, str]
     """Name of each layer's mixer, as the files spell it."""
     quantised: dict[int, str]
@@ -158,14 +161,15 @@ def _inspect(folder: Path) -> Checkpoint:
         )
     if "model_type" not in raw:
         raise ConversionError(
-            f"{folder / CONFIG} has no model_type; supported are: {', '.join(sorted(FAMILIES))}"
+            f"{folder / CONFIG} has no model_type; supported are: {', '.join(sorted(families()))}"
         )
     family = find_family(raw["model_type"])
     names = raw.get("architectures") or [family.architectures[0]]
-    if not (isinstance(names, list) and len(names) == 1 and names[0] in family.architectures):
+    usable = isinstance(names, list) and len(names) == 1 and isinstance(names[0], str)
+    if not (usable and family.own_model(names[0]) is not None):
         raise ConversionError(
             f"architectures {names!r} is not supported for model_type {family.model_type!r}; "
-            f"supported are: {', '.join(family.architectures)}"
+            f"supported are its models, one: {', '.join(family.architectures)} for example"
         )
     try:
         config = family.source_config().from_json_file(folder / CONFIG)
@@ -188,7 +192,9 @@ def _inspect(folder: Path) -> Checkpoint:
     shapes = {key: info.shape for shard in shards for key, info in shard.tensors.items()}
     if own := next((key for key in shapes if ".metaplastic." in key), None):
         raise ConversionError(f"{folder} is converted already: it holds {own}")
-    prefixes, quantised = _check_mixers(family, config, shards)
+    model = family.build(names[0], config)
+    found = family.examine(model)
+    prefixes, quantised = _check_mixers(family, model, found, shards)
     packed = _packed_modules(folder, family, raw, shards)
     if packed:
         count = sum(t.dtype not in _FLOATS for s in shards for t in s.tensors.values())
@@ -196,7 +202,8 @@ def _inspect(folder: Path) -> Checkpoint:
             f"the checkpoint is quantised ({_quant_method(raw)}): its {count} quantised tensors "
             "stay as they are"
         )
-    warnings += _check_model(family, names[0], config, shapes, packed)
+    joined = _joined(model, found)
+    warnings += _check_model(family, model, joined, shapes, packed)
     others, skipped = _other_files(
         folder, {CONFIG, *([INDEX] if index else []), *(s.path.name for s in shards)}
     )
@@ -221,6 +228,7 @@ def _inspect(folder: Path) -> Checkpoint:
         architecture=names[0],
         index=index,
         shards=shards,
+        found=found,
         prefixes=prefixes,
         quantised=quantised,
         others=others,
@@ -305,91 +313,121 @@ def _within(key: str, modules: set[str]) -> bool:
 
 
 def _check_mixers(
-    family: Family, config: Any, shards: Sequence[Shard]
+    family: Family, model: Any, found: Mapping[int, Found], shards: Sequence[Shard]
 ) -> tuple[dict[int, str], dict[int, str]]:
-    """Compares every mixer's tensors with the family's description; gives the mixers' names by
-    layer, and why those with quantised tensors cannot be converted."""
+    """Compare every mixer's tensors with the model's; return the mixers' names by layer, as the
+    files spell them, and why those with quantised tensors cannot be converted."""
     prefixes: dict[int, str] = {}
     quantised: dict[int, str] = {}
-    found: dict[int, dict[str, tuple[int, ...]]] = {}
-    layers = set(family.layers(config))
-    for shard in shards:
-        for key, info in shard.tensors.items():
-            parts = family.split_key(key)
-            if parts is None:
-                continue
-            layer, prefix, name = parts
-            if prefixes.setdefault(layer, prefix) != prefix:
-                raise ConversionError(
-                    f"layer {layer} has two mixers: {prefixes[layer]} and {prefix}"
-                )
-            found.setdefault(layer, {})[name] = info.shape
-            if info.dtype not in _FLOATS and layer in layers:
-                quantised.setdefault(
-                    layer,
-                    f"{key} is stored as {info.dtype}: a mixer that is quantised cannot be "
-                    f"converted, its tensors have to be {', '.join(_FLOATS)}. Convert the "
-                    "checkpoint that was not quantised, or one whose quantisation leaves the "
-                    "mixers out, or leave this layer as it is (--layers)",
-                )
-    expected = family.mixer_shapes(config)
-    for layer in family.layers(config):
-        expected = family.mixer_shapes(config, layer)
-        here = found.pop(layer, {})
-        if layer in quantised:
+    joined = _joined(model, found)
+    infos = {key: info for shard in shards for key, info in shard.tensors.items()}
+    # Names as in a text model, and as the files have them.
+    plain = {_without_text_prefix(family, key): key for key in infos}
+    leaves: set[str] = set()
+    for layer, mixer in found.items():
+        expected = {
+            _without_text_prefix(family, key): shape
+            for key, shape in _mixer_shapes(model, mixer).items()
+        }
+        where = _common_prefix(expected)
+        here = {key: infos[stored] for key, stored in plain.items() if key.startswith(f"{where}.")}
+        spelled = {plain[key][: len(plain[key]) - len(key) + len(where)] for key in here}
+        twice = [
+            k for k in infos if _without_text_prefix(family, k) in here and k not in plain.values()
+        ]
+        if len(spelled) > 1 or twice:
+            others = sorted({*spelled, *(k[: k.rindex(where[-8:]) + 8] for k in twice)})
+            raise ConversionError(f"layer {layer} has two mixers: {' and '.join(others)}")
+        prefixes[layer] = prefix = spelled.pop() if spelled else where
+        odd = next((plain[key] for key, t in here.items() if t.dtype not in _FLOATS), None)
+        if odd is not None:
+            quantised[layer] = (
+                f"{odd} is stored as {infos[odd].dtype}: a mixer that is quantised cannot be "
+                f"converted, its tensors have to be {', '.join(_FLOATS)}. Convert the "
+                "checkpoint that was not quantised, or one whose quantisation leaves the "
+                "mixers out, or leave this layer as it is (--layers)"
+            )
             continue
-        for name in expected:
-            where = prefixes.get(layer, f"layer {layer}: the mixer")
-            if name not in here:
-                raise ConversionError(f"{where}.{name} is missing from the checkpoint")
-        _check_joined(family, expected, here, prefixes.get(layer, ""))
-        for name, shape in expected.items():
-            if here[name] != shape and name not in family.block.joined:
+        names = {key: f"{prefix}{key.removeprefix(where)}" for key in {*expected, *here}}
+        if absent := next((key for key in expected if key not in here), None):
+            raise ConversionError(f"{names[absent]} is missing from the checkpoint")
+        _check_joined(
+            [names[key] for key in expected if key.endswith(joined)],
+            [here[key].shape for key in expected if key.endswith(joined)],
+            [shape for key, shape in expected.items() if key.endswith(joined)],
+        )
+        for key, shape in expected.items():
+            if here[key].shape != shape and not key.endswith(joined):
                 raise ConversionError(
-                    f"{prefixes[layer]}.{name} has shape {list(here[name])}, config.json says "
+                    f"{names[key]} has shape {list(here[key].shape)}, config.json says "
                     f"{list(shape)}"
                 )
-        if unknown := sorted(set(here) - set(expected)):
+        if unknown := sorted(names[key] for key in here if key not in expected):
+            raise ConversionError(f"{unknown[0]} is unknown to {family.model_type}")
+        leaves = {key.removeprefix(where) for key in expected}
+        pattern = where.replace(f".{layer}.", ".{}.", 1)
+    # Mixers of layers that the model has not.
+    for layer in range(len(family.layer_kinds(model.config)) + 1):
+        other = pattern.format(layer)
+        if layer not in found and all(f"{other}{leaf}" in plain for leaf in leaves):
             raise ConversionError(
-                f"{prefixes[layer]}.{unknown[0]} is unknown to {family.model_type}"
+                f"the checkpoint has a mixer in layer {layer}, config.json has not"
             )
-    # What is left may belong to softmax attention or an MLP of the same name.
-    if more := sorted(layer for layer, here in found.items() if set(expected) <= set(here)):
-        raise ConversionError(f"the checkpoint has a mixer in layer {more[0]}, config.json has not")
-    return {layer: prefixes[layer] for layer in family.layers(config)}, quantised
+    return prefixes, quantised
+
+
+def _mixer_shapes(model: Any, mixer: Found) -> dict[str, tuple[int, ...]]:
+    """Return the tensors of a mixer, by the names that files have for them, with their shapes."""
+    own = f"{mixer.path}."
+    state = {key: t for key, t in model.state_dict().items() if key.startswith(own)}
+    stored, known = _stored(model, state)
+    return {key: tuple(t.shape) for key, t in (stored if known else state).items()}
+
+
+def _common_prefix(names: Iterable[str]) -> str:
+    """Return the dotted name that all of several names begin with."""
+    parts = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return ".".join(p[0] for p in itertools.takewhile(lambda p: len(set(p)) == 1, parts))
+
+
+def _joined(model: Any, found: Mapping[int, Found]) -> tuple[str, ...]:
+    """Return the ends of the names of tensors that loaders lay end to end: only their lengths
+    together count, as some savers cut what they loaded into equal parts."""
+    mixer = next(iter(found.values()))
+    files = _mixer_shapes(model, mixer)
+    ends: list[str] = []
+    for key, t in model.state_dict().items():
+        if not key.startswith(f"{mixer.path}.") or key in files:
+            continue
+        try:
+            parts, known = _stored(model, {key: t})
+        except Exception:  # a tensor that files hold as a part of another
+            continue
+        if known and len(parts) > 1:
+            ends += [f".{name.rpartition('.')[0].rpartition('.')[2]}.weight" for name in parts]
+    return tuple(ends)
 
 
 def _check_joined(
-    family: Family,
-    expected: Mapping[str, tuple[int, ...]],
-    here: Mapping[str, tuple[int, ...]],
-    prefix: str,
+    names: Sequence[str], here: Sequence[tuple[int, ...]], expected: Sequence[tuple[int, ...]]
 ) -> None:
-    names = family.block.joined
-    if not names:
-        return
-    lengths = [
-        sum(shapes[name][0] for name in names if shapes[name]) for shapes in (here, expected)
-    ]
-    if lengths[0] != lengths[1] or any(here[n][1:] != expected[n][1:] for n in names):
+    lengths = [sum(shape[0] for shape in shapes if shape) for shapes in (here, expected)]
+    if lengths[0] != lengths[1] or any(a[1:] != b[1:] for a, b in zip(here, expected, strict=True)):
         raise ConversionError(
-            f"{prefix}.{names[0]} and its like have shapes "
-            f"{', '.join(str(list(here[n])) for n in names)}, config.json says "
-            f"{', '.join(str(list(expected[n])) for n in names)}"
+            f"{names[0]} and its like have shapes {', '.join(str(list(s)) for s in here)}, "
+            f"config.json says {', '.join(str(list(s)) for s in expected)}"
         )
 
 
 def _check_model(
     family: Family,
-    architecture: str,
-    config: Any,
+    model: Any,
+    joined: tuple[str, ...],
     shapes: Mapping[str, tuple[int, ...]],
     packed: set[str],
 ) -> list[str]:
-    """Compares all tensors but those of packed modules with those of the model, built without data;
-    gives warnings."""
-    with torch.device("meta"):
-        model = family.source_model(architecture)(config)
+    """Compare all tensors but those of packed modules with those of the model, built without data;
+    return warnings."""
     tied = set(model.all_tied_weights_keys)
     expected, renamed = _stored_shapes(model)
     shapes = {_without_text_prefix(family, key): shape for key, shape in shapes.items()}
@@ -407,7 +445,7 @@ def _check_model(
         if key not in shapes:
             if key not in tied:
                 raise ConversionError(f"{key} is missing from the checkpoint")
-        elif shapes[key] != shape and not key.endswith(family.block.joined):
+        elif shapes[key] != shape and not key.endswith(joined):
             raise ConversionError(
                 f"{key} has shape {list(shapes[key])}, config.json says {list(shape)}"
             )
@@ -420,7 +458,7 @@ def _check_model(
 def _without_text_prefix(family: Family, key: str) -> str:
     """Gives a name as it is in a text model, if multimodal checkpoints may hold it under
     another."""
-    return key if family.text else re.sub(r"^model\.language_model\.", "model.", key)
+    return key if family.multimodal else re.sub(r"^model\.language_model\.", "model.", key)
 
 
 def _stored_shapes(model: Any) -> tuple[dict[str, tuple[int, ...]], bool]:
@@ -522,14 +560,6 @@ def _needed_bytes(files: Sequence[Path], dst: Path, *, link: bool) -> int:
 def _added(
     checkpoint: Checkpoint, settings: Settings
 ) -> tuple[list[NewTensor], tuple[AddedTensor, ...]]:
-    sizes = checkpoint.family.symbols(checkpoint.config)
-    shapes = gate_shapes(
-        hidden=sizes["D"],
-        heads=sizes["H"],
-        value=sizes["V"],
-        rank=settings.rank,
-        gate=settings.gate,
-    )
     starts = {
         "b_down": f"uniform, seed {settings.seed}",
         "b_up": "zero",
@@ -539,6 +569,14 @@ def _added(
     new: list[NewTensor] = []
     reported: list[AddedTensor] = []
     for layer in settings.layers:
+        sizes = checkpoint.found[layer]
+        shapes = gate_shapes(
+            hidden=sizes.hidden,
+            heads=sizes.heads,
+            value=sizes.value,
+            rank=settings.rank,
+            gate=settings.gate,
+        )
         for name, shape in shapes.items():
             key = f"{checkpoint.prefixes[layer]}.metaplastic.{name}"
 
@@ -621,12 +659,12 @@ def convert_checkpoint(
     begun = time.monotonic()
     source, destination = Path(src), Path(os.path.abspath(dst))
     checkpoint = inspect_checkpoint(source)
-    family, config = checkpoint.family, checkpoint.config
+    family, config, found = checkpoint.family, checkpoint.config, checkpoint.found
     settings = Settings.make(
         base_model_type=family.model_type,
         base_architectures=(checkpoint.architecture,),
-        spec=family.source_spec(config),
-        hidden_size=family.symbols(config)["D"],
+        spec=family.source_spec(config, found),
+        hidden_size=next(iter(found.values())).hidden,
         convertible=checkpoint.layers,
         plasticity=plasticity,
         gate=gate,
@@ -634,7 +672,7 @@ def convert_checkpoint(
         layers=layers,
         seed=seed,
         gain=gain,
-        no_exact_gain=family.no_exact_gain(config),
+        no_exact_gain=family.no_exact_gain(config, found),
     )
     _check_apart(source, destination)
     for layer in settings.layers:
@@ -677,7 +715,7 @@ def convert_checkpoint(
         dry_run=dry_run,
         family=family.model_type,
         architecture=family.converted_architecture(checkpoint.architecture),
-        spec=settings.metaplastic_spec(family.source_spec(config)).name,
+        spec=settings.metaplastic_spec(family.source_spec(config, found)).name,
         gate=settings.gate,
         gain=settings.gain,
         rank=settings.rank,
@@ -716,14 +754,16 @@ def _skipped_layers(checkpoint: Checkpoint, settings: Settings) -> dict[int, str
 def _state_bytes(checkpoint: Checkpoint, settings: Settings) -> tuple[int, int]:
     """Counts the recurrent state of one sequence, in float32, of the source and of the converted
     model."""
-    sizes = checkpoint.family.symbols(checkpoint.config)
-    spec = checkpoint.family.source_spec(checkpoint.config)
-    per_layer = [
-        4 * sizes["H"] * lower(s).state_floats(sizes["K"], sizes["V"])
-        for s in (spec, settings.metaplastic_spec(spec))
-    ]
-    n, converted = len(checkpoint.layers), len(settings.layers)
-    return n * per_layer[0], (n - converted) * per_layer[0] + converted * per_layer[1]
+    spec = checkpoint.family.source_spec(checkpoint.config, checkpoint.found)
+    programs = lower(spec), lower(settings.metaplastic_spec(spec))
+    before = after = 0
+    for layer, mixer in checkpoint.found.items():
+        plain, converted = (
+            4 * mixer.heads * program.state_floats(mixer.key, mixer.value) for program in programs
+        )
+        before += plain
+        after += converted if layer in settings.layers else plain
+    return before, after
 
 
 def _convert_files(

@@ -36,7 +36,8 @@ def load_converted(folder: str | Path, **options: Any) -> tuple[nn.Module, Setti
     if not folder.is_dir():
         raise ConversionError(f"{folder}: there is no such folder")
     settings = Settings.from_block(_read_json(folder / CONFIG, CONFIG).get("metaplastic"))
-    auto = getattr(transformers, find_family(settings.base_model_type).auto_classes[0])
+    family = find_family(settings.base_model_type)
+    auto = getattr(transformers, family.loaders(settings.base_architectures[0])[0])
     try:
         model: nn.Module = auto.from_pretrained(folder, local_files_only=True, **options)
     except ConversionError:

@@ -66,21 +66,22 @@ def metaplasticize_model(
 
     family = _family_of(model)
     config = model.config
+    found = family.examine(model)
     settings = Settings.make(
         base_model_type=family.model_type,
         base_architectures=(type(model).__name__,),
-        spec=family.source_spec(config),
-        hidden_size=family.symbols(config)["D"],
-        convertible=family.layers(config),
+        spec=family.source_spec(config, found),
+        hidden_size=next(iter(found.values())).hidden,
+        convertible=tuple(found),
         plasticity=plasticity,
         gate=gate,
         rank=rank,
         layers=layers,
         seed=seed,
         gain=gain,
-        no_exact_gain=family.no_exact_gain(config),
+        no_exact_gain=family.no_exact_gain(config, found),
     )
-    convert_in_place(model, family, settings)
+    convert_in_place(model, family, settings, found)
     return set_impl(model, impl)
 
 
@@ -99,11 +100,6 @@ def _family_of(model: nn.Module) -> Family:
             f"model: this {cls.__name__} comes from {cls.__module__}, which takes the place of "
             f"another class of the same model_type; load the model with {package}."
             f"{family.architectures[0]}"
-        )
-    if cls.__name__ not in family.architectures:
-        raise ConversionError(
-            f"model: got {cls.__name__}, accepted for {family.model_type!r} are: "
-            f"{', '.join(family.architectures)}"
         )
     return family
 

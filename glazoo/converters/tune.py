@@ -22,7 +22,7 @@ from glazoo.converters.checkpoint import (
 )
 from glazoo.converters.errors import ConversionError
 from glazoo.converters.examine import _vocabulary, gate_summaries, load_converted
-from glazoo.converters.families import find_family
+from glazoo.converters.families import gate_of
 from glazoo.converters.files import Staging, leftover_warnings, one_line
 from glazoo.converters.module import gates
 from glazoo.converters.report import TuneReport
@@ -54,18 +54,17 @@ def save_gates(
         ConversionError: `folder` keeps its gates together with other tensors, or lacks some.
     """
     source, destination = Path(folder), Path(os.path.abspath(dst))
-    settings = Settings.from_block(_read_json(source / CONFIG, CONFIG).get("metaplastic"))
-    family = find_family(settings.base_model_type)
+    Settings.from_block(_read_json(source / CONFIG, CONFIG).get("metaplastic"))
     here = {gate.layer: gate for _, gate in gates(model)}
     _, shards = _read_shards(source)
     values: dict[str, list[NewTensor]] = {}
     for shard in shards:
         for key in shard.tensors:
-            parts = family.split_key(key)
-            if parts is None or not parts[2].startswith("metaplastic."):
+            parts = gate_of(key)
+            if parts is None:
                 continue
-            name = parts[2].removeprefix("metaplastic.")
-            value = here[parts[0]].get_parameter(name).detach().float().cpu().contiguous()
+            layer, _, name = parts
+            value = here[layer].get_parameter(name).detach().float().cpu().contiguous()
             new = NewTensor(key, tuple(value.shape), lambda value=value: value)  # type: ignore[misc]
             values.setdefault(shard.path.name, []).append(new)
         if shard.path.name in values and len(values[shard.path.name]) != len(shard.tensors):

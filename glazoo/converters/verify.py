@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import importlib.util
+import inspect
 import sys
 import tempfile
 import time
@@ -72,22 +73,25 @@ def _quiet() -> Iterator[None]:
 
 
 class _Caller:
-    """Calls a model with a cache, under the names that its family has for it."""
+    """Calls a model with a cache, under the name that it has for it."""
 
     def __init__(self, model: nn.Module, family: Family) -> None:
         self.model: Callable[..., Any] = model
-        self.family = family
+        self.positions = family.quirks.positions
+        taken = inspect.signature(inspect.unwrap(type(model).forward)).parameters
+        names = ("cache", "past_key_values", "cache_params")
+        self.cache = next((name for name in names if name in taken), "past_key_values")
 
     def __call__(self, ids: Tensor, cache: Any = None, start: int = 0) -> tuple[Tensor, Any]:
         """Gives the logits of tokens that follow `start` cached ones, and the cache."""
         arguments: dict[str, Any] = {"use_cache": True}
         if cache is not None:
-            arguments[self.family.cache] = cache
-            if self.family.positions:
+            arguments[self.cache] = cache
+            if self.positions:
                 positions = torch.arange(start, start + ids.shape[1], device=ids.device)
                 arguments["position_ids"] = positions.expand(ids.shape[0], -1)
         out = self.model(ids, **arguments)
-        return out.logits, getattr(out, self.family.cache)
+        return out.logits, getattr(out, self.cache)
 
 
 def _decode(call: _Caller, ids: Tensor, tokens: int) -> Tensor:
@@ -104,13 +108,14 @@ def _decode(call: _Caller, ids: Tensor, tokens: int) -> Tensor:
 @contextlib.contextmanager
 def _equal_paths(model: nn.Module, family: Family) -> Iterator[None]:
     """Holds off what a source does in some of its own paths only."""
-    from glazoo.models.metaplastic import find_mixers
-
     kept = []
-    for mixer in find_mixers(model, family).values():
-        for name, value in family.block.unequal.items():
-            kept.append((mixer, name, getattr(mixer, name)))
-            setattr(mixer, name, value)
+    for mixer in family.mixers(model).values():
+        for name, value in {
+            k: v for c in family.calls(mixer) for k, v in c.unequal.items()
+        }.items():
+            if hasattr(mixer, name):
+                kept.append((mixer, name, getattr(mixer, name)))
+                setattr(mixer, name, value)
     try:
         yield
     finally:
@@ -255,6 +260,11 @@ def verify_models(
             raise ConversionError(f"{name}: got {value}, expected at least {least}")
     if next(gates(source), None) is not None:
         raise ConversionError("source: this model is converted itself")
+    if not getattr(source, "can_generate", bool)():
+        raise ConversionError(
+            f"{type(source).__name__} generates no text, and verification compares logits and "
+            "generated tokens: convert and verify the model with its language head"
+        )
     begun = time.monotonic()
     low, high, at_source = _gate_range(converted)
     config: Any = source.config
@@ -280,7 +290,9 @@ def verify_models(
         destination=str(getattr(converted, "name_or_path", "")) or type(converted).__name__,
         plasticity=(low, high),
         at_source=at_source,
-        checks=tuple(_compare(expected, got, noise=noise, defects=family.defects, dtype=precision)),
+        checks=tuple(
+            _compare(expected, got, noise=noise, defects=family.quirks.defects, dtype=precision)
+        ),
         shift=shift,
         batch=batch,
         tokens=tokens,
@@ -588,11 +600,9 @@ def _load_converted(
 
 def _exact(model: nn.Module, family: Family) -> None:
     """Recomputes the fixed numbers of a source model's mixers."""
-    from glazoo.models.metaplastic import find_mixers
-
-    if family.block.exact is not None:
-        for mixer in find_mixers(model, family).values():
-            family.block.exact(mixer)
+    if family.quirks.exact is not None:
+        for mixer in family.mixers(model).values():
+            family.quirks.exact(mixer)
 
 
 def _convert_like(model: nn.Module, like: nn.Module, family: Family, settings: Settings) -> None:

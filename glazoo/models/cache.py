@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from glazoo.layers import LayerState
 from glazoo.models.configuration import RECURRENT
 
-__all__ = ["RecurrentCacheLayer", "recurrent_layer"]
+__all__ = ["CACHE", "RecurrentCacheLayer", "recurrent_layer"]
+
+CACHE = next(n for n in ("cache", "past_key_values") if hasattr(BaseModelOutputWithPast, n))
+"""Name of the cache in outputs of the installed transformers."""
 
 Again = Callable[[int], LayerState]
 """Gives the state after the first so many tokens of a call."""
@@ -67,7 +71,7 @@ class RecurrentCacheLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Refuses keys and values of softmax attention."""
-        raise ValueError("past_key_values: a recurrent layer's cache holds no keys and values")
+        raise ValueError("cache: a recurrent layer's cache holds no keys and values")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Gives the length and offset that a mask over all tokens has."""
@@ -129,7 +133,7 @@ class RecurrentCacheLayer(CacheLayerMixin):
         back = -tokens_to_remove
         if back < 0 or back > sum(tokens for tokens, _, _ in self._past):
             raise ValueError(
-                f"past_key_values: a recurrent state cannot be cropped by {back} tokens; it goes "
+                f"cache: a recurrent state cannot be cropped by {back} tokens; it goes "
                 "back over tokens that were seen after activate_past_recording(), by a negative "
                 "number of them"
             )
@@ -156,7 +160,7 @@ def recurrent_layer(cache: Cache, index: int) -> RecurrentCacheLayer:
     if not isinstance(layer, RecurrentCacheLayer):
         kind = "no layer" if layer is None else type(layer).__name__
         raise ValueError(
-            f"past_key_values: it has {kind} where layer {index} needs a recurrent state; make it "
+            f"cache: it has {kind} where layer {index} needs a recurrent state; make it "
             "with DynamicCache(config=model.config), or take it from an output of this model"
         )
     return layer

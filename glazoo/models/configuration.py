@@ -63,7 +63,7 @@ class GlazooConfig(PreTrainedConfig):
     """
 
     model_type: ClassVar[str] = "glazoo"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
 
     pattern: Any = None
     specs: dict[str, dict[str, Any]] | None = None

@@ -7,20 +7,24 @@ module, and of `glazoo.models`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from glazoo.converters.card import REMOTE_CODE, REMOTE_MODULE, remote_map, without_model_code
 from glazoo.converters.errors import ConversionError
-from glazoo.converters.families import FAMILIES, Block, Family
+from glazoo.converters.families import Family, Found, families
+from glazoo.converters.families.interception import once, packing
 from glazoo.converters.families.mixer import MetaplasticMixer
 from glazoo.converters.gate import ImportanceGate
+from glazoo.converters.packing import Packed, find_packed
 from glazoo.converters.settings import Settings
 from glazoo.models.decay import teach_trainer
 from glazoo.models.saving import SavesWhole
@@ -31,7 +35,6 @@ __all__ = [
     "auto_models",
     "config_class",
     "convert_in_place",
-    "find_mixers",
     "model_class",
     "register",
 ]
@@ -176,19 +179,86 @@ class _ConvertedModel(SavesWhole):
         return (model, info) if output_loading_info else model
 
 
-_CLASSES: dict[tuple[type[Any], Family | Block], type[Any]] = {}
-"""Converted classes by source class: there must be one only, or pickles and `isinstance` go
-wrong."""
+_PACKED = {"position_ids": "position_ids", "cu_seq_lens_q": "cu_seqlens", "seq_idx": "seq_idx"}
+_CACHES = ("cache", "past_key_values", "cache_params")
 
 
+def _keeping_apart(source: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a model's forward pass so that packed sequences stay apart.
+
+    The source's models drop the bounds on their way to the mixers, or read them in some layers and
+    not in others: they are read here, once, from whatever says them, and reach every mixer.
+    """
+    names = tuple(inspect.signature(inspect.unwrap(source)).parameters)[1:]
+
+    @functools.wraps(source)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        packed = _find_packed(given)
+        if packed is None:
+            return source(self, *args, **kwargs)
+        if any(given.get(name) is not None for name in _CACHES):
+            raise ValueError("packed sequences cannot continue a cache: pass no cache")
+        given["use_cache"] = False
+        if "position_ids" in names and given.get("position_ids") is None:
+            given["position_ids"] = packed.positions
+        # Attention takes rows apart by positions, but only where no mask is given. This one has no
+        # zeros.
+        if "attention_mask" in names:
+            given["attention_mask"] = None
+        with packing(packed), _recomputing(self, packed):
+            return source(self, **given)
+
+    return forward
+
+
+def _find_packed(given: Mapping[str, Any]) -> Packed | None:
+    bounds = {ours: given.get(theirs) for theirs, ours in _PACKED.items()}
+    if all(x is None for x in bounds.values()):
+        return None
+    tokens = given.get("input_ids")
+    tokens = given.get("inputs_embeds") if tokens is None else tokens
+    if not isinstance(tokens, Tensor):
+        return None
+    mask = given.get("attention_mask")
+    mask = mask if isinstance(mask, Tensor) else None
+    return find_packed(tokens.shape[0], tokens.shape[1], attention_mask=mask, **bounds)
+
+
+@contextlib.contextmanager
+def _recomputing(model: nn.Module, packed: Packed) -> Iterator[None]:
+    """Give the bounds to the layers' second forward pass too, which gradient checkpointing runs
+    after this one has ended."""
+
+    def apart(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with packing(packed):
+                return function(*args, **kwargs)
+
+        return call
+
+    kept = [
+        (m, vars(m)["_gradient_checkpointing_func"])
+        for m in model.modules()
+        if "_gradient_checkpointing_func" in vars(m)
+    ]
+    for m, checkpoint in kept:
+        m._gradient_checkpointing_func = lambda function, *args, _checkpoint=checkpoint, **kwargs: (  # type: ignore[assignment]
+            _checkpoint(apart(function), *args, **kwargs)
+        )
+    try:
+        yield
+    finally:
+        for m, checkpoint in kept:
+            m._gradient_checkpointing_func = checkpoint
+
+
+@once
 def model_class(base: type[Any], family: Family) -> type[Any]:
-    """Gives the converted form of one of a family's model classes."""
-    if (base, family) not in _CLASSES:
-        _CLASSES[base, family] = _make_model_class(base, family)
-    return _CLASSES[base, family]
+    """Return the converted form of one of a family's model classes.
 
-
-def _make_model_class(base: type[Any], family: Family) -> type[Any]:
+    There is one only of each: pickles and `isinstance` rely on it.
+    """
     name = family.converted_architecture(base.__name__)
     wide = {*(base._keep_in_fp32_modules_strict or ()), "metaplastic"}
     return type(
@@ -200,6 +270,7 @@ def _make_model_class(base: type[Any], family: Family) -> type[Any]:
             "__doc__": f"{base.__name__} converted to metaplastic form.",
             "glazoo_family": family,
             "config_class": config_class(family),
+            **({} if family.separates else {"forward": _keeping_apart(base.forward)}),
             "_keep_in_fp32_modules_strict": sorted(wide),
             # Engines choose by shape and device in Python; nobody has traced that in one graph with
             # the cache.
@@ -208,72 +279,32 @@ def _make_model_class(base: type[Any], family: Family) -> type[Any]:
     )
 
 
-def _mixer_class(base: type[nn.Module], family: Family) -> type[nn.Module]:
-    # By block: several families may share a mixer.
-    if (base, family.block) not in _CLASSES:
-        _CLASSES[base, family.block] = _make_mixer_class(base, family)
-    return _CLASSES[base, family.block]
+def attach(
+    model: nn.Module, family: Family, settings: Settings, found: Mapping[int, Found] | None = None
+) -> None:
+    """Turn a source model's mixers into metaplastic ones: class swap, and one added submodule each.
 
-
-def _make_mixer_class(base: type[nn.Module], family: Family) -> type[nn.Module]:
-    from transformers.integrations.accelerate import force_accelerate_hooks
-
-    name = f"Metaplastic{base.__name__}"
-    mixin = family.block.mixin
-    return type(
-        name,
-        (mixin, base),
-        {
-            "__module__": __name__,
-            "__qualname__": name,
-            "__doc__": f"{base.__name__} converted to metaplastic form.",
-            "source_module": base.__module__,
-            # Weights used without calling their submodule would stay where an offloading hook left
-            # them.
-            "forward": force_accelerate_hooks(list(family.block.hooked))(mixin.forward),
-        },
-    )
-
-
-def find_mixers(model: nn.Module, family: Family) -> dict[int, nn.Module]:
-    """Gives a model's mixers by layer: by their class, since some families reuse the attribute for
-    other modules."""
-    found: dict[int, nn.Module] = {}
-    for module in model.modules():
-        if type(module).__name__ == family.mixer:
-            index = module.layer_idx
-            assert isinstance(index, int)
-            found[index] = module
-    return found
-
-
-def attach(model: nn.Module, family: Family, settings: Settings) -> None:
-    """Turns a source model's mixers into metaplastic ones: class swap, and one added submodule
-    each.
+    Args:
+        model: the source model.
+        family: its family.
+        settings: what to do.
+        found: its mixers, if they have been examined already.
 
     Raises:
         ConversionError: the model has no mixer in a layer that the settings name.
     """
-    config: Any = model.config
-    sizes = family.symbols(config)
-    spec = settings.metaplastic_spec(family.source_spec(config))
-    mixers = find_mixers(model, family)
+    mixers = family.mixers(model)
     if absent := sorted(set(settings.layers) - set(mixers)):
-        raise ConversionError(f"the model has no {family.mixer} in the layers {absent}")
-    if any("forward" in vars(mixers[layer]) for layer in settings.layers):
-        # A hook of that kind keeps the source's forward pass on the instance, over any class.
-        raise ConversionError(
-            "the model's mixers carry hooks that replace `forward` (it was loaded with a "
-            "device_map "
-            "that offloads): convert the checkpoint folder, or load the model without"
-        )
+        raise ConversionError(f"the model has no convertible mixer in the layers {absent}")
+    found = family.examine(model) if found is None else found
+    spec = settings.metaplastic_spec(family.source_spec(model.config, found))
     for layer in settings.layers:
-        mixer = mixers[layer]
+        mixer, sizes = mixers[layer], found[layer]
         weight = next(mixer.parameters())
         gate = ImportanceGate(
-            hidden=sizes["D"],
-            heads=sizes["H"],
-            value=sizes["V"],
+            hidden=sizes.hidden,
+            heads=sizes.heads,
+            value=sizes.value,
             rank=settings.rank,
             gate=settings.gate,
             plasticity=settings.plasticity,
@@ -287,12 +318,14 @@ def attach(model: nn.Module, family: Family, settings: Settings) -> None:
         mixer.metaplastic = gate
         mixer.metaplastic_spec = spec  # type: ignore[assignment]
         mixer.metaplastic_impl = "auto"  # type: ignore[assignment]
-        mixer.__class__ = _mixer_class(type(mixer), family)
+        mixer.__class__ = family.metaplastic_class(mixer)
         assert isinstance(mixer, MetaplasticMixer)
         mixer.attached()
 
 
-def convert_in_place(model: nn.Module, family: Family, settings: Settings) -> None:
+def convert_in_place(
+    model: nn.Module, family: Family, settings: Settings, found: Mapping[int, Found] | None = None
+) -> None:
     """Turns a source model into the converted class: mixers, configuration and the model's own
     class."""
     old: Any = model.config
@@ -302,7 +335,7 @@ def convert_in_place(model: nn.Module, family: Family, settings: Settings) -> No
     new.architectures = [family.converted_architecture(type(model).__name__)]
     others = without_model_code(getattr(old, "auto_map", None)) or {}
     new.auto_map = {**others, **remote_map(family)}
-    attach(model, family, settings)
+    attach(model, family, settings, found)
     # Other models may share the configuration object: give this one its own.
     for module in model.modules():
         if getattr(module, "config", None) is old:
@@ -329,7 +362,8 @@ def auto_models(family: Family) -> dict[str, type[Any]]:
     from transformers.models.auto import modeling_auto
 
     config = family.source_config()
-    found = dict.fromkeys(family.auto_classes, family.source_model(family.architectures[0]))
+    first = family.architectures[0]
+    found = dict.fromkeys(family.loaders(first), family.source_model(first))
     for auto, mapping in _auto_mappings(modeling_auto):
         cls = mapping.get(config, None)
         # Some give a multimodal checkpoint's text model alone, which has no place for the whole
@@ -381,7 +415,7 @@ def register() -> None:
     `glazoo.models`."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    for family in FAMILIES.values():
+    for family in families().values():
         try:
             cls = config_class(family)
         except ConversionError:
@@ -392,34 +426,20 @@ def register() -> None:
         CONFIG_MAPPING.register(family.converted_model_type, cls, exist_ok=True)
 
 
-def _source_names(family: Family) -> set[str]:
-    """Gives the names of a family's model classes without importing them."""
-    from transformers.models.auto import modeling_auto
-
-    config = family.source_config()
-    found = set(family.architectures)
-    for _, mapping in _auto_mappings(modeling_auto):
-        registered = mapping._extra_content.get(config)
-        name = mapping._model_mapping.get(config.model_type)
-        found.add(name if registered is None else registered.__name__)
-    return found
-
-
 def __getattr__(name: str) -> Any:
     # Dunder names come here too, from the import machinery.
-    families = FAMILIES.values() if name.startswith("Metaplastic") else ()
+    known = families().values() if name.startswith("Metaplastic") else ()
     source = name.removeprefix("Metaplastic")
-    for family in families:
+    for family in known:
         try:
-            cls = config_class(family)
+            config = family.source_config()
         except ConversionError:
             continue
-        if name == cls.__name__:
-            return cls
-        if source == family.mixer:
-            return _mixer_class(family.source_model(source), family)
-        if source in _source_names(family):
-            base = family.source_model(source)
-            if base.config_class is family.source_config():
-                return model_class(base, family)
+        if source == config.__name__:
+            return config_class(family)
+        base = family.own_model(source)
+        if base is not None:
+            return model_class(base, family)
+        if (mixer := family.own_mixer(source)) is not None:
+            return mixer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,7 +26,7 @@ from glazoo.layers.parts import (
     wide_dtype,
     wide_parameter,
 )
-from glazoo.models.cache import recurrent_layer
+from glazoo.models.cache import CACHE, recurrent_layer
 from glazoo.models.configuration import GlazooConfig
 from glazoo.models.decay import teach_trainer
 from glazoo.models.saving import SavesWhole
@@ -151,12 +151,12 @@ class GlazooBlock(GradientCheckpointingLayer):
         cu_seqlens: Tensor | None = None,
         lower_bound: Tensor | None = None,
         first_values: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool = False,
     ) -> tuple[Float[Tensor, "B T D"], Tensor | None]:
         """Runs the block; gives its output and the first values for the blocks after it."""
         x = self.mixer_norm(hidden_states)
-        cache = past_key_values if use_cache else None
+        cache = cache if use_cache else None
         if isinstance(self.mixer, SoftmaxAttention):
             assert positions is not None
             y = self.mixer(x, positions=positions, mask=causal, cache=cache)
@@ -198,7 +198,7 @@ class GlazooPreTrainedModel(SavesWhole, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GlazooBlock"]  # noqa: RUF012 - of the base class
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012 - of the base class
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012 - of the base class
     _supports_sdpa = True
     _can_compile_fullgraph = False
 
@@ -282,12 +282,13 @@ class GlazooModel(GlazooPreTrainedModel):
         input_ids: Int[Tensor, "B T"] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Int[Tensor, "B T"] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Float[Tensor, "B T D"] | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         cu_seq_lens_q: Int[Tensor, "N1"] | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Runs the layers.
@@ -297,12 +298,13 @@ class GlazooModel(GlazooPreTrainedModel):
             attention_mask: [B, past + T], 1 for real tokens and 0 for padding, wherever it stands.
             position_ids: [B, T]; only softmax attention uses them, and packed sequences are
                 recognised by positions that start over (B = 1).
-            past_key_values: cache of an earlier call.
+            cache: that of an earlier call.
             inputs_embeds: [B, T, hidden_size] instead of `input_ids`.
             use_cache: whether to give a cache back. Default: the configuration's, not in training.
             output_hidden_states: whether to give the input of every layer and the output.
             return_dict: whether to give a named output rather than a tuple.
             cu_seq_lens_q: [N + 1], bounds of packed sequences, B = 1.
+            past_key_values: `cache`, under the name that it had before transformers 5.24.
             **kwargs: other arguments of transformers' callers, which have no meaning here.
 
         Returns:
@@ -315,17 +317,16 @@ class GlazooModel(GlazooPreTrainedModel):
             raise ValueError("input_ids, inputs_embeds: exactly one of them is needed")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch, tokens = x.shape[:2]
+        cache = past_key_values if cache is None else cache
         if use_cache is None:
-            use_cache = past_key_values is not None or (
-                bool(self.config.use_cache) and not self.training
-            )
+            use_cache = cache is not None or (bool(self.config.use_cache) and not self.training)
         if self.gradient_checkpointing and self.training:
-            use_cache, past_key_values = False, None
-        packed = _packed(cu_seq_lens_q, position_ids, attention_mask, past_key_values, batch)
+            use_cache, cache = False, None
+        packed = _packed(cu_seq_lens_q, position_ids, attention_mask, cache, batch)
         use_cache = use_cache and packed is None
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past = 0 if past_key_values is None else _seen(past_key_values, self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        past = 0 if cache is None else _seen(cache, self.config)
         padding = _padding(attention_mask, batch, past, tokens)
         if position_ids is None:
             # Real tokens are counted: padding between them moves nothing.
@@ -356,14 +357,15 @@ class GlazooModel(GlazooPreTrainedModel):
                 cu_seqlens=packed,
                 lower_bound=next(bounds) if bounds is not None and bounded else None,
                 first_values=first_values,
-                past_key_values=past_key_values,
+                cache=cache,
                 use_cache=use_cache,
             )
         x = self.norm(x)
+        kept: dict[str, Any] = {CACHE: cache if use_cache else None}
         output = BaseModelOutputWithPast(
             last_hidden_state=x,
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=(*seen, x) if output_hidden_states else None,
+            **kept,
         )
         return output if return_dict is not False else output.to_tuple()
 
@@ -390,13 +392,14 @@ class GlazooForCausalLM(GlazooPreTrainedModel, GenerationMixin):
         input_ids: Int[Tensor, "B T"] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Int[Tensor, "B T"] | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Float[Tensor, "B T D"] | None = None,
         labels: Int[Tensor, "B T"] | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Runs the model; arguments are those of `GlazooModel.forward`, and these.
@@ -405,7 +408,7 @@ class GlazooForCausalLM(GlazooPreTrainedModel, GenerationMixin):
             input_ids: [B, T], tokens.
             attention_mask: [B, past + T], 1 for real tokens.
             position_ids: [B, T].
-            past_key_values: cache of an earlier call.
+            cache: that of an earlier call.
             inputs_embeds: [B, T, hidden_size] instead of `input_ids`.
             labels: [B, T], tokens to predict (shifted inside); -100 is left out of the loss.
             use_cache: whether to give a cache back.
@@ -413,6 +416,7 @@ class GlazooForCausalLM(GlazooPreTrainedModel, GenerationMixin):
             return_dict: whether to give a named output rather than a tuple.
             logits_to_keep: compute the logits of this many last tokens (0: all), or of the tokens
                 with these indices.
+            past_key_values: `cache`, under the name that it had before transformers 5.24.
             **kwargs: `cu_seq_lens_q`, `num_items_in_batch` and what else callers pass.
 
         Returns:
@@ -422,7 +426,7 @@ class GlazooForCausalLM(GlazooPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -439,8 +443,8 @@ class GlazooForCausalLM(GlazooPreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            **{CACHE: outputs.get(CACHE)},
         )
         return output if return_dict is not False else output.to_tuple()
 
@@ -475,7 +479,7 @@ def _packed(
     if cache is not None or (mask is not None and not bool(mask.all())):
         raise ValueError(
             "cu_seq_lens_q: packed sequences start fresh and have no padding; they go with neither "
-            "past_key_values nor an attention_mask"
+            "a cache nor an attention_mask"
         )
     return bounds.to(torch.int64)
 
@@ -485,7 +489,7 @@ def _seen(cache: Cache, config: GlazooConfig) -> int:
     types = config.layer_types
     if len(cache.layers) != len(types):
         raise ValueError(
-            f"past_key_values: it has {len(cache.layers)} layers, but the model has {len(types)}; "
+            f"cache: it has {len(cache.layers)} layers, but the model has {len(types)}; "
             "make it with DynamicCache(config=model.config)"
         )
     lengths: set[int] = set()
@@ -496,12 +500,12 @@ def _seen(cache: Cache, config: GlazooConfig) -> int:
             lengths.add(layer.get_seq_length())
         else:
             raise ValueError(
-                f"past_key_values: layer {i} is {type(layer).__name__}, but softmax attention "
+                f"cache: layer {i} is {type(layer).__name__}, but softmax attention "
                 "needs keys and values; make it with DynamicCache(config=model.config)"
             )
     if len(lengths) > 1:
         raise ValueError(
-            f"past_key_values: its layers have seen different numbers of tokens {sorted(lengths)}"
+            f"cache: its layers have seen different numbers of tokens {sorted(lengths)}"
         )
     return lengths.pop()
 

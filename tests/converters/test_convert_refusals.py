@@ -175,12 +175,12 @@ DAMAGE = {
     ),
     "unsupported family": (
         config(model_type="llama"),
-        "model_type 'llama' is not supported; supported are: b",
+        "model_type 'llama' is not supported: its layers call no scan function",
     ),
     "converted model_type": (config(model_type="metaplastic_mamba2"), "is converted already"),
     "unsupported architecture": (
-        config(architectures=["Mamba2Model"]),
-        r"architectures \['Mamba2Model'\] is not supported .* are: Mamba2ForCausalLM",
+        config(architectures=["Mamba2Mixer"]),
+        r"architectures \['Mamba2Mixer'\] is not supported .* one: Mamba2ForCausalLM",
     ),
     "quantised in words only": (
         config(quantization_config={"quant_method": "awq"}),
@@ -190,13 +190,13 @@ DAMAGE = {
     "wrong type": (config(num_heads="four"), "config.json is not a valid mamba2 configuration"),
     "another size": (
         config(state_size=16),
-        r"layers.0.mixer.in_proj.weight has shape \[164, 32\], config.json says \[196, 32\]",
+        r"layers.0.mixer.conv1d.weight has shape \[96, 1, 4\], config.json says \[128, 1, 4\]",
     ),
     "another vocabulary": (
         config(vocab_size=62),
         r"has shape \[61, 32\], config.json says \[62, 32\]",
     ),
-    "more layers": (config(num_hidden_layers=3), "layer 2: the mixer.in_proj.weight is missing"),
+    "more layers": (config(num_hidden_layers=3), "layers.2.mixer.dt_bias is missing"),
     "fewer layers": (config(num_hidden_layers=1), "has a mixer in layer 1, config.json has not"),
     "missing shard": (lambda f: first_shard(f).unlink(), "the shard is missing"),
     "truncated shard": (truncate_data, "the shard is truncated, .* bytes of the"),

@@ -21,16 +21,23 @@ from converters.converting import contents, edit_json, make_config, prompts
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     Mamba2Config,
     Mamba2ForCausalLM,
+    Mamba2Model,
     modeling_utils,
 )
 
 import glazoo
 import glazoo.models
-from glazoo.converters import ConversionError, convert_checkpoint
-from glazoo.converters.families import FAMILIES, find_family
+from glazoo.converters import (
+    ConversionError,
+    convert_checkpoint,
+    metaplasticize_model,
+    verify_checkpoint,
+)
+from glazoo.converters.families import families, find_family
 from glazoo.converters.settings import Settings, default_rank
 
 INDEX = "model.safetensors.index.json"
@@ -113,7 +120,7 @@ def test_damaged_blocks_are_an_error(converted: Path) -> None:
         (None, "has no block 'metaplastic'"),
         ({**block, "format_version": 7}, "format_version is 7, this glazoo reads 1, 2: install"),
         ({k: v for k, v in block.items() if k != "rank"}, "block 'metaplastic' is damaged"),
-        ({**block, "layers": [0, 9]}, r"no Mamba2Mixer in the layers \[9\]"),
+        ({**block, "layers": [0, 9]}, r"no convertible mixer in the layers \[9\]"),
     ):
         data = json.loads((converted / "config.json").read_text())
         data.pop("metaplastic", None)
@@ -184,15 +191,30 @@ def test_saving_over_linked_files_leaves_the_source_alone(
         assert torch.equal(p, q)
 
 
+@torch.no_grad()
+def test_models_without_a_head_convert_and_say_that_verify_needs_one(tmp_path: Path) -> None:
+    source = Mamba2Model(make_config()).eval()
+    source.save_pretrained(tmp_path / "source")
+    convert_checkpoint(tmp_path / "source", tmp_path / "converted")
+    model = AutoModel.from_pretrained(tmp_path / "converted")
+    ids, _ = prompts()
+    expected, got = source(ids).last_hidden_state, model(ids).last_hidden_state
+    tolerance = 64 * torch.finfo().eps * float(expected.abs().max())
+    assert float((got - expected).abs().max()) <= tolerance
+    with pytest.raises(ConversionError, match="Mamba2Model generates no text, and verification"):
+        verify_checkpoint(tmp_path / "source", tmp_path / "converted")
+    assert type(metaplasticize_model(source)) is type(model)
+
+
 def test_unknown_families_are_refused() -> None:
     for name in ("llama", None, 3):
-        with pytest.raises(ConversionError, match="is not supported; supported are: b"):
+        with pytest.raises(ConversionError, match=r"is not supported: .*; supported are: b"):
             find_family(name)
 
 
 def test_absent_transformers_classes_are_named() -> None:
     with pytest.raises(ConversionError, match=r"has no Mamba9.*family 'mamba2' needs"):
-        FAMILIES["mamba2"].source_model("Mamba9ForCausalLM")
+        find_family("mamba2").source_model("Mamba9ForCausalLM")
 
 
 def test_default_rank_is_a_sixteenth_between_one_and_128() -> None:
@@ -234,5 +256,5 @@ def test_no_code_outside_the_families_asks_for_a_family() -> None:
                 and id(node) not in prose
             ):
                 # The package's own family is called what the package is.
-                names = set(FAMILIES) - {"glazoo"}
+                names = set(families()) - {"glazoo"}
                 assert not any(name in node.value.lower() for name in names), (path, node.lineno)

@@ -4,7 +4,6 @@ every path, and the source comes back."""
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -14,35 +13,35 @@ import torch
 import transformers
 from converters.converting import contents, open_gates
 from converters.tiny import TINY, VOCABULARY, tiny_config, tiny_model
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
-import glazoo.models
+import glazoo.models  # noqa: F401 - registers the converted architectures
 from glazoo.converters import (
     ConversionError,
     convert_checkpoint,
-    families,
     inspect_checkpoint,
     metaplasticize_model,
     revert_checkpoint,
     verify_checkpoint,
     verify_models,
 )
-from glazoo.converters.checkpoint import _stored_shapes
-from glazoo.converters.families import FAMILIES, NOT_CONVERTIBLE, Family, find_family
+from glazoo.converters.families import NOT_CONVERTIBLE, Family, find_family
+from glazoo.converters.families import families as all_families
+from glazoo.converters.families.calls import CALLS
 from glazoo.converters.module import gates
-from glazoo.models import metaplastic
-from glazoo.models.metaplastic import find_mixers
 
 # Their text models are tested under their own names; the rest adds a vision tower only.
 WRAPPED = {"qwen3_5", "qwen3_5_moe", "qwen4_exp"}
 NAMES = [
     pytest.param(name, marks=pytest.mark.slow if name in WRAPPED else ()) for name in sorted(TINY)
 ]
+RECURRENT = ("linear_attention", "hybrid", "gla", "kda")
 CHECKS = ["prompt", "padded", "decoded", "continued", "greedy", "beams"]
 
 
 def family_of(name: str) -> Family:
-    return FAMILIES[TINY[name][0]]
+    return find_family(TINY[name][0])
 
 
 def ids_and_mask(batch: int = 2, tokens: int = 21) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,29 +53,25 @@ def ids_and_mask(batch: int = 2, tokens: int = 21) -> tuple[torch.Tensor, torch.
 
 
 def test_every_family_has_a_tiny_model() -> None:
-    assert {family for family, _ in TINY.values()} == set(FAMILIES)
-    assert set(FAMILIES).isdisjoint(NOT_CONVERTIBLE)
+    """A new transformers brings new families: each is tried here as soon as it is found."""
+    assert set(all_families()) <= {family for family, _ in TINY.values()}
+    assert set(all_families()).isdisjoint(NOT_CONVERTIBLE)
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
-def test_families_are_described_completely(name: str) -> None:
-    family = family_of(name)
-    assert find_family(family.model_type) is family
-    config = tiny_config(name)
-    with torch.device("meta"):
-        model = family.source_model(family.architectures[0])(config)
-    stored, known = _stored_shapes(model)
-    assert known
-    found: dict[int, dict[str, tuple[int, ...]]] = {}
-    for key, shape in stored.items():
-        if (parts := family.split_key(key)) and parts[0] in family.layers(config):
-            found.setdefault(parts[0], {})[parts[2]] = shape
-    assert tuple(sorted(found)) == family.layers(config)
-    assert tuple(sorted(find_mixers(model, family))) == family.layers(config)
-    expected = family.mixer_shapes(config)
-    for here in found.values():
-        assert set(here) == set(expected)
-        assert all(here[n] == expected[n] for n in expected if n not in family.block.joined)
+def test_mixers_are_found_by_what_they_call(name: str) -> None:
+    family, config = family_of(name), tiny_config(name)
+    model = family.build(family.architectures[0], config)
+    found = family.examine(model)
+    linear = [i for i, kind in enumerate(family.layer_kinds(config)) if kind in RECURRENT]
+    assert sorted(found) == linear
+    live = family.examine(tiny_model(name))
+    assert live == found
+    for mixer in found.values():
+        assert model.get_submodule(mixer.path).layer_idx == mixer.layer
+        assert mixer.hidden == 32
+        assert mixer.heads % mixer.key_heads == 0
+        assert all(CALLS[call].spec == mixer.spec for call in mixer.calls)
 
 
 def test_no_family_with_a_recurrent_state_is_overlooked() -> None:
@@ -84,7 +79,7 @@ def test_no_family_with_a_recurrent_state_is_overlooked() -> None:
     reason."""
     models = Path(transformers.__file__).parent / "models"
     marks = ("recurrent_state", "update_conv_state", "linear_cache", "mlstm", "rwkv_linear")
-    known = {f.modeling.split(".")[2] for f in FAMILIES.values()}
+    known = {f.modeling.split(".")[2] for f in all_families().values()}
     for path in sorted(models.glob("*/modeling_*.py")):
         if not any(mark in path.read_text("utf-8") for mark in marks):
             continue
@@ -116,10 +111,10 @@ def test_convert_verify_train_save_reload_generate_revert(name: str, tmp_path: P
     before = contents(source)
     report = convert_checkpoint(source, converted)
     family = family_of(name)
-    config = tiny_config(name)
-    assert report.layers == family.layers(config)
+    found = family.examine(tiny_model(name))
+    assert report.layers == tuple(found)
     assert not report.warnings
-    exact = family.no_exact_gain(config) is None
+    exact = family.no_exact_gain(tiny_config(name), found) is None
     assert (report.gate, report.gain) == ("head", "exact" if exact else "first_order")
 
     verified = verify_checkpoint(source, converted, batch=2, tokens=21, new_tokens=5, float64=True)
@@ -129,7 +124,9 @@ def test_convert_verify_train_save_reload_generate_revert(name: str, tmp_path: P
     for check in verified.checks:
         if check.max_difference is not None and "float64" in check.name:
             assert check.max_difference < 1e-10
-        assert ("share a defect" in check.detail) == (check.name.split()[0] in family.defects)
+        assert ("share a defect" in check.detail) == (
+            check.name.split()[0] in family.quirks.defects
+        )
 
     model = transformers.AutoModelForCausalLM.from_pretrained(converted)
     assert type(model).__name__ == family.converted_architecture(family.architectures[0])
@@ -138,8 +135,13 @@ def test_convert_verify_train_save_reload_generate_revert(name: str, tmp_path: P
     trained = tmp_path / "trained"
     model.eval().save_pretrained(trained, max_shard_size="50KB")
     again = transformers.AutoModelForCausalLM.from_pretrained(trained)
+    saved, loaded = model.state_dict(), again.state_dict()
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(x, loaded[k]) for k, x in saved.items())
     with torch.no_grad():
-        assert torch.equal(again(ids).logits, model(ids).logits)
+        kept, logits = model(ids).logits, again(ids).logits
+    # Where tensors lie in memory decides the order in which products are summed.
+    assert float((logits - kept).abs().max()) <= 8 * torch.finfo().eps * float(kept.abs().max())
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     # Without a mask, tokens that happen to be the padding's would be taken for padding.
     tokens = again.generate(ids, attention_mask=torch.ones_like(ids), **options)
@@ -150,8 +152,10 @@ def test_convert_verify_train_save_reload_generate_revert(name: str, tmp_path: P
     assert contents(source) == before
 
 
-def converted_mixers(model: Any) -> list[Any]:
-    return [m for m in model.modules() if hasattr(m, "metaplastic")]
+def cache_of(out: Any) -> dict[str, Any]:
+    """The cache of a model's output under the name that this version has for it."""
+    names = ("cache", "past_key_values", "cache_params")
+    return next({n: out[n]} for n in names if out.get(n) is not None)
 
 
 @torch.no_grad()
@@ -165,9 +169,10 @@ def test_open_gates_agree_in_every_path(name: str, gate: str) -> None:
     open_gates(model)
     ids, mask = ids_and_mask()
     for m in (source, model):
-        for mixer in [*converted_mixers(m), *find_mixers(m, family).values()]:
-            for key, value in family.block.unequal.items():
-                setattr(mixer, key, value)
+        for mixer in family.mixers(m).values():
+            for call in family.calls(mixer):
+                for key, value in call.unequal.items():
+                    setattr(mixer, key, value)
 
     def paths(m: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         full = m(ids).logits
@@ -175,18 +180,18 @@ def test_open_gates_agree_in_every_path(name: str, gate: str) -> None:
 
         def positions(start: int, end: int) -> dict[str, Any]:
             p = torch.arange(start, end).expand(2, -1)
-            return {"position_ids": p} if family.positions else {}
+            return {"position_ids": p} if family.quirks.positions else {}
 
         out = m(ids[:, :n], use_cache=True)
         decoded = [out.logits]
         for t in range(n, ids.shape[1]):
-            cache = {family.cache: getattr(out, family.cache)}
+            cache = cache_of(out)
             out = m(ids[:, t : t + 1], **cache, use_cache=True, **positions(t, t + 1))
             decoded.append(out.logits)
         found = {"decoded": torch.cat(decoded, 1)}
-        if "continued" not in family.defects:
+        if "continued" not in family.quirks.defects:
             out = m(ids[:, :n], use_cache=True)
-            cache = {family.cache: getattr(out, family.cache)}
+            cache = cache_of(out)
             rest = m(ids[:, n:], **cache, use_cache=True, **positions(n, ids.shape[1])).logits
             found["continued"] = torch.cat([out.logits, rest], 1)
         return full, found
@@ -207,7 +212,7 @@ def test_open_gates_agree_in_every_path(name: str, gate: str) -> None:
     noise = max(noise, float((old_padded - old_bare).abs().max()))
     assert float((padded - bare).abs().max()) <= 8 * max(noise, rounding)
     # Beams reorder the cache.
-    if "beams" not in family.defects:
+    if "beams" not in family.quirks.defects:
         options = {"max_new_tokens": 6, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
         cached = model.generate(ids, attention_mask=mask, use_cache=True, **options)
         fresh = model.generate(ids, attention_mask=mask, use_cache=False, **options)
@@ -347,23 +352,17 @@ def test_known_families_are_refused_with_the_reason(model_type: str) -> None:
     # As the installed transformers spells it.
     models = Path(transformers.__file__).parent / "models"
     spelled = f'model_type = "{model_type}"'
-    assert any(spelled in p.read_text("utf-8") for p in models.glob("*/configuration_*.py"))
+    if not any(spelled in p.read_text("utf-8") for p in models.glob("*/configuration_*.py")):
+        assert Version(transformers.__version__) < Version("5.24")
+        pytest.skip(f"transformers {transformers.__version__} does not have it yet")
 
 
-def test_families_that_the_installed_transformers_lacks_are_reported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tiny_model("bamba").save_pretrained(tmp_path / "s")
-    future = dataclasses.replace(
-        FAMILIES["bamba"],
-        model_type="bamba",
-        configuration="transformers.models.bamba9.configuration_bamba9:Bamba9Config",
-        modeling="transformers.models.bamba9.modeling_bamba9",
-    )
-    listing = {**FAMILIES, "bamba": future}
-    monkeypatch.setattr(families, "FAMILIES", listing)
-    monkeypatch.setattr(metaplastic, "FAMILIES", listing)
-    metaplastic.register()
-    with pytest.raises(ConversionError, match="installed transformers has no Bamba9Config"):
-        inspect_checkpoint(tmp_path / "s")
-    assert glazoo.models.MetaplasticMamba2Config
+def test_families_that_the_installed_transformers_lacks_are_reported() -> None:
+    with pytest.raises(
+        ConversionError, match="model_type 'bamba9' is not supported: the installed"
+    ):
+        find_family("bamba9")
+    with pytest.raises(ConversionError, match="installed transformers has no bamba9 configuration"):
+        Family("bamba9").source_config()
+    with pytest.raises(ConversionError, match="installed transformers has no Bamba9ForCausalLM"):
+        find_family("bamba").source_model("Bamba9ForCausalLM")

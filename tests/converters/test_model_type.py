@@ -27,7 +27,7 @@ from glazoo.converters import (
     revert_checkpoint,
     verify_checkpoint,
 )
-from glazoo.converters.families import FAMILIES
+from glazoo.converters.families import find_family
 from glazoo.converters.tokenizers import TEXTS
 from glazoo.models.metaplastic import auto_models
 
@@ -193,7 +193,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_memory_has_the_source_s_type_and_files_their_own(
     name: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    family = FAMILIES[TINY[name][0]]
+    family = find_family(TINY[name][0])
     own, base = f"metaplastic_{family.model_type}", family.source_config()
     raw = json.loads((folders[name] / "config.json").read_text())
     assert raw["model_type"] == own
@@ -224,7 +224,7 @@ def test_memory_has_the_source_s_type_and_files_their_own(
 def test_every_auto_class_that_loads_the_source_loads_the_converted_model(
     name: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    family = FAMILIES[TINY[name][0]]
+    family = find_family(TINY[name][0])
     folder = folders[name]
     for auto, base in auto_models(family).items():
         loader = getattr(transformers, auto)
@@ -237,7 +237,7 @@ def test_every_auto_class_that_loads_the_source_loads_the_converted_model(
         assert type(model) is glazoo.models.metaplastic.model_class(base, family)
         assert isinstance(model, base)
         gates = [n for n, _ in model.named_parameters() if n.endswith(".metaplastic.b_scale")]
-        assert len(gates) == len(family.layers(model.config))
+        assert len(gates) == len(model.config.metaplastic["layers"])
 
 
 LOAD = """

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
-from glazoo.converters.families import FAMILIES
+from glazoo.converters import ConversionError
+from glazoo.converters.families import find_family
 
 VOCABULARY = 61
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -84,7 +86,7 @@ _VISION = {
     "num_position_embeddings": 16,
 }
 
-TINY: Mapping[str, tuple[str, dict[str, Any]]] = {
+_ALL: Mapping[str, tuple[str, dict[str, Any]]] = {
     "mamba2": (
         "mamba2",
         {
@@ -253,6 +255,15 @@ TINY: Mapping[str, tuple[str, dict[str, Any]]] = {
             "head_v_dim": 16,
         },
     ),
+    "lara_mini": (
+        "lara_mini",
+        {
+            **_DELTA,
+            **_EXPERTS,
+            "layer_types": [LINEAR, "sliding_attention", LINEAR],
+            "sliding_window": 64,
+        },
+    ),
     "qwen3_5": ("qwen3_5", {**_DELTA, "vision_config": _VISION}),
     "qwen3_5_moe": ("qwen3_5_moe", {**_DELTA, **_EXPERTS, "vision_config": _VISION}),
     "qwen4_exp": ("qwen4_exp", {**_QWEN4, "vision_config": _VISION}),
@@ -262,10 +273,10 @@ TINY: Mapping[str, tuple[str, dict[str, Any]]] = {
 
 def tiny_config(name: str, **changes: Any) -> Any:
     """The configuration of a tiny model."""
-    family, values = TINY[name]
-    described = FAMILIES[family]
+    family, values = _ALL[name]
+    described = find_family(family)
     values = {**_COMMON, **values, **changes}
-    if described.text is None:
+    if "vision_config" not in values:
         return described.source_config()(**values)
     others = {"vision_config": values.pop("vision_config")}
     return described.source_config()(text_config=values, **others)
@@ -274,7 +285,7 @@ def tiny_config(name: str, **changes: Any) -> Any:
 def tiny_model(name: str, seed: int = 0, **changes: Any) -> Any:
     """A random model whose every tensor differs from its default start."""
     torch.manual_seed(seed)
-    family = FAMILIES[TINY[name][0]]
+    family = find_family(TINY[name][0])
     model = family.source_model(family.architectures[0])(tiny_config(name, **changes)).eval()
     with torch.no_grad():
         for key, p in model.named_parameters():
@@ -283,3 +294,16 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> Any:
             elif p.dim() > 1 and "conv1d" not in key:
                 p.mul_(2.0 if p.std() > 0.1 else 6.0)
     return model
+
+
+def _is_there(name: str) -> bool:
+    """Whether the installed transformers has the family, with these kinds of layers."""
+    try:
+        tiny_config(name)
+    except (ConversionError, ValueError, StrictDataclassError):
+        return False
+    return True
+
+
+TINY: Mapping[str, tuple[str, dict[str, Any]]] = {k: v for k, v in _ALL.items() if _is_there(k)}
+"""The tiny models that the installed transformers can build."""

@@ -1,26 +1,76 @@
-"""The model families that can be converted: one declared description each over shared mixers."""
+"""The model families that can be converted: those whose mixers call a known scan function."""
 
 from __future__ import annotations
 
-from glazoo.converters.errors import ConversionError
-from glazoo.converters.families.base import Block, Family, Sizes, TensorRule
-from glazoo.converters.families.catalogue import FAMILIES, NOT_CONVERTIBLE
+import functools
+import re
+from pathlib import Path
 
-__all__ = ["FAMILIES", "NOT_CONVERTIBLE", "Block", "Family", "Sizes", "TensorRule", "find_family"]
+from glazoo.converters.errors import ConversionError
+from glazoo.converters.families.base import Family, Found, gate_of
+from glazoo.converters.families.calls import CALLS, known_calls
+from glazoo.converters.families.catalogue import NOT_CONVERTIBLE, OVERRIDES, QUIRKS
+from glazoo.converters.families.own import OWN
+
+__all__ = [
+    "CALLS",
+    "NOT_CONVERTIBLE",
+    "Family",
+    "Found",
+    "families",
+    "find_family",
+    "gate_of",
+    "known_calls",
+]
+
+
+@functools.cache
+def families() -> dict[str, Family]:
+    """Return every family of the installed transformers whose code calls a known scan function, and
+    that of `glazoo.models`, by `model_type`."""
+    import transformers
+    from transformers.models.auto.configuration_auto import (  # type: ignore[attr-defined]
+        CONFIG_MAPPING_NAMES,
+        model_type_to_module_name,
+    )
+
+    folder = Path(transformers.__file__).parent / "models"
+    words = "|".join((*CALLS, *OVERRIDES)).encode()
+    mark = re.compile(rb"\b(?:" + words + rb")\b")
+    calling: dict[str, bool] = {}
+    found: dict[str, Family] = {}
+    for model_type in CONFIG_MAPPING_NAMES:
+        name = model_type_to_module_name(model_type)
+        if name not in calling:
+            path = folder / name / f"modeling_{name}.py"
+            calling[name] = path.is_file() and mark.search(path.read_bytes()) is not None
+        if calling[name] and model_type not in NOT_CONVERTIBLE:
+            family = Family(model_type, quirks=QUIRKS.get(model_type), overrides=OVERRIDES)
+            if family.generative:
+                found[model_type] = family
+    return {**found, OWN.model_type: OWN}
 
 
 def find_family(model_type: object) -> Family:
-    """Gives the family of a `model_type`.
+    """Return the family of a `model_type`.
 
     Raises:
         ConversionError: it is unknown, known not to be convertible, or that of a converted model.
     """
-    if isinstance(model_type, str) and model_type in FAMILIES:
-        return FAMILIES[model_type]
-    if any(model_type == f.converted_model_type for f in FAMILIES.values()):
+    known = families()
+    if isinstance(model_type, str) and model_type in known:
+        return known[model_type]
+    if any(model_type == f.converted_model_type for f in known.values()):
         raise ConversionError(f"model_type {model_type!r}: this model is converted already")
-    supported = f"supported are: {', '.join(sorted(FAMILIES))}"
+    from transformers.models.auto.configuration_auto import (  # type: ignore[attr-defined]
+        CONFIG_MAPPING_NAMES,
+    )
+
+    supported = f"supported are: {', '.join(sorted(known))}"
     if isinstance(model_type, str) and model_type in NOT_CONVERTIBLE:
         reason = NOT_CONVERTIBLE[model_type]
-        raise ConversionError(f"model_type {model_type!r} is not supported: {reason}; {supported}")
-    raise ConversionError(f"model_type {model_type!r} is not supported; {supported}")
+    elif model_type in CONFIG_MAPPING_NAMES:
+        reason = f"its layers call no scan function that is known; known are: {known_calls()}"
+    else:
+        reason = "the installed transformers does not know it"
+    raise ConversionError(f"model_type {model_type!r} is not supported: {reason}; {supported}")

@@ -1,104 +1,165 @@
-"""What a model family declares so that it can be converted."""
+"""A model family: the models of one `model_type`, and what is found in them."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from glazoo.converters.errors import ConversionError
+from glazoo.converters.families.calls import Call, Recurrence, known_calls
+from glazoo.converters.families.interception import calls_of, running
+from glazoo.converters.families.mixer import (
+    InterceptedMixer,
+    metaplastic_class,
+    twin_class,
+)
 from glazoo.spec import Spec, no_exact_gain
 from glazoo.zoo import load
 
-__all__ = ["Block", "Family", "Sizes", "TensorRule"]
-
-Sizes = Mapping[str, int]
-"""Values of the symbols in which a block states shapes: D hidden, H value heads, G key heads, K key
-size, V value size, W taps of the convolution, and what a block derives from them."""
-
-_LINEAR_LAYERS = ("linear_attention", "hybrid")
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRule:
-    """One tensor of a mixer, as checkpoints hold it."""
-
-    name: str
-    """Name inside the mixer."""
-    shape: tuple[str, ...]
-    """Shape in the block's symbols; digits stand for themselves."""
-    when: str | None = None
-    """Flag of the family under which the tensor exists; unset for always."""
+__all__ = ["Family", "Found", "Override", "Quirks", "find_mixers", "gate_of"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Block:
-    """A kind of mixer that several families share: its tensors and how it computes them with an
-    importance state."""
+class Override:
+    """A mixer that computes its recurrence inline, calls no known function, and gets a forward pass
+    of ours."""
 
-    name: str
-    tensors: tuple[TensorRule, ...]
-    derived: Mapping[str, tuple[tuple[str, ...], ...]]
-    """Symbols that follow from others: a sum of products."""
-    mixin: type[nn.Module]
-    """Gives the mixer's `forward`."""
-    hooked: tuple[str, ...]
-    """Submodules whose weights `forward` uses without calling them."""
-    joined: tuple[str, ...] = ()
-    """Tensors that loaders lay end to end: only their lengths together count, as some savers cut
-    what they loaded into equal parts."""
-    exact: Callable[[Any], None] | None = None
-    """Recomputes, in the dtype that a mixer has now, fixed numbers that its files hold rounded."""
-    unequal: Mapping[str, object] = field(default_factory=dict)
-    """Attributes of the source's mixer that act in some of its own paths only (a limit in prefill
-    but not in decoding), each with the value at which they do nothing. Paths of the source can be
-    compared with each other only there."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Family:
-    """One family of checkpoints: where its mixers are and how their tensors map onto a spec's
-    operands."""
-
-    model_type: str
-    """`model_type` in config.json."""
-    architectures: tuple[str, ...]
-    """Causal language models of the family."""
     spec: str
-    """Name of the spec that the mixers follow."""
-    block: Block
-    """The kind of mixer."""
-    configuration: str
-    """`module:class` of the configuration."""
-    modeling: str
-    """Module of the models and mixers."""
-    mixer: str
-    """Class name of the mixer."""
-    mixer_keys: str
-    """Regular expression of the mixers' tensor names in files, with groups `prefix` and `layer`.
-    Other modules may have names of the same form, in layers of another kind."""
-    sizes: Mapping[str, str | Callable[[Any], int]]
-    """Symbols of the block, as names of configuration fields or functions of the configuration."""
-    flags: Mapping[str, str | bool] = field(default_factory=dict)
-    """Flags of the block's tensors, as names of boolean configuration fields or as constants."""
-    text: str | None = None
-    """Configuration field that holds the language model's configuration, where there are others
-    beside it."""
-    write_above_one: str | None = None
-    """Configuration field that lets the write gate of a delta rule exceed 1."""
-    cache: str = "past_key_values"
-    """Name of the cache in the models' arguments and outputs."""
+    """Name of the spec that it follows."""
+    mixin: type[Any]
+    """Gives the mixer's `forward`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Quirks:
+    """What a family's models do that cannot be found by looking at them."""
+
     positions: bool = False
     """Whether a continued cache needs explicit `position_ids`."""
-    auto_classes: tuple[str, ...] = ("AutoModelForCausalLM",)
-    """Auto classes that load the family."""
     defects: Mapping[str, str] = field(default_factory=dict)
     """Known defects of the source's own code, by the check of a comparison whose numbers they are
     in. The converted model shares them."""
+    exact: Any = None
+    """Recomputes, in the dtype that a mixer has now, fixed numbers that its files hold rounded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One mixer of a model, as it was found."""
+
+    path: str
+    """Name of the mixer in the model."""
+    layer: int
+    """Index of its layer."""
+    mixer: str
+    """Name of its class."""
+    calls: tuple[str, ...]
+    """Scan functions that it calls; none for a mixer with a forward pass of ours."""
+    spec: str
+    """Name of the spec that it follows."""
+    hidden: int
+    """Width of its input, D."""
+    heads: int
+    """Value heads, HV."""
+    key_heads: int
+    """Key heads, H."""
+    key: int
+    """Key channels per head, K."""
+    value: int
+    """Value channels per head, V."""
+
+
+class _Seen(Exception):
+    """Carries the operands of a scan out of a mixer's forward pass."""
+
+    def __init__(self, operands: Recurrence) -> None:
+        self.operands = operands
+
+
+class _Recorder:
+    """Stands for a mixer whose scan is only looked at."""
+
+    def scan(self, x: Recurrence, *_rest: Any) -> Any:
+        raise _Seen(x)
+
+
+def _sizes(mixer: nn.Module, hidden: int) -> tuple[int, int, int, int]:
+    """Return value heads, key heads, key and value channels of a mixer, by running it on two tokens
+    up to its scan."""
+    weight = next(mixer.parameters())
+    x = torch.zeros(1, 2, hidden, dtype=weight.dtype, device=weight.device)
+    base, training = type(mixer), mixer.training
+    inner: Any = twin_class(base)
+    mixer.__class__ = inner
+    mixer.eval()
+    try:
+        recorder: Any = _Recorder()
+        with torch.no_grad(), running(recorder, x, None):
+            inner.forward(mixer, x)
+    except _Seen as seen:
+        k, v = seen.operands.k, seen.operands.v
+        return v.shape[2], k.shape[2], k.shape[3], v.shape[3]
+    except Exception as e:
+        raise ConversionError(
+            f"{base.__name__} could not be followed to its scan: {' '.join(str(e).split())}"
+        ) from e
+    finally:
+        mixer.__class__ = base
+        mixer.train(training)
+    raise AssertionError("a scan that was called ends the forward pass")
+
+
+def find_mixers(model: nn.Module, overrides: Mapping[str, Override]) -> dict[int, nn.Module]:
+    """Return the mixers of a model by layer: by what their code calls, not by name, since some
+    families reuse an attribute for other modules."""
+    found: dict[int, nn.Module] = {}
+    for module in model.modules():
+        if calls_of(type(module)) or _override(module, overrides) is not None:
+            index = getattr(module, "layer_idx", None)
+            if not isinstance(index, int):
+                raise ConversionError(
+                    f"{type(module).__name__} has no layer_idx, by which caches know its layer"
+                )
+            if index in found:
+                raise ConversionError(f"layer {index} has two mixers")
+            found[index] = module
+    return dict(sorted(found.items()))
+
+
+def _override(module: nn.Module, overrides: Mapping[str, Override]) -> Override | None:
+    names = (base.__name__ for base in type(module).__mro__)
+    return next((overrides[name] for name in names if name in overrides), None)
+
+
+_GENERATIVE = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
+
+
+class Family:
+    """The models of one `model_type` of transformers: how they are built, and what is in them."""
+
+    separates = False
+    """Whether the models keep packed sequences apart by themselves."""
+
+    def __init__(
+        self,
+        model_type: str,
+        *,
+        quirks: Quirks | None = None,
+        overrides: Mapping[str, Override] | None = None,
+    ) -> None:
+        self.model_type = model_type
+        self.quirks = quirks or Quirks()
+        self.overrides = overrides or {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.model_type!r})"
 
     @property
     def converted_model_type(self) -> str:
@@ -106,93 +167,220 @@ class Family:
         return f"metaplastic_{self.model_type}"
 
     def converted_architecture(self, architecture: str) -> str:
-        """Gives the class name of the converted form of one of the family's models."""
+        """Return the class name of the converted form of one of the family's models."""
         return f"Metaplastic{architecture}"
 
     def source_config(self) -> type[Any]:
-        """Imports the configuration class."""
-        module, _, name = self.configuration.partition(":")
-        return self._from(module, name)
+        """Import the configuration class.
+
+        By its own module and never through an Auto class, which are open to re-registration: other
+        packages put classes of their own behind the same `model_type`.
+        """
+        from transformers.models.auto.configuration_auto import (  # type: ignore[attr-defined]
+            CONFIG_MAPPING_NAMES,
+            model_type_to_module_name,
+        )
+
+        name = CONFIG_MAPPING_NAMES.get(self.model_type)
+        if name is None:
+            raise self._absent(f"{self.model_type} configuration")
+        package = f"transformers.models.{model_type_to_module_name(self.model_type)}"
+        return self._from(package, name)
+
+    @property
+    def modeling(self) -> str:
+        """Name of the module of the models and mixers."""
+        return self.source_config().__module__.replace(".configuration_", ".modeling_")
 
     def source_model(self, architecture: str) -> type[Any]:
-        """Imports one of the family's model classes, by its own module and never through an Auto
-        class.
-
-        Auto classes are open to re-registration: other packages put classes of their own behind the
-        same `model_type`.
-        """
+        """Import one of the family's model classes, by its own module."""
         return self._from(self.modeling, architecture)
+
+    def own_model(self, name: str) -> type[Any] | None:
+        """Return a model class of the family by its name, None if it has none of that name."""
+        from transformers import PreTrainedModel
+
+        found = getattr(importlib.import_module(self.modeling), name, None)
+        if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+            return None
+        return found if getattr(found, "config_class", None) is self.source_config() else None
+
+    def own_mixer(self, name: str) -> type[nn.Module] | None:
+        """Return the metaplastic form of a mixer class by the source's name, None if it has none of
+        that name."""
+        found = getattr(importlib.import_module(self.modeling), name, None)
+        if not (isinstance(found, type) and issubclass(found, nn.Module)):
+            return None
+        if name in self.overrides:
+            return metaplastic_class(found, self.overrides[name].mixin)
+        return metaplastic_class(found, InterceptedMixer) if calls_of(found) else None
 
     def _from(self, module: str, name: str) -> type[Any]:
         try:
             found: type[Any] = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as e:
-            raise ConversionError(
-                f"the installed transformers has no {name}: the family {self.model_type!r} needs "
-                "another version"
-            ) from e
+            raise self._absent(name) from e
         return found
 
+    def _absent(self, name: str) -> ConversionError:
+        return ConversionError(
+            f"the installed transformers has no {name}: the family {self.model_type!r} needs "
+            "another version"
+        )
+
+    @functools.cached_property
+    def auto_classes(self) -> Mapping[str, tuple[str, ...]]:
+        """Model classes of the family by the Auto class that loads them: language models first."""
+        from transformers.models.auto import modeling_auto
+
+        space = vars(modeling_auto)
+        found: dict[str, tuple[str, ...]] = {}
+        for name, auto in space.items():
+            mapping = getattr(auto, "_model_mapping", None)
+            if not name.startswith("AutoModel") or mapping is None:
+                continue
+            listed = next((k for k, v in space.items() if v is mapping), "")
+            names = space.get(f"{listed}_NAMES", {}).get(self.model_type)
+            if names is not None:
+                found[name] = (names,) if isinstance(names, str) else tuple(names)
+        return dict(sorted(found.items(), key=lambda item: item[0] not in _GENERATIVE))
+
+    def loaders(self, architecture: str) -> tuple[str, ...]:
+        """Return the names of the Auto classes that load a converted model.
+
+        Those that load its source, and for a generative model that of language models too, which is
+        what programs that evaluate models use.
+        """
+        found = [auto for auto, names in self.auto_classes.items() if architecture in names]
+        if architecture in self.architectures:
+            found = [*found, _GENERATIVE[0]]
+        return tuple(dict.fromkeys(found)) or ("AutoModel",)
+
+    @property
+    def generative(self) -> tuple[str, ...]:
+        """Names of the generative models that transformers lists for the family."""
+        names = [n for auto in _GENERATIVE for n in self.auto_classes.get(auto, ())]
+        return tuple(dict.fromkeys(names))
+
+    @functools.cached_property
+    def architectures(self) -> tuple[str, ...]:
+        """Generative models of the family."""
+        # Some types are listed with a text model that has a configuration of its own.
+        return tuple(name for name in self.generative if self.own_model(name) is not None)
+
     def text_config(self, config: Any) -> Any:
-        """Gives the language model's part of a configuration object."""
-        return config if self.text is None else getattr(config, self.text)
+        """Return the language model's part of a configuration object."""
+        return config.get_text_config()
 
-    def symbols(self, config: Any) -> Sizes:
-        """Gives the values of the block's symbols for a configuration object."""
-        text = self.text_config(config)
-        values = {
-            symbol: int(source(text) if callable(source) else getattr(text, source))
-            for symbol, source in self.sizes.items()
+    @property
+    def multimodal(self) -> bool:
+        """Whether the configuration holds that of a text model beside others."""
+        return "text_config" in getattr(self.source_config(), "sub_configs", {})
+
+    def build(self, architecture: str, config: Any) -> nn.Module:
+        """Build a model without data."""
+        with torch.device("meta"):
+            model: nn.Module = self.source_model(architecture)(config)
+        return model
+
+    def mixers(self, model: nn.Module) -> dict[int, nn.Module]:
+        """Return a model's mixers by layer."""
+        return find_mixers(model, self.overrides)
+
+    def calls(self, mixer: nn.Module) -> tuple[Call, ...]:
+        """Return the scan functions that a mixer calls."""
+        return () if _override(mixer, self.overrides) else calls_of(type(mixer))
+
+    def metaplastic_class(self, mixer: nn.Module) -> type[nn.Module]:
+        """Return the class that a mixer gets."""
+        override = _override(mixer, self.overrides)
+        return metaplastic_class(
+            type(mixer), InterceptedMixer if override is None else override.mixin
+        )
+
+    def examine(self, model: nn.Module) -> dict[int, Found]:
+        """Say what a model's mixers are.
+
+        Args:
+            model: a model of the family, with or without data.
+
+        Raises:
+            ConversionError: it has none, or they follow several specs.
+        """
+        mixers = self.mixers(model)
+        if any("forward" in vars(mixer) for mixer in mixers.values()):
+            # A hook of that kind keeps the source's forward pass on the instance, over any class.
+            raise ConversionError(
+                "the model's mixers carry hooks that replace `forward` (it was loaded with a "
+                "device_map that offloads): convert the checkpoint folder, or load the model "
+                "without"
+            )
+        names = {id(module): name for name, module in model.named_modules()}
+        hidden = int(self.text_config(model.config).hidden_size)
+        found = {
+            layer: self._examine(mixer, names[id(mixer)], layer, hidden)
+            for layer, mixer in mixers.items()
         }
-        for symbol, products in self.block.derived.items():
-            total = 0
-            for product in products:
-                n = 1
-                for factor in product:
-                    n *= int(factor) if factor.isdigit() else values[factor]
-                total += n
-            values[symbol] = total
-        return values
+        if not found:
+            raise ConversionError(
+                f"{type(model).__name__} has no mixer that can be converted: none calls a known "
+                f"scan function; known are: {known_calls()}"
+            )
+        specs = sorted({f.spec for f in found.values()})
+        if len(specs) > 1:
+            raise ConversionError(
+                f"{type(model).__name__} has mixers of several specs ({', '.join(specs)}); "
+                "accepted is one"
+            )
+        return found
 
-    def source_spec(self, config: Any) -> Spec:
-        """Gives the spec that the mixers follow."""
-        return load(self.spec)
+    def _examine(self, mixer: nn.Module, path: str, layer: int, hidden: int) -> Found:
+        override = _override(mixer, self.overrides)
+        calls = self.calls(mixer)
+        if override is not None:
+            inner: Any = mixer
+            spec, sizes = override.spec, override.mixin.sizes(inner)
+        else:
+            if len({c.spec for c in calls}) > 1:
+                raise ConversionError(
+                    f"{path} calls scans of several specs: {', '.join(c.name for c in calls)}"
+                )
+            spec, sizes = calls[0].spec, _sizes(mixer, hidden)
+        name = type(mixer).__name__
+        return Found(path, layer, name, tuple(c.name for c in calls), spec, hidden, *sizes)
 
-    def mixer_shapes(self, config: Any, layer: int | None = None) -> dict[str, tuple[int, ...]]:
-        """Gives the tensors that the mixer of a layer, default any, must have, with their
-        shapes."""
-        values = self.symbols(config)
-        return {
-            rule.name: tuple(int(d) if d.isdigit() else values[d] for d in rule.shape)
-            for rule in self.block.tensors
-            if rule.when is None or self._flag(config, rule.when)
-        }
-
-    def _flag(self, config: Any, name: str) -> bool:
-        value = self.flags[name]
-        return value if isinstance(value, bool) else bool(getattr(self.text_config(config), value))
-
-    def layers(self, config: Any) -> tuple[int, ...]:
-        """Gives the indices of the layers with a mixer."""
-        kinds = enumerate(self.layer_kinds(config))
-        return tuple(i for i, kind in kinds if kind in _LINEAR_LAYERS)
+    def source_spec(self, config: Any, found: Mapping[int, Found]) -> Spec:
+        """Return the spec that the mixers follow."""
+        return load(next(iter(found.values())).spec)
 
     def layer_kinds(self, config: Any) -> tuple[str, ...]:
-        """Gives the kind of every layer."""
-        return tuple(self.text_config(config).layer_types)
+        """Return the kind of every layer, as far as the configuration has names for them."""
+        text = self.text_config(config)
+        kinds = getattr(text, "layer_types", None)
+        return tuple(kinds) if kinds else ("layer",) * int(text.num_hidden_layers)
 
-    def no_exact_gain(self, config: Any) -> str | None:
-        """Says why the mixers cannot have the exact gain, or gives None if they can."""
-        field = self.write_above_one
-        if field is not None and getattr(self.text_config(config), field):
+    def write_above_one(self, config: Any) -> str | None:
+        """Return the configuration field that lets the write gate of a delta rule exceed 1, if one
+        does."""
+        text = self.text_config(config)
+        names = ("linear_allow_neg_eigval", "allow_neg_eigval")
+        return next((name for name in names if getattr(text, name, False)), None)
+
+    def no_exact_gain(self, config: Any, found: Mapping[int, Found]) -> str | None:
+        """Say why the mixers cannot have the exact gain; None if they can."""
+        field = self.write_above_one(config)
+        if field is not None:
             return f"{field} lets the write gate exceed 1, and a rate above 1 has no precision"
-        return no_exact_gain(self.source_spec(config))
+        return no_exact_gain(self.source_spec(config, found))
 
-    def split_key(self, key: str) -> tuple[int, str, str] | None:
-        """Splits a tensor name into layer, mixer prefix and name inside the mixer, if it belongs to
-        a mixer."""
-        match = re.match(self.mixer_keys, key)
-        if match is None:
-            return None
-        prefix = match["prefix"]
-        return int(match["layer"]), prefix, key[len(prefix) + 1 :]
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+def gate_of(key: str) -> tuple[int, str, str] | None:
+    """Split the name of a tensor that conversion added into layer, mixer and name of the tensor."""
+    mixer, mark, name = key.partition(".metaplastic.")
+    if not mark:
+        return None
+    numbers = _LAYER.findall(f"{mixer}.")
+    return int(numbers[0]), mixer, name

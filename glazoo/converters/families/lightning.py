@@ -1,16 +1,17 @@
-"""Linear attention with fixed decays: tensors and the metaplastic forward pass."""
+"""Linear attention with fixed decays, which its mixer computes inline: the metaplastic forward
+pass."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from glazoo.converters.families.base import Block, TensorRule
-from glazoo.converters.families.mixer import MetaplasticMixer, masked, refuse_packed, wide_dtype
+from glazoo.converters.families.calls import Recurrence, wide_dtype
+from glazoo.converters.families.interception import current_packing
+from glazoo.converters.families.mixer import MetaplasticMixer, unpack_state
 
-__all__ = ["LIGHTNING", "LightningMixer"]
+__all__ = ["LightningMixer", "exact_decays"]
 
 
 class LightningMixer(MetaplasticMixer):
@@ -33,75 +34,66 @@ class LightningMixer(MetaplasticMixer):
     out_proj: nn.Module
     slope_rate: Tensor
 
+    @staticmethod
+    def sizes(mixer: Any) -> tuple[int, int, int, int]:
+        """Return value heads, key heads, key and value channels."""
+        heads, size = mixer.num_attention_heads, mixer.head_dim
+        return heads, heads, size, size
+
     def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
+        cache: Any | None = None,
+        *,
         past_key_values: Any | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Runs the mixer.
+    ) -> tuple[Tensor, Tensor]:
+        """Run the mixer.
 
         Args:
             hidden_states: [B, T, D].
             position_embeddings: not used; linear attention sees order through its decay.
             attention_mask: [B, T], 0 at padding, or None.
-            past_key_values: the model's cache, or None.
+            cache: the model's cache, or None.
+            past_key_values: the same, as older versions call it.
 
         Returns:
-            [B, T, D], and the packed state or None.
-
-        Raises:
-            ValueError: packed sequences are passed.
+            [B, T, D], and the memory after the last token, [B, H, K, V], which the model gives out
+            as this layer's attention.
         """
-        refuse_packed(kwargs)
+        cache = past_key_values if cache is None else cache
         dtype, wide = hidden_states.dtype, wide_dtype(hidden_states)
-        heads = self.num_attention_heads
-        mixed = masked(self.act_fn(self.qkv_proj(hidden_states)), attention_mask).to(wide)
+        mixed = self.act_fn(self.qkv_proj(hidden_states))
+        if attention_mask is not None:
+            mixed = mixed * attention_mask[:, :, None].to(mixed.dtype)
         # Interleaved by head.
-        q, k, v = mixed.unflatten(-1, (heads, 3, self.head_dim)).unbind(-2)
-        packed = None
-        if past_key_values is not None:
-            packed = past_key_values.get_linear_cache(self.layer_idx)
-        y, packed = self._scan(
+        q, k, v = (
+            mixed.to(wide).unflatten(-1, (self.num_attention_heads, 3, self.head_dim)).unbind(-2)
+        )
+        recurrence = Recurrence(
             q,
             k,
             v,
-            hidden=hidden_states,
-            write=torch.ones_like(q[..., 0]),
-            packed=packed,
-            keep=past_key_values is not None,
             g=-self.slope_rate.to(wide).flatten(),
+            beta=None,
+            scale=1.0,
+            initial=None if cache is None else cache.get_linear_cache(self.layer_idx),
+            keep=True,
+            cu_seqlens=None,
+            finish=lambda output, state: (output.to(dtype), state),
         )
-        if past_key_values is not None:
-            past_key_values.set_linear_cache(self.layer_idx, packed)
-        gated = self.output_gate(hidden_states).sigmoid() * self.norm(y.to(dtype).flatten(2))
-        return self.out_proj(gated), packed
+        y, state = self.scan(recurrence, hidden_states, attention_mask, current_packing())
+        if cache is not None:
+            cache.set_linear_cache(self.layer_idx, state)
+        gated = self.output_gate(hidden_states).sigmoid() * self.norm(y.flatten(2))
+        memory = unpack_state(state, self.head_dim, shared=False).memory
+        return self.out_proj(gated), memory
 
 
-def _exact_decays(mixer: Any) -> None:
+def exact_decays(mixer: Any) -> None:
+    """Recompute the fixed decays of a mixer in the dtype that it has now."""
     decays = mixer.decay_factors(mixer.slope_rate)
     for name, value in zip(("query_decay", "key_decay", "diagonal_decay"), decays, strict=True):
         setattr(mixer, name, value)
-
-
-LIGHTNING = Block(
-    name="lightning",
-    tensors=(
-        TensorRule("qkv_proj.weight", ("E", "D")),
-        TensorRule("output_gate.weight", ("I", "D")),
-        TensorRule("norm.weight", ("I",)),
-        TensorRule("out_proj.weight", ("D", "I")),
-        # Fixed numbers, which files hold all the same.
-        TensorRule("slope_rate", ("H", "1", "1")),
-        TensorRule("query_decay", ("H", "S", "1")),
-        TensorRule("key_decay", ("H", "S", "1")),
-        TensorRule("diagonal_decay", ("1", "H", "S", "S")),
-    ),
-    derived={"I": (("H", "V"),), "E": (("3", "H", "V"),)},
-    mixin=LightningMixer,
-    hooked=(),
-    exact=_exact_decays,
-)
-"""Linear attention with one fixed decay per head."""

@@ -1,10 +1,8 @@
-"""What the metaplastic forward passes of all blocks share: masks, convolution, state in the cache,
-and the scan itself."""
+"""What the metaplastic forms of all mixers share: the scan, and its state in the cache."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -13,20 +11,22 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from glazoo.api import attention
+from glazoo.converters.families.calls import Recurrence
+from glazoo.converters.families.interception import once, running, twin_methods
 from glazoo.converters.gate import ImportanceGate
+from glazoo.converters.packing import Packed
 from glazoo.layers.plasticity import observed_precision
 from glazoo.spec import Spec
 from glazoo.state import State
 
 __all__ = [
-    "ConvolvedMixer",
+    "InterceptedMixer",
     "MetaplasticMixer",
     "Observation",
-    "masked",
+    "metaplastic_class",
     "pack_state",
-    "refuse_packed",
+    "twin_class",
     "unpack_state",
-    "wide_dtype",
 ]
 
 
@@ -48,28 +48,6 @@ def unpack_state(packed: Float[Tensor, "N HV K W"], value: int, *, shared: bool)
     """Undoes `pack_state`; `shared` says that all value channels share one importance."""
     memory, importance = packed[..., :value], packed[..., value:]
     return State(memory, importance.squeeze(-1) if shared else importance)
-
-
-def masked(x: Float[Tensor, "B T C"], mask: Tensor | None) -> Float[Tensor, "B T C"]:
-    """Sets padded positions to zero."""
-    return x if mask is None else (x * mask[:, :, None]).to(x.dtype)
-
-
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """Gives the dtype of recurrences on a tensor: float64 stays, everything else is float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def refuse_packed(arguments: Mapping[str, Any]) -> None:
-    """Refuses packed sequences, which the convolution would mix.
-
-    Raises:
-        ValueError: the arguments hold bounds of packed sequences.
-    """
-    if any(arguments.get(name) is not None for name in ("seq_idx", "cu_seq_lens_q")):
-        raise ValueError(
-            "packed sequences (seq_idx, cu_seq_lens_q) are not supported: pass a padded batch"
-        )
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -95,14 +73,16 @@ class Observation(NamedTuple):
 class MetaplasticMixer(nn.Module):
     """Base of the mixers' metaplastic forms.
 
-    A subclass gives `forward`. It is mixed into the source's class by `mixer.__class__ = ...`:
-    every parameter, buffer and hook of the instance stays where it is.
+        J_t = a_t J_{t-1} + b_t k_t^2 ;   I_t = J_t + I_p
+
+    with b_t and I_p of `ImportanceGate`, and the mean of the spec's recurrence. It is mixed into
+    the source's class by `mixer.__class__ = ...`: every parameter, buffer and hook of the instance
+    stays where it is. States are float32, or float64 in a float64 model.
     """
 
     metaplastic: ImportanceGate
     metaplastic_spec: Spec
     metaplastic_impl: str
-    source_module: str
     observer: Callable[[Observation], None] | None = None
     """Called after every scan, for measurements."""
 
@@ -112,93 +92,98 @@ class MetaplasticMixer(nn.Module):
     def attached(self) -> None:
         """Called once, when the mixer has its gate and spec."""
 
-    def _scan(
+    def scan(
         self,
-        q: Float[Tensor, "B T H K"],
-        k: Float[Tensor, "B T H K"],
-        v: Float[Tensor, "B T HV V"],
-        *,
+        x: Recurrence,
         hidden: Float[Tensor, "B T D"],
-        write: Float[Tensor, "B T HV"],
-        packed: Float[Tensor, "N HV K W"] | None,
-        keep: bool,
-        **operands: Any,
-    ) -> tuple[Float[Tensor, "B T HV V"], Float[Tensor, "N HV K W"] | None]:
-        """Runs the recurrence.
+        mask: Tensor | None,
+        packed: Packed | None,
+    ) -> Any:
+        """Run the recurrence of one intercepted call.
 
         Args:
-            q: queries.
-            k: keys.
-            v: values.
+            x: its operands.
             hidden: what the importance gate reads.
-            write: the write gate beta, which the importance gate multiplies, or its precision.
-            packed: state of the cache, or None.
-            keep: whether to give the state after the last token.
-            operands: further operands of `glazoo.attention`.
+            mask: [B, T], 0 at padding, or None.
+            packed: bounds of packed sequences, if the model was given any.
 
         Returns:
-            The output and the packed state.
+            What the intercepted function returns.
         """
-        b, prior = self.metaplastic(hidden, observed_precision(self.metaplastic_spec, write, k))
-        initial = None
+        if hidden.shape[:2] != x.v.shape[:2]:
+            # The source has taken the padding out.
+            assert mask is not None
+            hidden = hidden[mask[:, -hidden.shape[1] :].bool()][None]
+        write = x.v.new_ones(x.v.shape[:3]) if x.beta is None else x.beta
+        b, prior = self.metaplastic(hidden, observed_precision(self.metaplastic_spec, write, x.k))
+        q, k, v, cu_seqlens = x.q, x.k, x.v, x.cu_seqlens
+        gates = {"g": x.g, "beta": x.beta, "b": b}
+        rows, tokens = v.shape[:2]
         if packed is not None:
-            initial = unpack_state(packed, v.shape[-1], shared=self.metaplastic.gate == "head")
+            if x.initial is not None:
+                raise ValueError("packed sequences cannot continue a cache: pass no cache")
+            cu_seqlens = packed.cu_seqlens
+            q, k, v = (t.flatten(0, 1)[None] for t in (q, k, v))
+            # A fixed decay has no tokens.
+            gates = {
+                n: t if t is None or t.dim() < 3 else t.flatten(0, 1)[None]
+                for n, t in gates.items()
+            }
+        initial = None
+        if x.initial is not None:
+            initial = unpack_state(x.initial, v.shape[-1], shared=self.metaplastic.gate == "head")
         with _full_precision(v.device):
             out = attention(
                 self.metaplastic_spec,
                 q,
                 k,
                 v,
-                b=b,
+                **{name: t for name, t in gates.items() if t is not None},
                 prior=prior,
+                scale=x.scale,
+                cu_seqlens=cu_seqlens,
                 initial_state=initial,
-                output_final_state=keep or self.observer is not None,
+                output_final_state=x.keep or self.observer is not None,
                 impl=self.metaplastic_impl,
-                **operands,
             )
         state = out.final_state
         if self.observer is not None:
             assert state is not None
-            self.observer(Observation(self.layer_idx, operands["g"], b, prior, state))
-        return out.output, pack_state(state) if keep and state is not None else None
+            g = v.new_zeros(v.shape[2]) if x.g is None else x.g
+            self.observer(Observation(self.layer_idx, g, b, prior, state))
+        output = out.output if packed is None else out.output[0].unflatten(0, (rows, tokens))
+        return x.finish(output, pack_state(state) if x.keep and state is not None else None)
 
 
-class ConvolvedMixer(MetaplasticMixer):
-    """A mixer with a causal convolution behind its projections and a cache of linear attention
-    layers."""
+class InterceptedMixer(MetaplasticMixer):
+    """A mixer whose own forward pass runs with its scan replaced."""
 
-    conv1d: nn.Conv1d
-    conv_kernel_size: int
-    activation: str
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the source's forward pass, with its arguments."""
+        with running(self, hidden_states, kwargs.get("attention_mask")):
+            return super().forward(hidden_states, *args, **kwargs)
 
-    def _cached(self, cache: Any | None) -> Tensor | None:
-        if cache is None:
-            return None
-        packed: Tensor | None = cache.get_recurrent_state(self.layer_idx)
-        return packed
 
-    def _convolve(
-        self, mixed: Float[Tensor, "B T C"], cache: Any | None, **kwargs: Any
-    ) -> Float[Tensor, "B T C"]:
-        """Runs the source's own causal convolution and activation."""
-        # By name in the source's module: that is where it binds a fused kernel, if one is
-        # installed.
-        source = sys.modules[self.source_module]
-        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        tokens = mixed.shape[1]
-        mixed = mixed.transpose(1, 2)
-        state = None if cache is None else cache.get_conv_state(self.layer_idx)
-        if state is not None and tokens == 1 and not cache.is_recording_past(self.layer_idx):  # type: ignore[union-attr]
-            mixed = source.causal_conv1d_update(
-                mixed, state, weight, bias, activation=self.activation
-            )
-        else:
-            if cache is not None:
-                mixed = cache.update_conv_state(
-                    mixed, self.layer_idx, conv_kernel_size=self.conv_kernel_size
-                )
-            mixed = source.causal_conv1d_fn(
-                mixed, weight, bias, activation=self.activation, **kwargs
-            )
-            mixed = mixed[:, :, -tokens:]
-        return mixed.transpose(1, 2)
+@once
+def twin_class(base: type[nn.Module]) -> type[nn.Module]:
+    """Return a mixer's class with every scan that it calls replaced."""
+    return type(base.__name__, (base,), {"__module__": __name__, **twin_methods(base)})
+
+
+@once
+def metaplastic_class(base: type[nn.Module], mixin: type[nn.Module]) -> type[nn.Module]:
+    """Return the metaplastic form of a mixer's class.
+
+    There is one only of each: pickles and `isinstance` rely on it.
+    """
+    name = f"Metaplastic{base.__name__}"
+    inner = twin_class(base) if issubclass(mixin, InterceptedMixer) else base
+    return type(
+        name,
+        (mixin, inner),
+        {
+            "__module__": "glazoo.models.metaplastic",
+            "__qualname__": name,
+            "__doc__": f"{base.__name__} converted to metaplastic form.",
+        },
+    )

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from glazoo.converters.errors import ConversionError
-from glazoo.converters.families.base import Block, Family, Sizes
-from glazoo.converters.families.mixer import MetaplasticMixer, Observation
+from glazoo.converters.families.base import Family, Found
+from glazoo.converters.families.calls import Call
+from glazoo.converters.families.mixer import MetaplasticMixer, Observation, metaplastic_class
 from glazoo.layers import GatedLinearAttention
 from glazoo.layers.attention import LayerOutput
 from glazoo.layers.parts import wide_dtype
@@ -70,25 +70,41 @@ class OwnMixer(MetaplasticMixer):
 
 
 class OwnFamily(Family):
-    """The models of `glazoo.models`: their configuration holds the spec of every layer, and their
-    mixers' tensors follow from it."""
+    """The models of `glazoo.models`: their configuration holds the spec of every layer."""
 
-    def _recurrent(self, config: Any) -> tuple[int, ...]:
-        return tuple(i for i in range(config.num_hidden_layers) if config.spec(i) is not None)
+    separates = True
+    modeling = "glazoo.models.modeling"
 
-    def source_spec(self, config: Any) -> Spec:
-        """Gives the spec of the recurrent layers.
+    def source_config(self) -> type[Any]:
+        """Import the configuration class."""
+        return self._from("glazoo.models.configuration", "GlazooConfig")
 
-        Raises:
-            ConversionError: there is none, there are several, or its form has no converted one.
-        """
-        specs = {config.layer_specs[i]: config.spec(i) for i in self._recurrent(config)}
-        if len(specs) != 1:
-            found = ", ".join(specs) or "none"
-            raise ConversionError(
-                f"layer_specs: the recurrent layers have the specs {found}; accepted is one"
-            )
-        spec: Spec = next(iter(specs.values()))
+    @property
+    def auto_classes(self) -> dict[str, tuple[str, ...]]:
+        """Model classes by the Auto class that loads them."""
+        return {"AutoModelForCausalLM": ("GlazooForCausalLM",)}
+
+    @property
+    def architectures(self) -> tuple[str, ...]:
+        """Generative models."""
+        return ("GlazooForCausalLM",)
+
+    def mixers(self, model: nn.Module) -> dict[int, nn.Module]:
+        """Return the recurrent layers."""
+        layers = (m for m in model.modules() if isinstance(m, GatedLinearAttention))
+        return {m.layer_idx: m for m in layers}
+
+    def calls(self, mixer: nn.Module) -> tuple[Call, ...]:
+        """Return nothing: the layers call `glazoo.attention` themselves."""
+        return ()
+
+    def metaplastic_class(self, mixer: nn.Module) -> type[nn.Module]:
+        """Return the class that a layer gets."""
+        return metaplastic_class(type(mixer), OwnMixer)
+
+    def _examine(self, mixer: nn.Module, path: str, layer: int, hidden: int) -> Found:
+        assert isinstance(mixer, GatedLinearAttention)
+        spec, n = mixer.spec, mixer.sizes
         projected = spec.steps.source == "projected" and spec.steps.count > 1
         for reason, present in (
             ("it is metaplastic already", spec.metaplastic),
@@ -98,48 +114,18 @@ class OwnFamily(Family):
         ):
             if present:
                 raise ConversionError(f"layer_specs: {spec.name!r} cannot be converted: {reason}")
+        sizes = n.heads, n.key_heads, mixer.keys, n.value
+        return Found(path, layer, type(mixer).__name__, (), spec.name, n.hidden, *sizes)
+
+    def source_spec(self, config: Any, found: Mapping[int, Found]) -> Spec:
+        """Return the spec of the recurrent layers, as the configuration holds it."""
+        spec: Spec = config.spec(next(iter(found)))
         return spec
 
-    def _mixer(self, config: Any, layer: int) -> GatedLinearAttention:
-        with torch.device("meta"):
-            return GatedLinearAttention(
-                config.spec(layer),
-                config.hidden_size,
-                **config.sizes(layer),
-                layer_idx=layer,
-                num_layers=config.num_hidden_layers,
-                first=layer == self._recurrent(config)[0],
-            )
-
-    def symbols(self, config: Any) -> Sizes:
-        """Gives hidden size, heads, key and value channels of the recurrent layers."""
-        self.source_spec(config)
-        mixer = self._mixer(config, self._recurrent(config)[0])
-        n = mixer.sizes
-        return {"D": n.hidden, "H": n.heads, "G": n.key_heads, "K": mixer.keys, "V": n.value}
-
-    def mixer_shapes(self, config: Any, layer: int | None = None) -> dict[str, tuple[int, ...]]:
-        """Gives the tensors that the mixer of a layer, default the first, must have, with their
-        shapes."""
-        self.source_spec(config)
-        first = self._recurrent(config)[0]
-        state = self._mixer(config, first if layer is None else layer).state_dict()
-        return {name: tuple(t.shape) for name, t in state.items()}
-
-    def layers(self, config: Any) -> tuple[int, ...]:
-        """Gives the indices of the layers with a mixer."""
-        return self._recurrent(config)
+    def layer_kinds(self, config: Any) -> tuple[str, ...]:
+        """Return the spec of every layer, or what else it is."""
+        return tuple(config.layer_specs)
 
 
-OWN = OwnFamily(
-    model_type="glazoo",
-    architectures=("GlazooForCausalLM",),
-    spec="",
-    block=Block(name="own", tensors=(), derived={}, mixin=OwnMixer, hooked=()),
-    configuration="glazoo.models.configuration:GlazooConfig",
-    modeling="glazoo.models.modeling",
-    mixer="GatedLinearAttention",
-    mixer_keys=r"(?P<prefix>model\.layers\.(?P<layer>\d+)\.mixer)\.",
-    sizes={},
-)
+OWN = OwnFamily("glazoo")
 """Models of `glazoo.models` whose recurrent layers share one spec."""

@@ -1,0 +1,279 @@
+"""The published scan functions that mixers call, and how their arguments map onto operands.
+
+A mixer is convertible if what it calls for its recurrence stands here. Adding a function is adding
+an entry: the name by which mixers call it, the spec that it computes, and which of its parameters
+is which operand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["CALLS", "Call", "Recurrence", "known_calls", "wide_dtype"]
+
+
+class Recurrence(NamedTuple):
+    """The operands of one call, as `glazoo.attention` takes them, in the dtype of recurrences."""
+
+    q: Tensor
+    """Queries, [B, T, H, K]."""
+    k: Tensor
+    """Keys, [B, T, H, K]."""
+    v: Tensor
+    """Values, [B, T, HV, V]."""
+    g: Tensor | None
+    """Log decays, [B, T, HV], [B, T, HV, K] or [HV]; None without forgetting."""
+    beta: Tensor | None
+    """Write gate, [B, T, HV]; None where the recurrence has none."""
+    scale: float
+    """Factor of the queries."""
+    initial: Tensor | None
+    """State at the start, as `pack_state` lays it out."""
+    keep: bool
+    """Whether the caller wants the state after the last token."""
+    cu_seqlens: Tensor | None
+    """Bounds of packed sequences, [N + 1]."""
+    finish: Callable[[Tensor, Tensor | None], Any]
+    """Makes what the function returns from the output and the packed state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One published scan function."""
+
+    name: str
+    """Name by which mixers call it, in the globals of their module."""
+    spec: str
+    """Name of the spec that it computes."""
+    parameters: tuple[str, ...]
+    """Its leading parameters, as far as mixers pass them by position."""
+    read: Callable[[Call, Mapping[str, Any]], Recurrence]
+    """Gives the operands of a call."""
+    operands: Mapping[str, str] = field(default_factory=dict)
+    """Operand to parameter, where the names differ."""
+    unequal: Mapping[str, object] = field(default_factory=dict)
+    """Attributes of mixers that act in some of their own paths only (a limit in prefill but not in
+    decoding), each with the value at which they do nothing. Paths of a source can be compared with
+    each other only there."""
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Recurrence:
+        """Reads the operands of a call."""
+        return self.read(self, {**dict(zip(self.parameters, args, strict=False)), **kwargs})
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """Give the dtype of recurrences on a tensor: float64 stays, everything else is float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
+
+
+def _flag(found: Mapping[str, Any], *names: str) -> bool:
+    return any(found.get(name) for name in names)
+
+
+# What some versions of these functions can do inside, and no model's layer here asks for.
+_UNKNOWN = (
+    "gv",
+    "reverse",
+    "use_gate_in_kernel",
+    "use_beta_sigmoid_in_kernel",
+    "return_intermediate_states",
+    "cp_context",
+)
+
+
+def _tokens(call: Call, found: Mapping[str, Any]) -> Recurrence:
+    """Read a function of whole sequences [B, T, H, D], with log decays and an activated write
+    gate."""
+    if odd := [
+        name for name in _UNKNOWN if found.get(name) is not None and found[name] is not False
+    ]:
+        raise ValueError(
+            f"{call.name} was called with {odd[0]}, which a converted mixer does not compute"
+        )
+
+    def operand(name: str) -> Tensor | None:
+        value: Tensor | None = found.get(call.operands.get(name, name))
+        return value
+
+    q, k, v = operand("q"), operand("k"), operand("v")
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    wide = wide_dtype(q)
+    dtype = q.dtype
+    q, k, v = q.to(wide), k.to(wide), v.to(wide)
+    if _flag(found, "use_qk_l2norm_in_kernel"):
+        q, k = _unit(q), _unit(k)
+    g, beta = operand("g"), operand("beta")
+    if g is None and found.get("g_gamma") is not None:
+        g = found["g_gamma"].expand(*v.shape[:3])
+    scale = found.get("scale")
+
+    def finish(output: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return output.to(dtype), state
+
+    return Recurrence(
+        q,
+        k,
+        v,
+        None if g is None else g.to(wide),
+        None if beta is None else beta.to(wide),
+        k.shape[-1] ** -0.5 if scale is None else float(scale),
+        found.get("initial_state"),
+        _flag(found, "output_final_state"),
+        found.get("cu_seqlens"),
+        finish,
+    )
+
+
+def _step_size(found: Mapping[str, Any], step: Tensor, bias: Tensor | None) -> Tensor:
+    # In the dtype of the call, as the functions do it.
+    if bias is not None:
+        step = step + bias.to(step.dtype)
+    if _flag(found, "dt_softplus"):
+        step = F.softplus(step)
+    limit = found.get("dt_limit")
+    # Not every function has the limit: a step of decoding goes unlimited where its source's does.
+    return step if limit is None else step.clamp(*limit)
+
+
+def _ssd(call: Call, found: Mapping[str, Any]) -> Recurrence:
+    """Read a Mamba2 scan of whole sequences: x [B, T, HV, V], dt [B, T, HV], B, C [B, T, H, K]."""
+    x = found[call.operands.get("x", "x")]
+    wide = wide_dtype(x)
+    step = _step_size(found, found["dt"], found.get("dt_bias")).to(wide)
+    keep = _flag(found, "return_final_states")
+    skip, gate = found.get("D"), found.get("z")
+    values = x.to(wide)
+
+    def finish(output: Tensor, state: Tensor | None) -> Any:
+        output = _skipped(output, values, skip, gate)
+        return (output, state) if keep else output
+
+    return Recurrence(
+        found["C"].to(wide),
+        found["B"].to(wide),
+        values,
+        found["A"].to(wide) * step,
+        step,
+        1.0,
+        found.get("initial_states"),
+        keep,
+        found.get("cu_seqlens"),
+        finish,
+    )
+
+
+def _ssd_step(call: Call, found: Mapping[str, Any]) -> Recurrence:
+    """Read one Mamba2 step: the state is replaced in place, x and dt are [B, HV, V], B and C
+    [B, H, K], and what belongs to a head is repeated over its channels."""
+    x, state = found[call.operands.get("x", "x")], found["state"]
+    wide, bias, skip = wide_dtype(x), found.get("dt_bias"), found.get("D")
+    step = _step_size(found, found["dt"][..., 0], None if bias is None else bias[..., 0])
+    step = step.to(wide)[:, None]
+    values = x.to(wide)[:, None]
+    gate = found.get("z")
+
+    def finish(output: Tensor, new: Tensor | None) -> Tensor:
+        assert new is not None
+        state.copy_(new)
+        heads = None if skip is None else skip[:, 0]
+        output = _skipped(output, values, heads, None if gate is None else gate[:, None])
+        return output[:, 0].to(x.dtype)
+
+    return Recurrence(
+        found["C"].to(wide)[:, None],
+        found["B"].to(wide)[:, None],
+        values,
+        found["A"][:, 0, 0].to(wide) * step,
+        step,
+        1.0,
+        state,
+        True,
+        None,
+        finish,
+    )
+
+
+def _skipped(output: Tensor, x: Tensor, skip: Tensor | None, gate: Tensor | None) -> Tensor:
+    if skip is not None:
+        output = output + skip.to(output.dtype).view(-1, 1) * x
+    return output if gate is None else output * F.silu(gate.to(output.dtype))
+
+
+_QKV = {"q": "query", "k": "key", "v": "value"}
+_LIMIT = {"time_step_limit": (0.0, float("inf"))}
+
+
+def _mamba(name: str, x: str) -> Call:
+    parameters = (x, "dt", "A", "B", "C", "chunk_size")
+    return Call(name, "mamba2", parameters, _ssd, {"x": x}, _LIMIT)
+
+
+def _mamba_step(name: str, x: str) -> Call:
+    parameters = ("state", x, "dt", "A", "B", "C", "D")
+    return Call(name, "mamba2", parameters, _ssd_step, {"x": x}, _LIMIT)
+
+
+def _sequence(name: str, spec: str, *parameters: str, **operands: str) -> Call:
+    return Call(name, spec, parameters, _tokens, operands)
+
+
+CALLS: Mapping[str, Call] = {
+    call.name: call
+    for call in (
+        # transformers
+        _mamba("mamba2_chunk_scan", "hidden_states"),
+        _mamba_step("mamba2_selective_state_update", "hidden_states"),
+        *(
+            _sequence(name, "gated_deltanet", "query", "key", "value", "g", "beta", **_QKV)
+            for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
+        ),
+        *(
+            _sequence(name, "kda", "query", "key", "value", "g", "beta", **_QKV)
+            for name in ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention")
+        ),
+        # flash-linear-attention
+        *(_sequence(name, "gla", "q", "k", "v", "g") for name in ("chunk_gla", "fused_chunk_gla")),
+        _sequence("fused_recurrent_gla", "gla", "q", "k", "v", "gk", g="gk"),
+        *(
+            _sequence(f"{form}_simple_gla", "simple_gla", "q", "k", "v", "g")
+            for form in ("chunk", "fused_chunk", "fused_recurrent", "parallel")
+        ),
+        *(
+            _sequence(f"{form}_retention", "retnet", "q", "k", "v")
+            for form in ("chunk", "fused_chunk", "fused_recurrent", "parallel")
+        ),
+        *(
+            _sequence(f"{form}_delta_rule", "deltanet", "q", "k", "v", "beta")
+            for form in ("chunk", "fused_chunk", "fused_recurrent")
+        ),
+        *(
+            _sequence(f"{form}_gated_delta_rule", "gated_deltanet", "q", "k", "v", "g", "beta")
+            for form in ("chunk", "fused_recurrent")
+        ),
+        *(
+            _sequence(f"{form}_kda", "kda", "q", "k", "v", "g", "beta")
+            for form in ("chunk", "fused_recurrent")
+        ),
+        # mamba_ssm, as flash-linear-attention calls it
+        _mamba("mamba_chunk_scan_combined", "x"),
+        _mamba_step("selective_state_update", "x"),
+    )
+}
+"""Every known scan function by its name."""
+
+
+def known_calls() -> str:
+    """Return the names of all known scan functions as one text, for messages."""
+    return ", ".join(CALLS)
