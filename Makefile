@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 READY := .venv/.glazoo-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint gpu bench clean
+.PHONY: help setup demo test test-all test-newest lint gpu bench clean
 
 help: ## list the targets
 	@echo "make targets (each installs what it needs into .venv first, except gpu and clean):"
@@ -44,6 +44,21 @@ test: $(READY) ## the tests that run in minutes on two CPU cores (no slow, no GP
 test-all: $(READY) ## every test that needs no GPU
 	@echo "== test-all: pytest on $(JOBS) processes, without the tests marked gpu"
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not gpu"
+
+# torch stays pinned without an index of CPU wheels: the default one brings gigabytes of CUDA.
+NEWEST := build/newest
+NEWEST_TORCH := $(if $(TORCH_INDEX),torch,$(shell grep -i '^torch==' constraints.txt))
+.PHONY: $(NEWEST)/newest
+$(NEWEST)/newest:
+	@$(PYTHON) -m venv --clear $(NEWEST)
+	@$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade pip setuptools
+	@$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(NEWEST_TORCH)"
+	@$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --no-build-isolation --editable '.[dev,plots,train,eval]' "$(NEWEST_TORCH)"
+
+test-newest: $(NEWEST)/newest ## converters, models and layers with the newest release of every dependency
+	@echo "== test-newest: the newest releases, $(NEWEST_TORCH)$(if $(TORCH_INDEX),, as pinned: set TORCH_INDEX to have the newest)"
+	@$(NEWEST)/bin/python -m pip --disable-pip-version-check list --format freeze | grep -iE '^(torch|triton|transformers|pydantic|accelerate|datasets|huggingface_hub|tokenizers|numpy)=='
+	$(NEWEST)/bin/pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu" -W "ignore:.*the newest that was tested" tests/converters tests/models tests/layers
 
 lint: $(READY) build/tree ## ruff (lint and format) and mypy --strict
 	@echo "== lint: ruff check, ruff format --check, mypy --strict"

@@ -6,11 +6,11 @@ import os
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 from glazoo.converters.files import leftovers, one_line, remove_leftovers
+from glazoo.versions import TESTED, installed, numbers, untested
 
 __all__ = ["Finding", "Report", "examine"]
 
@@ -35,7 +35,6 @@ _PACKAGES = (
     "mamba-ssm",
     "causal-conv1d",
 )
-_LEAST = {"torch": (2, 11), "triton": (3, 6), "transformers": (5, 17), "pydantic": (2, 7)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +79,7 @@ def examine(folders: Iterable[Path] = (), *, clean: bool = False) -> Report:
         The report; nothing is fetched, and nothing is changed but for `clean`.
     """
     versions: dict[str, str | None] = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
+    versions |= installed(_PACKAGES)
     devices = _devices()
     findings = judge(versions, gpu=len(devices) > 1, interpreting=_interpreting())
     for folder in folders:
@@ -125,10 +120,6 @@ def _devices() -> list[dict[str, str]]:
     return devices
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(x) for x in text.split("+")[0].split(".")[:2] if x.isdigit())
-
-
 def judge(versions: dict[str, str | None], *, gpu: bool, interpreting: bool) -> list[Finding]:
     """Gives the findings for a set of versions: a pure function, so that it can be tested.
 
@@ -141,10 +132,9 @@ def judge(versions: dict[str, str | None], *, gpu: bool, interpreting: bool) -> 
         The findings, errors first.
     """
     out: list[Finding] = []
-    for package, least in _LEAST.items():
+    for package, (wanted, _) in TESTED.items():
         have = versions.get(package)
-        if have is not None and _numbers(have) < least:
-            wanted = ".".join(map(str, least))
+        if have is not None and numbers(have) < numbers(wanted):
             out.append(
                 Finding(
                     "error",
@@ -152,6 +142,10 @@ def judge(versions: dict[str, str | None], *, gpu: bool, interpreting: bool) -> 
                     f"pip install '{package}>={wanted}'",
                 )
             )
+    for package, what in untested(versions).items():
+        newest = TESTED[package][1]
+        do = f"if something fails that should not: pip install '{package}=={newest}.*'"
+        out.append(Finding("warning", what, do))
     if versions.get("triton") is None:
         level: Literal["error", "warning"] = "error" if gpu else "warning"
         out.append(
@@ -197,7 +191,7 @@ def judge(versions: dict[str, str | None], *, gpu: bool, interpreting: bool) -> 
             )
         )
         triton, numpy = versions.get("triton"), versions.get("numpy")
-        if triton and numpy and _numbers(triton) == (3, 6) and _numbers(numpy) >= (2, 4):
+        if triton and numpy and numbers(triton) == (3, 6) and numbers(numpy) >= (2, 4):
             out.append(
                 Finding(
                     "error",

@@ -133,13 +133,20 @@ def test_version() -> None:
     assert run("--version").stdout.strip() == glazoo.__version__
 
 
-HEALTHY = {"python": "3.12.0", "torch": "2.13.0+cpu", "triton": "3.9.0", "transformers": "5.23.0"}
+HEALTHY = {"python": "3.12.0", "torch": "2.13.0+cpu", "triton": "3.9.0", "transformers": "5.24.0"}
 
 
 @pytest.mark.parametrize(
     ("change", "options", "level", "words"),
     [
         ({"torch": "2.9.1"}, {}, "error", "torch 2.9.1 is older than 2.11"),
+        (
+            {"transformers": "5.31.0"},
+            {},
+            "warning",
+            "transformers 5.31.0 is newer than 5.24, the newest that was tested",
+        ),
+        ({"torch": "2.9.1", "transformers": "5.31.0"}, {}, "error", "torch 2.9.1 is older"),
         ({"triton": None}, {}, "warning", "triton is not installed"),
         ({"triton": None}, {"gpu": True}, "error", "triton is not installed"),
         ({"transformers": None}, {}, "warning", "transformers is not installed"),

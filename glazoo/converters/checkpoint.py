@@ -41,6 +41,7 @@ from glazoo.converters.tensors import NewTensor, Shard, read_shard, write_shard
 from glazoo.converters.tokenizers import TOKENIZER_CONFIG, settled
 from glazoo.program import lower
 from glazoo.strictjson import dumps, loads
+from glazoo.versions import installed, untested
 
 __all__ = ["Checkpoint", "convert_checkpoint", "inspect_checkpoint", "revert_checkpoint"]
 
@@ -688,7 +689,8 @@ def convert_checkpoint(
         cast = plan_cast(dtype, checkpoint.shards, family, checkpoint.architecture, config)
     new, added = _added(checkpoint, settings)
     tokenizer, more = settled(source, family.model_type, family.converted_model_type)
-    warnings = [*checkpoint.warnings, *more]
+    newer = untested(installed(("torch", "transformers")))
+    warnings = [*checkpoint.warnings, *more, *newer.values()]
     try:
         Staging.check(destination, force=force)
         files = _convert_files(

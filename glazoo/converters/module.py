@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ from glazoo.converters.errors import ConversionError
 from glazoo.converters.families import Family, find_family
 from glazoo.converters.gate import ImportanceGate
 from glazoo.converters.settings import Settings
+from glazoo.versions import installed, untested
 
 __all__ = ["gates", "metaplasticize_model", "set_impl", "source_limit"]
 
@@ -81,6 +83,8 @@ def metaplasticize_model(
         gain=gain,
         no_exact_gain=family.no_exact_gain(config, found),
     )
+    for what in untested(installed(("transformers",))).values():
+        warnings.warn(what, stacklevel=2)
     convert_in_place(model, family, settings, found)
     return set_impl(model, impl)
 

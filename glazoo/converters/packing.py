@@ -32,6 +32,22 @@ class Packed:
         return torch.cat([bounds, bounds.new_tensor([self.starts.numel()])])
 
     @functools.cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Row and column of every token, [B, T] each, where every document has a row of its own."""
+        rows = (self.starts.flatten().cumsum(0) - 1).view_as(self.starts)
+        return rows, self.positions
+
+    def apart(self, x: Tensor, fill: float = 0) -> Tensor:
+        """Give every document a row of its own: [B, T, ...] to [N, L, ...], filled on the right."""
+        rows, columns = self.places
+        shape = (int(rows.max()) + 1, int(columns.max()) + 1, *x.shape[2:])
+        return x.new_full(shape, fill).index_put((rows, columns), x)
+
+    def together(self, x: Tensor) -> Tensor:
+        """Undo `apart`."""
+        return x[self.places]
+
+    @functools.cached_property
     def positions(self) -> Tensor:
         """Position of every token within its document, [B, T]."""
         t = torch.arange(self.starts.shape[1], device=self.starts.device).expand_as(self.starts)
@@ -100,7 +116,7 @@ def _rows(name: str, x: Tensor, rows: int, tokens: int) -> Tensor:
         raise ValueError(
             f"{name}: got shape {list(x.shape)}, expected [{rows}, {tokens}], that of the tokens"
         )
-    return x.reshape(-1, tokens).expand(rows, tokens)
+    return x.reshape(x.numel() // max(tokens, 1) or 1, tokens).expand(rows, tokens)
 
 
 def _starts(cu_seqlens: Tensor, rows: int, tokens: int) -> Tensor:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from glazoo.converters.card import REMOTE_CODE, REMOTE_MODULE, remote_map, without_model_code
@@ -183,7 +184,7 @@ _PACKED = {"position_ids": "position_ids", "cu_seq_lens_q": "cu_seqlens", "seq_i
 _CACHES = ("cache", "past_key_values", "cache_params")
 
 
-def _keeping_apart(source: Callable[..., Any]) -> Callable[..., Any]:
+def _keeping_apart(source: Callable[..., Any], family: Family) -> Callable[..., Any]:
     """Wrap a model's forward pass so that packed sequences stay apart.
 
     The source's models drop the bounds on their way to the mixers, or read them in some layers and
@@ -200,6 +201,8 @@ def _keeping_apart(source: Callable[..., Any]) -> Callable[..., Any]:
         if any(given.get(name) is not None for name in _CACHES):
             raise ValueError("packed sequences cannot continue a cache: pass no cache")
         given["use_cache"] = False
+        if not family.quirks.apart:
+            return _in_rows(functools.partial(source, self), packed, given)
         if "position_ids" in names and given.get("position_ids") is None:
             given["position_ids"] = packed.positions
         # Attention takes rows apart by positions, but only where no mask is given. This one has no
@@ -210,6 +213,33 @@ def _keeping_apart(source: Callable[..., Any]) -> Callable[..., Any]:
             return source(self, **given)
 
     return forward
+
+
+def _in_rows(source: Callable[..., Any], packed: Packed, given: dict[str, Any]) -> Any:
+    """Run a model on documents in rows of their own, and lay what it gives end to end again."""
+    shape = packed.starts.shape
+    fills = {"labels": -100}
+    rows = {
+        name: packed.apart(x, fills.get(name, 0))
+        if isinstance(x, Tensor) and x.shape[:2] == shape
+        else x
+        for name, x in given.items()
+        if name not in (*_PACKED, "logits_to_keep", "attention_mask", "return_dict")
+    }
+    mask = packed.apart(torch.ones_like(packed.starts))
+    output = source(**rows, attention_mask=mask.long(), return_dict=True)
+
+    def together(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(together(part) for part in x)
+        return packed.together(x) if isinstance(x, Tensor) and x.shape[:2] == mask.shape else x
+
+    for name, value in output.items():
+        output[name] = together(value)
+    if kept := given.get("logits_to_keep"):
+        last = slice(-kept, None) if isinstance(kept, int) else kept
+        output["logits"] = output["logits"][:, last]
+    return output if given.get("return_dict") is not False else output.to_tuple()
 
 
 def _find_packed(given: Mapping[str, Any]) -> Packed | None:
@@ -270,7 +300,7 @@ def model_class(base: type[Any], family: Family) -> type[Any]:
             "__doc__": f"{base.__name__} converted to metaplastic form.",
             "glazoo_family": family,
             "config_class": config_class(family),
-            **({} if family.separates else {"forward": _keeping_apart(base.forward)}),
+            **({} if family.separates else {"forward": _keeping_apart(base.forward, family)}),
             "_keep_in_fp32_modules_strict": sorted(wide),
             # Engines choose by shape and device in Python; nobody has traced that in one graph with
             # the cache.

@@ -43,6 +43,9 @@ class Quirks:
 
     positions: bool = False
     """Whether a continued cache needs explicit `position_ids`."""
+    apart: bool = False
+    """Whether the layers other than the mixers keep packed documents apart where positions start
+    again. Where nobody has tried, documents are computed in rows of their own."""
     defects: Mapping[str, str] = field(default_factory=dict)
     """Known defects of the source's own code, by the check of a comparison whose numbers they are
     in. The converted model shares them."""

@@ -21,10 +21,27 @@ _CLAMP = (
 
 QUIRKS: Mapping[str, Quirks] = MappingProxyType(
     {
-        "bamba": Quirks(positions=True),
-        "zamba2": Quirks(defects={"decoded": _CLAMP}),
-        "nemotron_h": Quirks(defects={"decoded": _CLAMP}),
+        **dict.fromkeys(
+            (
+                "mamba2",
+                "falcon_h1",
+                "qwen3_next",
+                "qwen3_5",
+                "qwen3_5_text",
+                "qwen3_5_moe",
+                "qwen3_5_moe_text",
+                "olmo_hybrid",
+                "kimi_linear",
+                "bailing_hybrid",
+                "lara_mini",
+            ),
+            Quirks(apart=True),
+        ),
+        "bamba": Quirks(apart=True, positions=True),
+        "zamba2": Quirks(apart=True, defects={"decoded": _CLAMP}),
+        "nemotron_h": Quirks(apart=True, defects={"decoded": _CLAMP}),
         "minimax": Quirks(
+            apart=True,
             positions=True,
             defects={
                 "continued": "the source reads its position from the first layer, which is wrong "
