@@ -58,7 +58,7 @@ $(NEWEST)/newest:
 test-newest: $(NEWEST)/newest ## converters, models and layers with the newest release of every dependency
 	@echo "== test-newest: the newest releases, $(NEWEST_TORCH)$(if $(TORCH_INDEX),, as pinned: set TORCH_INDEX to have the newest)"
 	@$(NEWEST)/bin/python -m pip --disable-pip-version-check list --format freeze | grep -iE '^(torch|triton|transformers|pydantic|accelerate|datasets|huggingface_hub|tokenizers|numpy)=='
-	$(NEWEST)/bin/pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu" -W "ignore:.*the newest that was tested" tests/converters tests/models tests/layers
+	$(NEWEST)/bin/pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu" tests/converters tests/models tests/layers
 
 lint: $(READY) build/tree ## ruff (lint and format) and mypy --strict
 	@echo "== lint: ruff check, ruff format --check, mypy --strict"

@@ -72,6 +72,10 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+_CACHES = ("cache", "past_key_values", "cache_params")
+"""What versions and families call a cache, the newest first."""
+
+
 class _Caller:
     """Calls a model with a cache, under the name that it has for it."""
 
@@ -79,8 +83,7 @@ class _Caller:
         self.model: Callable[..., Any] = model
         self.positions = family.quirks.positions
         taken = inspect.signature(inspect.unwrap(type(model).forward)).parameters
-        names = ("cache", "past_key_values", "cache_params")
-        self.cache = next((name for name in names if name in taken), "past_key_values")
+        self.cache = next((name for name in _CACHES if name in taken), _CACHES[0])
 
     def __call__(self, ids: Tensor, cache: Any = None, start: int = 0) -> tuple[Tensor, Any]:
         """Gives the logits of tokens that follow `start` cached ones, and the cache."""
@@ -91,7 +94,8 @@ class _Caller:
                 positions = torch.arange(start, start + ids.shape[1], device=ids.device)
                 arguments["position_ids"] = positions.expand(ids.shape[0], -1)
         out = self.model(ids, **arguments)
-        return out.logits, getattr(out, self.cache)
+        # The installed transformers may call it otherwise than the model does.
+        return out.logits, next(out[name] for name in _CACHES if name in out)
 
 
 def _decode(call: _Caller, ids: Tensor, tokens: int) -> Tensor:
@@ -272,8 +276,15 @@ def verify_models(
     ids, mask = _prompts(family.text_config(config), batch, tokens, new_tokens, seed)
     dtype = next(source.parameters()).dtype
     with _quiet(), _evaluating(source, converted):
-        noise = _noise(source, family, ids, tokens)
-        expected = _run(source, family, ids, mask, new_tokens)
+        try:
+            noise = _noise(source, family, ids, tokens)
+            expected = _run(source, family, ids, mask, new_tokens)
+        except Exception as e:
+            reason = " ".join(str(e).split())
+            raise ConversionError(
+                f"the source {type(source).__name__} does not run with the installed transformers, "
+                f"so that there is nothing to compare with: {reason}"
+            ) from e
         with source_limit(converted):
             got = _run(converted, family, ids, mask, new_tokens)
         shift = None
@@ -648,6 +659,8 @@ def _clean_module(family: Family) -> ModuleType:
     for old, new in (
         (".float()", ".double()"),
         ("torch.float32", "torch.float64"),
+        ("=torch.float,", "=torch.float64,"),
+        ("=torch.float)", "=torch.float64)"),
         # By configuration, transformers would give the original's inner models.
         (" AutoModel.from_config(", " _own_model("),
     ):

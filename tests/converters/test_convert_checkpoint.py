@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from converters.conftest import MakeSource
 from converters.converting import contents, edit_json, make_model, prompts
 from safetensors import safe_open
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, Mamba2ForCausalLM
 from typer.testing import CliRunner
 
 import glazoo.models  # noqa: F401 - registers the converted architectures
+from glazoo import versions
 from glazoo.cli import app
 from glazoo.converters import (
     ConversionError,
@@ -55,6 +57,17 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def siblings(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.parent.iterdir() if p.name != folder.name)
+
+
+def test_versions_that_nobody_tested_are_named(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(versions, "TESTED", {"transformers": ("5.1", "5.2")})
+    expected = f"transformers {transformers.__version__} is newer than 5.2, the newest that was"
+    (warning,) = convert_checkpoint(source, tmp_path / "converted").warnings
+    assert warning.startswith(expected)
+    with pytest.warns(UserWarning, match=expected):
+        metaplasticize_model(make_model())
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from converters.converting import contents, open_gates
-from converters.tiny import TINY, VOCABULARY, tiny_config, tiny_model
+from converters.tiny import ALL, TINY, VOCABULARY, tiny_config, tiny_model
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
@@ -54,7 +54,7 @@ def ids_and_mask(batch: int = 2, tokens: int = 21) -> tuple[torch.Tensor, torch.
 
 def test_every_family_has_a_tiny_model() -> None:
     """A new transformers brings new families: each is tried here as soon as it is found."""
-    assert set(all_families()) <= {family for family, _ in TINY.values()}
+    assert set(all_families()) <= {family for family, _ in ALL.values()}
     assert set(all_families()).isdisjoint(NOT_CONVERTIBLE)
 
 
