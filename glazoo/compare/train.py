@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from glazoo.compare.files import make_folder, write_bytes
 from glazoo.compare.model import Model, ModelConfig, count_parameters, shape_for
 from glazoo.compare.tasks import Batch, Task, data_hash, draw, generator
+from glazoo.layers.plasticity import PLASTICITIES
 from glazoo.spec import Spec
 
 __all__ = [
@@ -38,10 +39,6 @@ __all__ = [
 
 Progress = Callable[[float, float], None]
 """Takes the share that is done and the current loss."""
-
-
-_PLASTICITIES = ("importance.scale", "metaplastic.b_scale")
-"""Ends of the names of plasticities: of a layer's here, and of a converted mixer's."""
 
 
 class Training(BaseModel):
@@ -233,7 +230,7 @@ def fit(
         The learning curve and the cost.
     """
     t = run.training
-    scales = [p for n, p in model.named_parameters() if n.endswith(_PLASTICITIES)]
+    scales = [p for n, p in model.named_parameters() if n.endswith(PLASTICITIES)]
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1 and all(p is not s for s in scales)]
     groups: list[dict[str, Any]] = [
@@ -397,7 +394,7 @@ def train(
         "plasticity": [
             round(float(x), 6)
             for name, p in model.named_parameters()
-            if name.endswith("importance.scale")
+            if name.endswith(PLASTICITIES)
             for x in p.detach()
         ],
         "diverged": fitted.diverged,

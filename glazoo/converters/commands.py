@@ -220,6 +220,9 @@ def tune(
     learning_rate: Annotated[
         float | None, typer.Option("--lr", help="Default: 1e-2, or 1e-5 with --all.")
     ] = None,
+    plasticity_rate: Annotated[
+        float, typer.Option(help="Share of the learning rate that the plasticity gets.")
+    ] = 1.0,
     validation: Annotated[
         float, typer.Option(help="Share of the examples that is kept for evaluation.")
     ] = 0.05,
@@ -266,6 +269,7 @@ def tune(
         batch=batch,
         length=length,
         learning_rate=learning_rate,
+        plasticity_rate=plasticity_rate,
         validation=validation,
         column=column,
         split=split,

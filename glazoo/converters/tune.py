@@ -158,6 +158,7 @@ def tune_checkpoint(
     batch: int = 8,
     length: int = 512,
     learning_rate: float | None = None,
+    plasticity_rate: float = 1.0,
     validation: float = 0.05,
     column: str = "text",
     split: str | None = None,
@@ -185,6 +186,7 @@ def tune_checkpoint(
         batch: examples per step and device.
         length: tokens per example.
         learning_rate: of AdamW, with linear decay; default 1e-2 for gates and 1e-5 for everything.
+        plasticity_rate: share of it that the plasticity gets; 0 leaves it as it is.
         validation: share of the examples, at the end of the text, that is kept for evaluation; of
             a split for evaluation, at most this share of what is trained on is used.
         column: the data set's column with the text.
@@ -206,8 +208,10 @@ def tune_checkpoint(
     Raises:
         ConversionError: one line with the reason.
     """
-    from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+    from transformers import PrinterCallback, TrainingArguments, set_seed
     from transformers.trainer_utils import get_last_checkpoint
+
+    from glazoo.models.rates import RateTrainer, check_rate
 
     begun = time.monotonic()
     source, destination = Path(folder), Path(os.path.abspath(dst))
@@ -221,6 +225,10 @@ def tune_checkpoint(
             raise ConversionError(f"{name}: got {value}, expected at least {least}")
     if not 0.0 < validation < 1.0:
         raise ConversionError(f"validation: got {validation}, accepted are numbers in (0, 1)")
+    try:
+        check_rate(plasticity_rate)
+    except ValueError as e:
+        raise ConversionError(str(e)) from e
     if dtype not in ("float32", "bfloat16") or (everything and dtype != "float32"):
         raise ConversionError(
             f"dtype: got {dtype!r}, accepted are 'float32' and, for gates, 'bfloat16'"
@@ -259,7 +267,7 @@ def tune_checkpoint(
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     set_seed(seed)
     try:
-        trainer = Trainer(
+        trainer = RateTrainer(
             model=model,
             args=TrainingArguments(
                 output_dir=str(work),
@@ -282,6 +290,7 @@ def tune_checkpoint(
             train_dataset=train,
             eval_dataset=evaluation,
         )
+        trainer.plasticity_rate = plasticity_rate
         # It prints to standard output, which belongs to the report.
         trainer.remove_callback(PrinterCallback)
         before = trainer.evaluate()["eval_loss"]

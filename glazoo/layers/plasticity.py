@@ -16,6 +16,7 @@ from glazoo.spec import Gate, Importance, Init, Spec, SpecError
 
 __all__ = [
     "MAX_PRECISION",
+    "PLASTICITIES",
     "ImportanceModule",
     "importance_gate",
     "observed_precision",
@@ -26,6 +27,10 @@ MAX_PRECISION = math.exp(8)
 """Largest precision that one token adds to importance: the odds of a sigmoid write gate at 8. Above
 it, 1 - beta k.k has lost more than three of float32's seven digits, and a single token would fix
 its channels for the rest of a context. The gain itself needs no such bound."""
+
+PLASTICITIES = ("importance.scale", "metaplastic.b_scale")
+"""Ends of the names of plasticities, the factors of importance gates: of a layer's here, and of a
+converted mixer's."""
 
 
 def observed_precision(

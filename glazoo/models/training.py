@@ -23,7 +23,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
@@ -32,6 +31,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from glazoo.layers import layers_of, metaplasticize
 from glazoo.models.causal_lm import GlazooConfig, GlazooForCausalLM
+from glazoo.models.rates import RateTrainer
 
 __all__ = ["Blocks", "TrainConfig", "byte_tokenizer", "read_config", "run", "tokens_of"]
 
@@ -94,6 +94,9 @@ class TrainConfig(_Section):
     """Turns the model into its metaplastic form first."""
     trainable: Literal["all", "importance"] = "all"
     """Which parameters learn: all, or those of the importance gates and priors only."""
+    plasticity_rate: float = Field(default=1.0, ge=0.0, le=1000.0)
+    """Share of the learning rate that the plasticity of importance gates gets; 0 leaves it as it
+    is."""
 
 
 def read_config(path: str | Path) -> TrainConfig:
@@ -332,7 +335,7 @@ def run(
     bytes_ = config.data.tokenizer == "bytes"
     tokenizer = byte_tokenizer() if bytes_ else AutoTokenizer.from_pretrained(config.data.tokenizer)
     train, held = _split(tokens_of(config.data, tokenizer), config.data)
-    trainer = Trainer(
+    trainer = RateTrainer(
         model=build_model(config, tokenizer),
         args=args,
         train_dataset=train,
@@ -340,6 +343,7 @@ def run(
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
+    trainer.plasticity_rate = config.plasticity_rate
     if args.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError("training.fsdp: transformers' Trainer shards on accelerators only")
     result = trainer.train(resume_from_checkpoint=last)

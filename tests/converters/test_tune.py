@@ -83,6 +83,21 @@ def test_gates_are_trained_and_nothing_else(converted: Path, tmp_path: Path, tex
     assert contents(tmp_path / "back") == contents(tmp_path / "s")
 
 
+@pytest.mark.parametrize("rate", [0.0, 1.0, 20.0])
+def test_the_plasticity_has_a_rate_of_its_own(
+    converted: Path, tmp_path: Path, text: Path, rate: float
+) -> None:
+    """Adam's first step is the rate, whatever the gradient; at zero some heads have none."""
+    one = {**SMALL, "steps": 1}
+    tune_checkpoint(
+        converted, tmp_path / "t", [text], learning_rate=1e-3, plasticity_rate=rate, **one
+    )
+    (old, _), (new, _) = load_converted(converted), load_converted(tmp_path / "t")
+    names = [n for n, _ in old.named_parameters() if n.endswith("metaplastic.b_scale")]
+    moved = torch.cat([(new.get_parameter(n) - old.get_parameter(n)).abs() for n in names])
+    torch.testing.assert_close(moved.max(), moved.new_tensor(1e-3 * rate))
+
+
 def test_everything_is_trained_if_asked_for(converted: Path, tmp_path: Path, text: Path) -> None:
     report = tune_checkpoint(
         converted, tmp_path / "t", [text], everything=True, learning_rate=1e-3, **SMALL
@@ -159,6 +174,7 @@ def test_an_interrupted_run_is_resumed(
         ({"length": 4000}, "training and evaluation need one each"),
         ({"tokenizer": "nowhere"}, "cannot load a tokenizer from nowhere"),
         ({"resume": True}, "has no checkpoint to resume from"),
+        ({"plasticity_rate": -1.0}, r"plasticity_rate: got -1.0, accepted are numbers in \[0"),
         ({"dtype": "float16"}, "dtype: got 'float16'"),
     ],
 )

@@ -227,6 +227,16 @@ def test_importance_gates_can_be_trained_alone(tmp_path: Path) -> None:
     assert (scale != 0.1).any()
 
 
+@pytest.mark.parametrize("rate", [0.0, 10.0])
+def test_the_plasticity_has_a_rate_of_its_own(tmp_path: Path, rate: float) -> None:
+    data = tables(tmp_path, "m", max_steps=1, save_strategy="no", learning_rate=1e-3)
+    data |= {"metaplastic": {"plasticity": 0.1}, "plasticity_rate": rate}
+    run(read_config(write(tmp_path, data)))
+    scale = weights(tmp_path / "m")["model.layers.0.mixer.importance.scale"]
+    # Adam's first step is the rate, whatever the gradient.
+    torch.testing.assert_close((scale - 0.1).abs(), torch.full_like(scale, 1e-3 * rate))
+
+
 def test_byte_tokenizer_is_exact(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     assert len(tokenizer) == 258
@@ -274,6 +284,7 @@ BAD = [
     ({"data": {"length": 4}}, "data: Value error, give one of corpus, files and tokens"),
     ({"data": {"files": ["a"], "corpus": "pydoc"}}, "give one of corpus, files and tokens"),
     ({"training": {}}, "training.output_dir is missing"),
+    ({"plasticity_rate": -1}, "plasticity_rate: Input should be greater than or equal to 0"),
     ({"extra": 1}, "extra: Extra inputs are not permitted"),
 ]
 
