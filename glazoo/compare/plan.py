@@ -19,6 +19,10 @@ __all__ = ["PRESETS", "Arm", "Plan", "Preset", "Rates", "Tuning"]
 _SELECTION_SEED = 1000
 """First seed of the runs that choose rates: none of those that are reported."""
 
+_CONVERTED_HEBBIAN = 10.0
+"""Plasticity rate of converted Hebbian forms: the smallest that three seeds which are not reported
+did not separate from the best (benchmarks/LOG.md)."""
+
 
 class Rates(NamedTuple):
     """What is chosen for a variant on seeds that are not reported."""
@@ -172,6 +176,14 @@ class Arm:
     """What differences are taken to, seed by seed."""
 
 
+def _plasticity_rate(arm: Arm) -> float:
+    """Gives the share of the learning rate that an arm's plasticity gets if none is asked for: one
+    by family where it was measured, otherwise all of it."""
+    if arm.source is not None and arm.source.spec.posterior.correction == "none":
+        return _CONVERTED_HEBBIAN
+    return 1.0
+
+
 @dataclass(frozen=True)
 class Plan:
     """A comparison: variants by label, and everything that they share.
@@ -321,7 +333,7 @@ class Plan:
             rates = self.tuning.rates
         shares: tuple[float, ...] = (1.0,)
         if has_plasticity(arm.spec):
-            shares = self.plasticity_rates or shares
+            shares = self.plasticity_rates or (_plasticity_rate(arm),)
         return [Rates(r, p) for r in rates for p in shares]
 
     def selection(self, arm: Arm, results: Results) -> list[Run]:

@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -350,6 +351,22 @@ def test_what_depends_on_a_choice_is_run_after_it() -> None:
     assert all(r.before and r.before.rate == 2e-3 for r in plan.reported(converted, results))
     seeds = {r.seed for r in plan.reported(converted, results)}
     assert seeds.isdisjoint(r.seed for r in plan.selection(converted, results))
+
+
+def test_the_default_plasticity_rate_is_that_of_the_family() -> None:
+    shares = {}
+    for name in ("mamba2", "deltanet"):
+        source = glazoo.load(name)
+        specs = {s.name: s for s in (source, metaplasticize(source))}
+        config = ModelConfig(width=16, heads=2, state_bytes=600, mlp=0)
+        plan = Plan(specs, Task(name="mqar", load=4), (config,), Training(steps=1), (1e-3,), 1)
+        shares[name] = {a.label: plan.choices(a) for a in plan.arms}
+        plan = replace(plan, tuning=Tuning(Training(steps=1), (2e-3,)))
+        shares[name] |= {a.label: plan.choices(a) for a in plan.arms}
+    assert shares["mamba2"]["metaplastic_mamba2"] == [Rates(1e-3, 1.0)]
+    assert shares["mamba2"]["metaplastic_mamba2, converted"] == [Rates(2e-3, 10.0)]
+    assert shares["mamba2"]["mamba2, trained on"] == [Rates(2e-3, 1.0)]
+    assert shares["deltanet"]["metaplastic_deltanet, converted"] == [Rates(2e-3, 1.0)]
 
 
 def test_the_start_that_a_config_asks_for() -> None:
