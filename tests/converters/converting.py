@@ -84,3 +84,15 @@ def edit_json(path: Path, **changes: Any) -> None:
         else:
             data[key] = value
     path.write_text(json.dumps(data))
+
+
+def cache_of(out: Any) -> dict[str, Any]:
+    """The cache of a model's output, under the name that this version of the model has for it."""
+    names = ("cache", "past_key_values", "cache_params")
+    return next({name: out[name]} for name in names if out.get(name) is not None)
+
+
+def layers_of(out: Any) -> Any:
+    """The layers of the cache of a model's output."""
+    (cache,) = cache_of(out).values()
+    return cache.layers

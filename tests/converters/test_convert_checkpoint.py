@@ -64,8 +64,8 @@ def test_versions_that_nobody_tested_are_named(
 ) -> None:
     monkeypatch.setattr(versions, "TESTED", {"transformers": ("5.1", "5.2")})
     expected = f"transformers {transformers.__version__} is newer than 5.2, the newest that was"
-    (warning,) = convert_checkpoint(source, tmp_path / "converted").warnings
-    assert warning.startswith(expected)
+    warnings = convert_checkpoint(source, tmp_path / "converted").warnings
+    assert sum(w.startswith(expected) for w in warnings) == 1
     with pytest.warns(UserWarning, match=expected):
         metaplasticize_model(make_model())
 

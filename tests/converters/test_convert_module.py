@@ -10,7 +10,7 @@ import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
-from converters.converting import make_config, make_model, open_gates, prompts
+from converters.converting import cache_of, layers_of, make_config, make_model, open_gates, prompts
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Mamba2ForCausalLM
 
@@ -43,7 +43,7 @@ def decode(model: Any, ids: Tensor, split: int) -> Tensor:
     out = model(ids[:, :split], use_cache=True)
     parts = [out.logits]
     for t in range(split, ids.shape[1]):
-        out = model(ids[:, t : t + 1], cache_params=out.cache_params, use_cache=True)
+        out = model(ids[:, t : t + 1], **cache_of(out), use_cache=True)
         parts.append(out.logits)
     return torch.cat(parts, 1)
 
@@ -73,10 +73,8 @@ def test_computes_what_the_source_computes(changes: dict[str, Any], gate: str) -
         assert torch.isfinite(b).all(), name
         assert float((a - b).abs().max()) <= allowed, name
 
-    caches = [m(ids[:, :20], use_cache=True).cache_params for m in (source, model)]
-    a, b = (
-        m(ids[:, 20:], cache_params=c).logits for m, c in zip((source, model), caches, strict=True)
-    )
+    caches = [cache_of(m(ids[:, :20], use_cache=True)) for m in (source, model)]
+    a, b = (m(ids[:, 20:], **c).logits for m, c in zip((source, model), caches, strict=True))
     assert float((a - b).abs().max()) <= allowed
 
 
@@ -175,10 +173,8 @@ def test_open_gates_agree_between_prompt_cache_and_beams(gate: str) -> None:
     ids, _ = prompts()
     full = model(ids).logits
     assert float((decode(model, ids, 30) - full).abs().max()) <= 1e-10
-    cache = model(ids[:, :20], use_cache=True).cache_params
-    assert (
-        float((model(ids[:, 20:], cache_params=cache).logits - full[:, 20:]).abs().max()) <= 1e-10
-    )
+    cache = cache_of(model(ids[:, :20], use_cache=True))
+    assert float((model(ids[:, 20:], **cache).logits - full[:, 20:]).abs().max()) <= 1e-10
     options = {"max_new_tokens": 8, "do_sample": False, "num_beams": 3, "eos_token_id": None}
     a = model.generate(ids, use_cache=True, **options)
     b = model.generate(ids, use_cache=False, **options)
@@ -199,7 +195,7 @@ def test_padding_adds_no_importance(gate: str) -> None:
         # The convolution sees zeros on the left either way: the same numbers, in another order of
         # chunks.
         assert float((padded.logits[row, 5 * row :] - alone.logits[0]).abs().max()) <= 1e-10
-        for a, b in zip(padded.cache_params.layers, alone.cache_params.layers, strict=True):
+        for a, b in zip(layers_of(padded), layers_of(alone), strict=True):
             assert torch.allclose(a.recurrent_states[0][row], b.recurrent_states[0][0], rtol=1e-10)
 
 
@@ -232,9 +228,7 @@ def test_narrow_models_keep_wide_states_and_gates(dtype: torch.dtype) -> None:
     out = model(ids, attention_mask=mask, use_cache=True)
     assert torch.isfinite(out.logits).all()
     assert float((out.logits - narrow(ids, attention_mask=mask).logits).abs().max()) <= allowed
-    assert all(
-        layer.recurrent_states[0].dtype == torch.float32 for layer in out.cache_params.layers
-    )
+    assert all(layer.recurrent_states[0].dtype == torch.float32 for layer in layers_of(out))
     assert {p.dtype for _, g in gates(model) for p in g.parameters()} == {torch.float32}
     assert model.backbone.layers[0].mixer.in_proj.weight.dtype == dtype
     assert model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (
@@ -252,15 +246,14 @@ def test_autocast_narrows_the_projections_only() -> None:
         a, b = source(ids).logits, model(ids, use_cache=True)
     allowed = float((a - source(ids).logits).abs().max())
     assert float((b.logits - a).abs().max()) <= allowed
-    assert all(layer.recurrent_states[0].dtype == torch.float32 for layer in b.cache_params.layers)
+    assert all(layer.recurrent_states[0].dtype == torch.float32 for layer in layers_of(b))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("gate", "width"), [("value", 32), ("head", 17)])
 def test_cache_holds_one_tensor_per_layer(gate: str, width: int) -> None:
     model = convert(make_model(), gate=gate)
-    cache = model(prompts()[0], use_cache=True).cache_params
-    for layer in cache.layers:
+    for layer in layers_of(model(prompts()[0], use_cache=True)):
         assert layer.recurrent_states[0].shape == (3, 4, 8, width)
         # kappa = 0: no importance.
         assert not layer.recurrent_states[0][..., 16:].any()

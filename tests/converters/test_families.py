@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from converters.converting import contents, open_gates
+from converters.converting import cache_of, contents, open_gates
 from converters.tiny import ALL, TINY, VOCABULARY, tiny_config, tiny_model
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
@@ -150,12 +150,6 @@ def test_convert_verify_train_save_reload_generate_revert(name: str, tmp_path: P
     revert_checkpoint(converted, tmp_path / "back")
     assert contents(tmp_path / "back") == before
     assert contents(source) == before
-
-
-def cache_of(out: Any) -> dict[str, Any]:
-    """The cache of a model's output under the name that this version has for it."""
-    names = ("cache", "past_key_values", "cache_params")
-    return next({n: out[n]} for n in names if out.get(n) is not None)
 
 
 @torch.no_grad()

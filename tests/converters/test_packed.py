@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from converters.converting import open_gates
+from converters.converting import cache_of, open_gates
 from converters.tiny import TINY, VOCABULARY, tiny_config, tiny_model
 from torch import Tensor
 
@@ -123,9 +123,8 @@ def test_packed_documents_continue_no_cache() -> None:
     model = metaplasticize_model(tiny_model("mamba2"))
     ids, bounds = row()
     out: Any = model(ids, use_cache=True)
-    cache = next(n for n in ("cache", "past_key_values", "cache_params") if n in out)
     with pytest.raises(ValueError, match="packed sequences cannot continue a cache"):
-        model(ids, **{cache: out[cache]}, **bounds)
+        model(ids, **cache_of(out), **bounds)
 
 
 def test_where_documents_begin() -> None:

@@ -97,9 +97,10 @@ def damage_decoding(model: Any) -> None:
     cls = type(model.backbone.layers[0].mixer)
 
     class Wrong(cls):  # type: ignore[misc, valid-type]
-        def forward(self, hidden_states: Any, cache_params: Any = None, **kwargs: Any) -> Any:
-            scale = 1.001 if cache_params is not None and hidden_states.shape[1] == 1 else 1.0
-            return super().forward(scale * hidden_states, cache_params=cache_params, **kwargs)
+        def forward(self, hidden_states: Any, **kwargs: Any) -> Any:
+            cached = any(kwargs.get(name) is not None for name in ("cache", "cache_params"))
+            scale = 1.001 if cached and hidden_states.shape[1] == 1 else 1.0
+            return super().forward(scale * hidden_states, **kwargs)
 
     model.backbone.layers[0].mixer.__class__ = Wrong
 
