@@ -679,6 +679,9 @@ def convert_checkpoint(
     for layer in settings.layers:
         if layer in checkpoint.quantised:
             raise ConversionError(checkpoint.quantised[layer])
+    from glazoo.converters.rehearsal import rehearse
+
+    rehearse(family.build(checkpoint.architecture, config), family, settings, found)
     cast = None
     if dtype is not None:
         if checkpoint.raw_config.get("quantization_config") is not None:
@@ -724,6 +727,7 @@ def convert_checkpoint(
         plasticity=settings.plasticity,
         seed=settings.seed,
         layers=settings.layers,
+        mixers=tuple(found[layer] for layer in settings.layers),
         skipped_layers=_skipped_layers(checkpoint, settings),
         base_parameters=sum(math.prod(t.shape) for s in shards for t in s.tensors.values()),
         added_parameters=sum(math.prod(t.shape) for t in new),

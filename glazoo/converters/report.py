@@ -6,12 +6,13 @@ from __future__ import annotations
 import dataclasses
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from glazoo.converters.errors import ConversionError
+from glazoo.converters.families import Found
 from glazoo.converters.files import size_text
 from glazoo.strictjson import dumps, plain
 
@@ -118,6 +119,8 @@ class ConversionReport(Report):
     plasticity: float
     seed: int
     layers: tuple[int, ...]
+    mixers: tuple[Found, ...]
+    """What was found in each of the layers."""
     skipped_layers: dict[int, str]
     """Layers that stay as they are, with the reason."""
     base_parameters: int
@@ -186,6 +189,23 @@ class ConversionReport(Report):
                 "folder: `glazoo convert --revert` gives them back with the weights in "
                 f"{self.dtype}.",
             ]
+        lines += ["", "## Mixers that were found", ""]
+        kinds: dict[Found, list[int]] = {}
+        for mixer in self.mixers:
+            kinds.setdefault(replace(mixer, path="", layer=0), []).append(mixer.layer)
+        lines += _table(
+            ("layers", "mixer", "calls", "spec", "heads", "key heads", "key", "value"),
+            [
+                (
+                    ", ".join(map(str, layers)),
+                    kind.mixer,
+                    ", ".join(kind.calls) or "none",
+                    kind.spec,
+                    *map(str, (kind.heads, kind.key_heads, kind.key, kind.value)),
+                )
+                for kind, layers in kinds.items()
+            ],
+        )
         if self.skipped_layers:
             lines += ["", "## Layers left as they are", ""]
             lines += [f"- {i}: {reason}" for i, reason in self.skipped_layers.items()]

@@ -29,6 +29,7 @@ from glazoo.converters.packing import Packed, find_packed
 from glazoo.converters.settings import Settings
 from glazoo.models.decay import teach_trainer
 from glazoo.models.saving import SavesWhole
+from glazoo.spec import Spec
 from glazoo.strictjson import dumps, loads
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "auto_models",
     "config_class",
     "convert_in_place",
+    "convert_mixer",
     "model_class",
     "register",
 ]
@@ -329,28 +331,34 @@ def attach(
     found = family.examine(model) if found is None else found
     spec = settings.metaplastic_spec(family.source_spec(model.config, found))
     for layer in settings.layers:
-        mixer, sizes = mixers[layer], found[layer]
-        weight = next(mixer.parameters())
-        gate = ImportanceGate(
-            hidden=sizes.hidden,
-            heads=sizes.heads,
-            value=sizes.value,
-            rank=settings.rank,
-            gate=settings.gate,
-            plasticity=settings.plasticity,
-            seed=settings.seed,
-            layer=layer,
-            device=weight.device,
-        )
-        gate.train(mixer.training)
-        if weight.dtype.itemsize > 4:
-            gate.to(weight.dtype)
-        mixer.metaplastic = gate
-        mixer.metaplastic_spec = spec  # type: ignore[assignment]
-        mixer.metaplastic_impl = "auto"  # type: ignore[assignment]
-        mixer.__class__ = family.metaplastic_class(mixer)
-        assert isinstance(mixer, MetaplasticMixer)
-        mixer.attached()
+        convert_mixer(mixers[layer], family, settings, spec, found[layer])
+
+
+def convert_mixer(
+    mixer: nn.Module, family: Family, settings: Settings, spec: Spec, sizes: Found
+) -> None:
+    """Turn one source mixer into its metaplastic form, with the spec that it gets."""
+    weight = next(mixer.parameters())
+    gate = ImportanceGate(
+        hidden=sizes.hidden,
+        heads=sizes.heads,
+        value=sizes.value,
+        rank=settings.rank,
+        gate=settings.gate,
+        plasticity=settings.plasticity,
+        seed=settings.seed,
+        layer=sizes.layer,
+        device=weight.device,
+    )
+    gate.train(mixer.training)
+    if weight.dtype.itemsize > 4:
+        gate.to(weight.dtype)
+    mixer.metaplastic = gate
+    mixer.metaplastic_spec = spec  # type: ignore[assignment]
+    mixer.metaplastic_impl = "auto"  # type: ignore[assignment]
+    mixer.__class__ = family.metaplastic_class(mixer)
+    assert isinstance(mixer, MetaplasticMixer)
+    mixer.attached()
 
 
 def convert_in_place(
