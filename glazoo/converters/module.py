@@ -1,4 +1,4 @@
-"""Converting a live transformers model in place."""
+"""Converting a live model in place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from glazoo.converters.errors import ConversionError
-from glazoo.converters.families import Family, find_family
+from glazoo.converters.families import Family, LiveFamily, families, find_family
 from glazoo.converters.gate import ImportanceGate
 from glazoo.converters.settings import Settings
 from glazoo.versions import installed, untested
@@ -39,7 +39,8 @@ def metaplasticize_model(
     At kappa = 0 the model computes what it did before, up to the rounding of the scan, and the
     gates can be trained at once. Parameters keep their identity, tied weights stay tied;
     `save_pretrained` writes a folder that `AutoModelForCausalLM.from_pretrained` loads after
-    `import glazoo.models`.
+    `import glazoo.models`. A model of a class that is not transformers' own,
+    flash-linear-attention's for example, converts in memory only: its `save_pretrained` refuses.
 
     Args:
         model: a supported model, `transformers.Mamba2ForCausalLM` for example.
@@ -59,7 +60,7 @@ def metaplasticize_model(
         The model itself.
 
     Raises:
-        ConversionError: the model is of no supported family, not transformers' own class, converted
+        ConversionError: the model has no mixer that calls a known scan function, is converted
             already, or an argument is out of its domain.
 
     Reference: arXiv:2602.09075, MetaMamba2.
@@ -95,17 +96,18 @@ def _family_of(model: nn.Module) -> Family:
         raise ConversionError(f"model: got {type(model).__name__}, expected a transformers model")
     if next(gates(model), None) is not None:
         raise ConversionError(f"model: this {type(model).__name__} is converted already")
-    family = find_family(getattr(config, "model_type", None))
-    cls = type(model)
-    # Copies that compute in float64 have a longer name.
-    if not cls.__module__.startswith(family.modeling):
-        package = family.modeling.partition(".")[0]
+    cls, model_type = type(model), getattr(config, "model_type", None)
+    # Copies that compute in float64 have a longer name than the family's module, and are no others.
+    known = families().get(model_type) if isinstance(model_type, str) else None
+    if known is not None and cls.__module__.startswith(known.modeling):
+        return known
+    if cls.__module__.startswith("transformers.models."):
+        family = find_family(model_type)
         raise ConversionError(
-            f"model: this {cls.__name__} comes from {cls.__module__}, which takes the place of "
-            f"another class of the same model_type; load the model with {package}."
-            f"{family.architectures[0]}"
+            f"model: this {cls.__name__} comes from {cls.__module__}, and its model_type "
+            f"{model_type!r} is that of {family.modeling}"
         )
-    return family
+    return LiveFamily(model)
 
 
 def gates(model: nn.Module) -> Iterator[tuple[str, ImportanceGate]]:

@@ -186,7 +186,7 @@ _PACKED = {"position_ids": "position_ids", "cu_seq_lens_q": "cu_seqlens", "seq_i
 _CACHES = ("cache", "past_key_values", "cache_params")
 
 
-def _keeping_apart(source: Callable[..., Any], family: Family) -> Callable[..., Any]:
+def _keeping_apart(source: Callable[..., Any], *, apart: bool) -> Callable[..., Any]:
     """Wrap a model's forward pass so that packed sequences stay apart.
 
     The source's models drop the bounds on their way to the mixers, or read them in some layers and
@@ -198,12 +198,13 @@ def _keeping_apart(source: Callable[..., Any], family: Family) -> Callable[..., 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         packed = _find_packed(given)
-        if packed is None:
+        # Bounds under the scan functions' own name reach the mixers without our help.
+        if packed is None or given.get("cu_seqlens") is not None:
             return source(self, *args, **kwargs)
         if any(given.get(name) is not None for name in _CACHES):
             raise ValueError("packed sequences cannot continue a cache: pass no cache")
         given["use_cache"] = False
-        if not family.quirks.apart:
+        if not apart:
             return _in_rows(functools.partial(source, self), packed, given)
         if "position_ids" in names and given.get("position_ids") is None:
             given["position_ids"] = packed.positions
@@ -215,6 +216,10 @@ def _keeping_apart(source: Callable[..., Any], family: Family) -> Callable[..., 
             return source(self, **given)
 
     return forward
+
+
+def _forward(base: type[Any], family: Family) -> Callable[..., Any]:
+    return _keeping_apart(base.forward, apart=family.quirks.apart)
 
 
 def _in_rows(source: Callable[..., Any], packed: Packed, given: dict[str, Any]) -> Any:
@@ -302,11 +307,49 @@ def model_class(base: type[Any], family: Family) -> type[Any]:
             "__doc__": f"{base.__name__} converted to metaplastic form.",
             "glazoo_family": family,
             "config_class": config_class(family),
-            **({} if family.separates else {"forward": _keeping_apart(base.forward, family)}),
+            **({} if family.separates else {"forward": _forward(base, family)}),
             "_keep_in_fp32_modules_strict": sorted(wide),
             # Engines choose by shape and device in Python; nobody has traced that in one graph with
             # the cache.
             "_can_compile_fullgraph": False,
+        },
+    )
+
+
+class _LiveModel:
+    """What conversion adds to a model of a class that is not transformers' own."""
+
+    def save_pretrained(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Refuses: nothing could load what it would write.
+
+        Raises:
+            ConversionError: always.
+        """
+        raise ConversionError(
+            f"{type(self).__name__} was converted in memory, and no folder can hold it: its source "
+            "is not a class of transformers. Keep its state_dict(), to load it into a model that "
+            "is converted again; or import the source's folder (glazoo convert --import) and "
+            "convert what that writes"
+        )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ImportanceGate):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+
+@once
+def _live_class(base: type[Any]) -> type[Any]:
+    name = f"Metaplastic{base.__name__}"
+    return type(
+        name,
+        (_LiveModel, base),
+        {
+            "__module__": __name__,
+            "__qualname__": name,
+            "__doc__": f"{base.__name__} converted to metaplastic form.",
+            "forward": _keeping_apart(base.forward, apart=False),
         },
     )
 
@@ -368,22 +411,24 @@ def convert_in_place(
     class."""
     old: Any = model.config
     new = copy.deepcopy(old)
-    new.__class__ = config_class(family)
     new.metaplastic = settings.to_block()
-    new.architectures = [family.converted_architecture(type(model).__name__)]
-    others = without_model_code(getattr(old, "auto_map", None)) or {}
-    new.auto_map = {**others, **remote_map(family)}
+    if family.saves:
+        new.__class__ = config_class(family)
+        new.architectures = [family.converted_architecture(type(model).__name__)]
+        others = without_model_code(getattr(old, "auto_map", None)) or {}
+        new.auto_map = {**others, **remote_map(family)}
     attach(model, family, settings, found)
     # Other models may share the configuration object: give this one its own.
     for module in model.modules():
         if getattr(module, "config", None) is old:
             module.config = new
-    cls = model_class(type(model), family)
-    model.__class__ = cls
+    base = type(model)
+    model.__class__ = model_class(base, family) if family.saves else _live_class(base)
     strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     model._keep_in_fp32_modules_strict = strict | {"metaplastic"}  # type: ignore[assignment]
     teach_trainer()
-    _register_models(family)
+    if family.saves:
+        _register_models(family)
 
 
 def _auto_mappings(module: ModuleType) -> Iterator[tuple[str, Any]]:

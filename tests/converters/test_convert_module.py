@@ -425,11 +425,22 @@ def test_models_that_cannot_be_converted_are_refused() -> None:
         metaplasticize_model(other)
 
 
-def test_a_class_of_another_package_behind_the_same_name_is_refused() -> None:
+def test_a_class_of_another_package_behind_the_same_name_converts_in_memory_only(
+    tmp_path: Path,
+) -> None:
     model = make_model()
     stranger = type("Mamba2ForCausalLM", (Mamba2ForCausalLM,), {"__module__": "fla.models.mamba2"})
     model.__class__ = stranger
-    with pytest.raises(
-        ConversionError, match=r"comes from fla.models.mamba2.*transformers.Mamba2For"
-    ):
+    ids, mask = prompts()
+    with torch.no_grad():
+        before = model(input_ids=ids, attention_mask=mask).logits
+        metaplasticize_model(model)
+        after = model(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(after, before)
+    assert isinstance(model, stranger)
+    assert type(model.config).__name__ == "Mamba2Config"
+    with pytest.raises(ConversionError, match=r"in memory, and no folder.*glazoo convert --import"):
+        model.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConversionError, match="converted already"):
         metaplasticize_model(model)

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from glazoo.converters.errors import ConversionError
-from glazoo.converters.families.base import Family, Found, gate_of
+from glazoo.converters.families.base import Family, Found, LiveFamily, gate_of
 from glazoo.converters.families.calls import CALLS, known_calls
 from glazoo.converters.families.catalogue import NOT_CONVERTIBLE, OVERRIDES, QUIRKS
 from glazoo.converters.families.own import OWN
@@ -17,6 +17,7 @@ __all__ = [
     "NOT_CONVERTIBLE",
     "Family",
     "Found",
+    "LiveFamily",
     "families",
     "find_family",
     "gate_of",

@@ -14,7 +14,7 @@ from torch import nn
 
 from glazoo.converters.errors import ConversionError
 from glazoo.converters.families.calls import Call, Recurrence, known_calls
-from glazoo.converters.families.interception import calls_of, running
+from glazoo.converters.families.interception import absent_calls, calls_of, running
 from glazoo.converters.families.mixer import (
     InterceptedMixer,
     metaplastic_class,
@@ -23,7 +23,7 @@ from glazoo.converters.families.mixer import (
 from glazoo.spec import Spec, no_exact_gain
 from glazoo.zoo import load
 
-__all__ = ["Family", "Found", "Override", "Quirks", "find_mixers", "gate_of"]
+__all__ = ["Family", "Found", "LiveFamily", "Override", "Quirks", "find_mixers", "gate_of"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,30 +93,50 @@ class _Recorder:
         raise _Seen(x)
 
 
-def _sizes(mixer: nn.Module, hidden: int) -> tuple[int, int, int, int]:
-    """Return value heads, key heads, key and value channels of a mixer, by running it on two tokens
-    up to its scan."""
+def _sizes(mixer: nn.Module, hidden: int, tokens: int) -> tuple[int, int, int, int]:
+    """Return value heads, key heads, key and value channels of a mixer, by running it on a few
+    tokens up to its scan."""
     weight = next(mixer.parameters())
-    x = torch.zeros(1, 2, hidden, dtype=weight.dtype, device=weight.device)
+    x = torch.zeros(1, tokens, hidden, dtype=weight.dtype, device=weight.device)
     base, training = type(mixer), mixer.training
     inner: Any = twin_class(base)
     mixer.__class__ = inner
     mixer.eval()
     try:
-        recorder: Any = _Recorder()
+        recorder: Any = type(base.__name__, (_Recorder,), {})()
         with torch.no_grad(), running(recorder, x, None):
             inner.forward(mixer, x)
     except _Seen as seen:
-        k, v = seen.operands.k, seen.operands.v
+        operands = seen.operands
+        k, v = operands.k, operands.v
+        if v.shape[:2] != x.shape[:2] or operands.cu_seqlens is not None:
+            raise ConversionError(
+                f"{base.__name__} gives its scan other tokens than those of its input, and the "
+                "importance gate would not know which is which"
+            ) from None
         return v.shape[2], k.shape[2], k.shape[3], v.shape[3]
     except Exception as e:
-        raise ConversionError(
-            f"{base.__name__} could not be followed to its scan: {' '.join(str(e).split())}"
-        ) from e
+        reason = " ".join(str(e).split())
+        if weight.device.type == "cpu" and _is_triton(e):
+            reason = (
+                f"its code before the scan is Triton, which runs on a GPU only ({reason}): move "
+                "the model there before converting it"
+            )
+        raise ConversionError(f"{base.__name__} could not be followed to its scan: {reason}") from e
     finally:
         mixer.__class__ = base
         mixer.train(training)
     raise AssertionError("a scan that was called ends the forward pass")
+
+
+def _is_triton(error: BaseException) -> bool:
+    """Say whether an exception comes out of Triton."""
+    found = error.__traceback__
+    while found is not None:
+        if found.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "triton":
+            return True
+        found = found.tb_next
+    return False
 
 
 def find_mixers(model: nn.Module, overrides: Mapping[str, Override]) -> dict[int, nn.Module]:
@@ -141,6 +161,9 @@ def _override(module: nn.Module, overrides: Mapping[str, Override]) -> Override 
     return next((overrides[name] for name in names if name in overrides), None)
 
 
+_ABOVE_ONE = ("linear_allow_neg_eigval", "allow_neg_eigval")
+"""Options that let the write gate of a delta rule exceed 1."""
+
 _GENERATIVE = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
 
 
@@ -149,6 +172,10 @@ class Family:
 
     separates = False
     """Whether the models keep packed sequences apart by themselves."""
+    saves = True
+    """Whether converted models can be saved, and loaded again through transformers' classes."""
+    lengths: tuple[int, ...] = (2,)
+    """Numbers of tokens on which a mixer is followed to its scan."""
 
     def __init__(
         self,
@@ -275,6 +302,19 @@ class Family:
         """Return the language model's part of a configuration object."""
         return config.get_text_config()
 
+    def hidden_size(self, config: Any) -> int:
+        """Return the width of the mixers' input.
+
+        Raises:
+            ConversionError: the configuration does not say.
+        """
+        found = getattr(self.text_config(config), "hidden_size", None)
+        if not isinstance(found, int):
+            raise ConversionError(
+                f"{type(config).__name__} has no hidden_size, the width of the mixers' input"
+            )
+        return found
+
     @property
     def multimodal(self) -> bool:
         """Whether the configuration holds that of a text model beside others."""
@@ -319,15 +359,17 @@ class Family:
                 "without"
             )
         names = {id(module): name for name, module in model.named_modules()}
-        hidden = int(self.text_config(model.config).hidden_size)
+        hidden = self.hidden_size(model.config)
         found = {
             layer: self._examine(mixer, names[id(mixer)], layer, hidden)
             for layer, mixer in mixers.items()
         }
         if not found:
+            absent = dict.fromkeys(name for m in model.modules() for name in absent_calls(type(m)))
+            hint = f" ({', '.join(absent)} would be called if it were installed)" if absent else ""
             raise ConversionError(
                 f"{type(model).__name__} has no mixer that can be converted: none calls a known "
-                f"scan function; known are: {known_calls()}"
+                f"scan function{hint}; known are: {known_calls()}"
             )
         specs = sorted({f.spec for f in found.values()})
         if len(specs) > 1:
@@ -348,7 +390,10 @@ class Family:
                 raise ConversionError(
                     f"{path} calls scans of several specs: {', '.join(c.name for c in calls)}"
                 )
-            spec, sizes = calls[0].spec, _sizes(mixer, hidden)
+            spec = calls[0].spec
+            sizes, *others = (_sizes(mixer, hidden, tokens) for tokens in self.lengths)
+            if any(other != sizes for other in others):
+                raise ConversionError(f"{path} has other heads on longer inputs")
         name = type(mixer).__name__
         return Found(path, layer, name, tuple(c.name for c in calls), spec, hidden, *sizes)
 
@@ -366,8 +411,7 @@ class Family:
         """Return the configuration field that lets the write gate of a delta rule exceed 1, if one
         does."""
         text = self.text_config(config)
-        names = ("linear_allow_neg_eigval", "allow_neg_eigval")
-        return next((name for name in names if getattr(text, name, False)), None)
+        return next((name for name in _ABOVE_ONE if getattr(text, name, False)), None)
 
     def no_exact_gain(self, config: Any, found: Mapping[int, Found]) -> str | None:
         """Say why the mixers cannot have the exact gain; None if they can."""
@@ -375,6 +419,42 @@ class Family:
         if field is not None:
             return f"{field} lets the write gate exceed 1, and a rate above 1 has no precision"
         return no_exact_gain(self.source_spec(config, found))
+
+
+class LiveFamily(Family):
+    """The models of one class that is not transformers' own, in memory only: neither folders nor
+    Auto classes know them by their `model_type`, which may be that of other models there."""
+
+    saves = False
+    # Layers of other packages choose between functions by length.
+    lengths = (2, 70)
+
+    def __init__(self, model: nn.Module) -> None:
+        config: Any = model.config
+        super().__init__(str(getattr(config, "model_type", None) or type(model).__name__))
+        self._config = type(config)
+        self._above_one = next(
+            (
+                name
+                for mixer in self.mixers(model).values()
+                for name in _ABOVE_ONE
+                if getattr(mixer, name, False)
+            ),
+            None,
+        )
+
+    def source_config(self) -> type[Any]:
+        """Return the configuration class of the model."""
+        return self._config
+
+    def text_config(self, config: Any) -> Any:
+        """Return the language model's part of a configuration object."""
+        get = getattr(config, "get_text_config", None)
+        return config if get is None else get()
+
+    def write_above_one(self, config: Any) -> str | None:
+        """Return the name of the option that lets the write gate of a delta rule exceed 1."""
+        return self._above_one or super().write_above_one(config)
 
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +64,11 @@ class Call:
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Recurrence:
         """Reads the operands of a call."""
+        if len(args) > len(self.parameters):
+            raise ValueError(
+                f"{self.name} was called with {len(args)} arguments by position; known are "
+                f"{', '.join(self.parameters)}"
+            )
         return self.read(self, {**dict(zip(self.parameters, args, strict=False)), **kwargs})
 
 
@@ -82,10 +87,12 @@ def _flag(found: Mapping[str, Any], *names: str) -> bool:
 
 # What some versions of these functions can do inside, and no model's layer here asks for.
 _UNKNOWN = (
+    "gk",
     "gv",
     "reverse",
-    "use_gate_in_kernel",
-    "use_beta_sigmoid_in_kernel",
+    "head_first",
+    "normalize",
+    "output_attentions",
     "return_intermediate_states",
     "cp_context",
 )
@@ -95,7 +102,11 @@ def _tokens(call: Call, found: Mapping[str, Any]) -> Recurrence:
     """Read a function of whole sequences [B, T, H, D], with log decays and an activated write
     gate."""
     if odd := [
-        name for name in _UNKNOWN if found.get(name) is not None and found[name] is not False
+        name
+        for name in _UNKNOWN
+        if found.get(name) is not None
+        and found[name] is not False
+        and name not in call.operands.values()
     ]:
         raise ValueError(
             f"{call.name} was called with {odd[0]}, which a converted mixer does not compute"
@@ -115,8 +126,13 @@ def _tokens(call: Call, found: Mapping[str, Any]) -> Recurrence:
     if _flag(found, "use_qk_l2norm_in_kernel"):
         q, k = _unit(q), _unit(k)
     g, beta = operand("g"), operand("beta")
-    if g is None and found.get("g_gamma") is not None:
-        g = found["g_gamma"].expand(*v.shape[:3])
+    if g is not None and _flag(found, "use_gate_in_kernel"):
+        g = _log_decay(found, g.to(wide))
+    if (fixed := found.get("g_gamma")) is not None:
+        fixed = fixed.to(wide).expand(*v.shape[:3])
+        g = fixed if g is None else fixed + g
+    if beta is not None and _flag(found, "use_beta_sigmoid_in_kernel"):
+        beta = beta.to(wide).sigmoid() * (2 if _flag(found, "allow_neg_eigval") else 1)
     scale = found.get("scale")
 
     def finish(output: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -134,6 +150,21 @@ def _tokens(call: Call, found: Mapping[str, Any]) -> Recurrence:
         found.get("cu_seqlens"),
         finish,
     )
+
+
+def _log_decay(found: Mapping[str, Any], x: Tensor) -> Tensor:
+    """Give the log decays that a function makes of its argument itself: one per head, or one per
+    head and key channel."""
+    rate, bias, bound = found.get("A_log"), found.get("dt_bias"), found.get("lower_bound")
+    if bias is not None:
+        x = x + bias.to(x.dtype).view(x.shape[2:])
+    if rate is not None:
+        rate = rate.to(x.dtype).exp().view(-1, *[1] * (x.dim() - 3))
+    if bound is not None:
+        return cast(float, bound) * torch.sigmoid(x if rate is None else rate * x)
+    if rate is None:
+        raise ValueError("use_gate_in_kernel needs A_log or lower_bound")
+    return -rate * F.softplus(x)
 
 
 def _step_size(found: Mapping[str, Any], step: Tensor, bias: Tensor | None) -> Tensor:
@@ -187,8 +218,7 @@ def _ssd_step(call: Call, found: Mapping[str, Any]) -> Recurrence:
     def finish(output: Tensor, new: Tensor | None) -> Tensor:
         assert new is not None
         state.copy_(new)
-        heads = None if skip is None else skip[:, 0]
-        output = _skipped(output, values, heads, None if gate is None else gate[:, None])
+        output = _skipped(output, values, skip, None if gate is None else gate[:, None])
         return output[:, 0].to(x.dtype)
 
     return Recurrence(
@@ -207,12 +237,13 @@ def _ssd_step(call: Call, found: Mapping[str, Any]) -> Recurrence:
 
 def _skipped(output: Tensor, x: Tensor, skip: Tensor | None, gate: Tensor | None) -> Tensor:
     if skip is not None:
-        output = output + skip.to(output.dtype).view(-1, 1) * x
+        # [HV] or [HV, V].
+        output = output + skip.to(output.dtype).view(skip.shape[0], -1) * x
     return output if gate is None else output * F.silu(gate.to(output.dtype))
 
 
 _QKV = {"q": "query", "k": "key", "v": "value"}
-_LIMIT = {"time_step_limit": (0.0, float("inf"))}
+_LIMIT = dict.fromkeys(("time_step_limit", "dt_limit"), (0.0, float("inf")))
 
 
 def _mamba(name: str, x: str) -> Call:
@@ -258,9 +289,12 @@ CALLS: Mapping[str, Call] = {
             _sequence(f"{form}_delta_rule", "deltanet", "q", "k", "v", "beta")
             for form in ("chunk", "fused_chunk", "fused_recurrent")
         ),
-        *(
-            _sequence(f"{form}_gated_delta_rule", "gated_deltanet", "q", "k", "v", "g", "beta")
-            for form in ("chunk", "fused_recurrent")
+        _sequence("chunk_gated_delta_rule", "gated_deltanet", "q", "k", "v", "g", "beta"),
+        _sequence(
+            "fused_recurrent_gated_delta_rule",
+            "gated_deltanet",
+            *("q", "k", "v", "g", "gk", "gv"),
+            "beta",
         ),
         *(
             _sequence(f"{form}_kda", "kda", "q", "k", "v", "g", "beta")

@@ -26,7 +26,15 @@ from glazoo.converters.packing import Packed, convolve_apart
 if TYPE_CHECKING:
     from glazoo.converters.families.mixer import MetaplasticMixer
 
-__all__ = ["calls_of", "current_packing", "once", "packing", "running", "twin_methods"]
+__all__ = [
+    "absent_calls",
+    "calls_of",
+    "current_packing",
+    "once",
+    "packing",
+    "running",
+    "twin_methods",
+]
 
 _CONVOLUTION = "causal_conv1d_fn"
 _FUSED = ("mamba2_split_conv1d_scan_combined", "mamba_split_conv1d_scan_combined")
@@ -93,6 +101,11 @@ def _scan(call: Call) -> Callable[..., Any]:
     def scan(*args: Any, **kwargs: Any) -> Any:
         assert _running.mixer is not None
         _running.scans += 1
+        if _running.scans > 1:
+            raise RuntimeError(
+                f"{type(_running.mixer).__name__} calls its scan more than once for one input; a "
+                "converted mixer has one recurrence"
+            )
         mask, packed = _running.mask, _running.packed
         return _running.mixer.scan(call.bind(args, kwargs), _running.hidden, mask, packed)
 
@@ -146,16 +159,23 @@ def once(make: Made) -> Made:
     return cast(Made, functools.cache(make))
 
 
-@once
-def calls_of(cls: type) -> tuple[Call, ...]:
-    """Return the known scan functions that the methods of a class call."""
-    found: dict[str, Call] = {}
+def _named(cls: type) -> Iterator[tuple[Call, bool]]:
     for _, _, plain in _methods(cls):
         for name in sorted(_names(plain.__code__) & CALLS.keys()):
             # What an import did not find is None there.
-            if plain.__globals__.get(name) is not None:
-                found[name] = CALLS[name]
-    return tuple(found.values())
+            yield CALLS[name], plain.__globals__.get(name) is not None
+
+
+@once
+def calls_of(cls: type) -> tuple[Call, ...]:
+    """Return the known scan functions that the methods of a class call."""
+    return tuple({call.name: call for call, there in _named(cls) if there}.values())
+
+
+def absent_calls(cls: type) -> tuple[str, ...]:
+    """Return the names of known scan functions that a class would call, but whose package is not
+    installed."""
+    return tuple(dict.fromkeys(call.name for call, there in _named(cls) if not there))
 
 
 _TWIN = f"{__name__}.twins"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -111,11 +112,13 @@ class MetaplasticMixer(nn.Module):
             What the intercepted function returns.
         """
         if hidden.shape[:2] != x.v.shape[:2]:
-            # The source has taken the padding out.
-            assert mask is not None
-            hidden = hidden[mask[:, -hidden.shape[1] :].bool()][None]
+            hidden = self._without_padding(x, hidden, mask)
+            mask = None
         write = x.v.new_ones(x.v.shape[:3]) if x.beta is None else x.beta
         b, prior = self.metaplastic(hidden, observed_precision(self.metaplastic_spec, write, x.k))
+        if mask is not None and mask.dim() == 2 and mask.shape[1] >= b.shape[1]:
+            # Some sources let keys stand at padding, and set values and decays to zero.
+            b = b * mask[:, -b.shape[1] :].to(b.dtype).view(*b.shape[:2], *[1] * (b.dim() - 2))
         q, k, v, cu_seqlens = x.q, x.k, x.v, x.cu_seqlens
         gates = {"g": x.g, "beta": x.beta, "b": b}
         rows, tokens = v.shape[:2]
@@ -131,7 +134,13 @@ class MetaplasticMixer(nn.Module):
             }
         initial = None
         if x.initial is not None:
-            initial = unpack_state(x.initial, v.shape[-1], shared=self.metaplastic.gate == "head")
+            shared = self.metaplastic.gate == "head"
+            if x.initial.shape[-1] != v.shape[-1] + (1 if shared else v.shape[-1]):
+                raise ValueError(
+                    "the state at the start is not a converted mixer's: its cache comes from "
+                    "another model, or from before the conversion"
+                )
+            initial = unpack_state(x.initial, v.shape[-1], shared=shared)
         with _full_precision(v.device):
             out = attention(
                 self.metaplastic_spec,
@@ -154,13 +163,41 @@ class MetaplasticMixer(nn.Module):
         output = out.output if packed is None else out.output[0].unflatten(0, (rows, tokens))
         return x.finish(output, pack_state(state) if x.keep and state is not None else None)
 
+    def _without_padding(
+        self, x: Recurrence, hidden: Float[Tensor, "B T D"], mask: Tensor | None
+    ) -> Float[Tensor, "1 N D"]:
+        """Takes the padding out, as the source has done before its scan."""
+        if mask is not None:
+            taken = hidden[mask[:, -hidden.shape[1] :].bool()][None]
+            bounded = x.cu_seqlens is not None or hidden.shape[0] == 1
+            if taken.shape[:2] == x.v.shape[:2] and bounded:
+                return taken
+        raise RuntimeError(
+            f"{type(self).__name__} gave its scan {tuple(x.v.shape[:2])} tokens for "
+            f"{tuple(hidden.shape[:2])} of its input, which are not those without padding in "
+            "sequences of their own: the importance gate would not know which token is which"
+        )
+
+
+@once
+def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Return what a converted mixer's source takes by position, after its input."""
+    source: Any = super(InterceptedMixer, cls).forward  # type: ignore[misc]
+    return tuple(inspect.signature(source).parameters)[2:]
+
+
+def _mask(cls: type[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    given = {**dict(zip(_parameters(cls), args, strict=False)), **kwargs}
+    mask: Tensor | None = given.get("attention_mask")
+    return mask
+
 
 class InterceptedMixer(MetaplasticMixer):
     """A mixer whose own forward pass runs with its scan replaced."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the source's forward pass, with its arguments."""
-        with running(self, hidden_states, kwargs.get("attention_mask")):
+        with running(self, hidden_states, _mask(type(self), args, kwargs)):
             return super().forward(hidden_states, *args, **kwargs)
 
 
