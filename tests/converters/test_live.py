@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from glazoo import attention
 from glazoo.converters import ConversionError, metaplasticize_model
+from glazoo.converters.families import LiveFamily
 from glazoo.converters.families.calls import CALLS, Recurrence
 from glazoo.zoo import load
 
@@ -69,6 +70,16 @@ def fla() -> Iterator[Any]:
         mapping._extra_content.update(content)
     for name in [n for n in sys.modules if n.partition(".")[0] == "fla"]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Follow mixers on short inputs only: the interpreter takes seconds for long ones."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(LiveFamily, "lengths", (2,))
+
+
+quick = pytest.mark.usefixtures("_quick")
 
 
 # The functions.
@@ -268,7 +279,7 @@ class LoneModel(nn.Module):
     """A model of no package: one mixer with a cache, between an embedding and a head."""
 
     def __init__(self) -> None:
-        from fla.layers import SimpleGatedLinearAttention
+        from fla.layers.simple_gla import SimpleGatedLinearAttention
 
         super().__init__()
         self.config = SimpleNamespace(hidden_size=32)
@@ -325,6 +336,7 @@ def close(a: Tensor, b: Tensor) -> None:
 EVERY = pytest.mark.parametrize("name", [*MODELS, "lone"])
 
 
+@quick
 @EVERY
 def test_a_converted_model_computes_the_same(name: str) -> None:
     source = make(name)
@@ -344,6 +356,7 @@ def test_a_converted_model_computes_the_same(name: str) -> None:
         close(source(ids, attention_mask=mask).logits[shown], padded[shown])
 
 
+@quick
 @EVERY
 def test_decoding_and_padding_agree_with_open_gates(name: str) -> None:
     model = metaplasticize_model(make(name), 0.5)
@@ -371,6 +384,7 @@ def test_decoding_and_padding_agree_with_open_gates(name: str) -> None:
     assert state.shape[0] == 2
 
 
+@quick
 @pytest.mark.parametrize("name", ["gla-convolution", "retnet", "gated_deltanet"])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_goes_on_working(name: str, beams: int) -> None:
@@ -388,6 +402,7 @@ def test_generation_goes_on_working(name: str, beams: int) -> None:
     assert torch.equal(before, after)
 
 
+@quick
 @pytest.mark.parametrize("name", ["gla", "retnet", "delta_net", "kda"])
 def test_packed_sequences_stay_apart(name: str) -> None:
     model = metaplasticize_model(make(name), 0.5)
@@ -401,6 +416,7 @@ def test_packed_sequences_stay_apart(name: str) -> None:
         close(model(ids, position_ids=positions).logits, apart)
 
 
+@quick
 @pytest.mark.parametrize("name", ["gla", "gated_deltanet"])
 def test_gates_learn(name: str) -> None:
     model = metaplasticize_model(make(name)).train()
@@ -413,6 +429,7 @@ def test_gates_learn(name: str) -> None:
     assert model.lm_head.weight.grad is not None
 
 
+@quick
 @pytest.mark.parametrize("name", ["gated_deltanet-negative", "delta_net-negative", "kda-bounded"])
 def test_a_write_above_one_has_no_exact_gain(name: str) -> None:
     model = make(name)
@@ -434,6 +451,7 @@ def test_saving_is_refused(tmp_path: Path) -> None:
     copy.deepcopy(again)
 
 
+@quick
 def test_a_cache_from_before_the_conversion_is_refused() -> None:
     model = make("gla")
     ids = prompts(2, 9)[0].to(DEVICE)
@@ -530,6 +548,7 @@ def state_update(
     return (state * C[:, :, None]).sum(-1) + D * x
 
 
+@quick
 @pytest.mark.parametrize("wide_skip", [False, True])
 def test_mamba2_with_the_functions_of_mamba_ssm(
     wide_skip: bool, monkeypatch: pytest.MonkeyPatch
