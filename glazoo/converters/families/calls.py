@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -155,13 +155,15 @@ def _tokens(call: Call, found: Mapping[str, Any]) -> Recurrence:
 def _log_decay(found: Mapping[str, Any], x: Tensor) -> Tensor:
     """Give the log decays that a function makes of its argument itself: one per head, or one per
     head and key channel."""
-    rate, bias, bound = found.get("A_log"), found.get("dt_bias"), found.get("lower_bound")
+    rate: Tensor | None = found.get("A_log")
+    bias: Tensor | None = found.get("dt_bias")
+    bound: float | None = found.get("lower_bound")
     if bias is not None:
         x = x + bias.to(x.dtype).view(x.shape[2:])
     if rate is not None:
         rate = rate.to(x.dtype).exp().view(-1, *[1] * (x.dim() - 3))
     if bound is not None:
-        return cast(float, bound) * torch.sigmoid(x if rate is None else rate * x)
+        return bound * torch.sigmoid(x if rate is None else rate * x)
     if rate is None:
         raise ValueError("use_gate_in_kernel needs A_log or lower_bound")
     return -rate * F.softplus(x)
