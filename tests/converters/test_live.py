@@ -339,7 +339,17 @@ def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-5 * float(b.abs().max()))
 
 
-EVERY = pytest.mark.parametrize("name", [*MODELS, "lone"])
+QUICK = ("gla", "retnet", "lone")
+
+
+def each(*names: str) -> Any:
+    """The names as parameters; those whose convolutions take the interpreter long are slow."""
+    return pytest.mark.parametrize(
+        "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in names]
+    )
+
+
+EVERY = each(*MODELS, "lone")
 
 
 @quick
@@ -391,7 +401,7 @@ def test_decoding_and_padding_agree_with_open_gates(name: str) -> None:
 
 
 @quick
-@pytest.mark.parametrize("name", ["gla-convolution", "retnet", "gated_deltanet"])
+@each("gla-convolution", "retnet", "gated_deltanet")
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_goes_on_working(name: str, beams: int) -> None:
     source = make(name)
@@ -409,7 +419,7 @@ def test_generation_goes_on_working(name: str, beams: int) -> None:
 
 
 @quick
-@pytest.mark.parametrize("name", ["gla", "retnet", "delta_net", "kda"])
+@each("gla", "retnet", "delta_net", "kda")
 def test_packed_sequences_stay_apart(name: str) -> None:
     model = metaplasticize_model(make(name), 0.5)
     open_gates(model)
@@ -423,7 +433,7 @@ def test_packed_sequences_stay_apart(name: str) -> None:
 
 
 @quick
-@pytest.mark.parametrize("name", ["gla", "gated_deltanet"])
+@each("gla", "gated_deltanet")
 def test_gates_learn(name: str) -> None:
     model = metaplasticize_model(make(name)).train()
     ids = prompts(2, 9)[0].to(DEVICE)
@@ -436,7 +446,7 @@ def test_gates_learn(name: str) -> None:
 
 
 @quick
-@pytest.mark.parametrize("name", ["gated_deltanet-negative", "delta_net-negative", "kda-bounded"])
+@each("gated_deltanet-negative", "delta_net-negative", "kda-bounded")
 def test_a_write_above_one_has_no_exact_gain(name: str) -> None:
     model = make(name)
     with pytest.raises(ConversionError, match="allow_neg_eigval lets the write gate exceed 1"):
@@ -554,6 +564,7 @@ def state_update(
     return (state * C[:, :, None]).sum(-1) + D * x
 
 
+@pytest.mark.slow
 @quick
 @pytest.mark.parametrize("wide_skip", [False, True])
 def test_mamba2_with_the_functions_of_mamba_ssm(
