@@ -298,7 +298,10 @@ def compile_launch(launch: Launch, target: str) -> "triton.compiler.CompiledKern
             constants[parameter.name] = x
         elif isinstance(x, Tensor):
             signature[parameter.name] = POINTERS[x.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            if x.data_ptr() % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        elif x == 1 and not parameter.do_not_specialize:
+            signature[parameter.name], constants[parameter.name] = "constexpr", 1
         else:
             signature[parameter.name] = "i32" if x < 2**31 else "i64"
             if not parameter.do_not_specialize and x % 16 == 0:

@@ -8,6 +8,16 @@ from budget import assert_within_budget, witnesses
 from torch import Tensor
 
 Loop = Callable[..., tuple[Tensor, Tensor]]
+# A not-a-number that no arithmetic makes, in every type of float: all bits are one.
+POISON = -1
+
+
+def fill_with_poison(x: Tensor) -> Tensor:
+    """Fill a tensor of floats with what must not be read."""
+    if x.is_floating_point() and x.device.type != "meta":
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        x.view(bits[x.element_size()]).fill_(POISON)
+    return x
 
 
 def segments(x: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int, int]]:

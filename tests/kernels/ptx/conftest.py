@@ -1,0 +1,21 @@
+"""One compiling process for the tests of a session."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from ptx.compiler import Compiler
+
+
+@pytest.fixture(scope="session")
+def compiler(request: pytest.FixtureRequest) -> Iterator[Compiler]:
+    """Compiles with the Triton that is installed; what it compiled stays in pytest's cache."""
+    found = Compiler(request.config.cache.mkdir("ptx"))
+    yield found
+    found.close()
+
+
+def pytest_report_header() -> str:
+    import triton
+
+    return f"PTX: of Triton {triton.__version__} for sm_80"
