@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from ptx.compiler import Compiler
+from ptx.launches import Executor
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +20,9 @@ def pytest_report_header() -> str:
     import triton
 
     return f"PTX: of Triton {triton.__version__} for sm_80"
+
+
+@pytest.fixture
+def executor(compiler: Compiler) -> Executor:
+    """Runs every launch once."""
+    return Executor(compiler)

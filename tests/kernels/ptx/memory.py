@@ -47,6 +47,14 @@ class Access:
     agents: Mapping[str, Array]
 
 
+@dataclasses.dataclass(frozen=True)
+class Clash:
+    """Which threads write what another agent wrote since the last barrier, or writes at once."""
+
+    before: Array
+    now: Array
+
+
 class Shadow:
     """Who touched which bytes since the last barrier.
 
@@ -74,16 +82,19 @@ class Shadow:
     def _rows(self, x: Array, size: int) -> Array:
         return x.reshape(-1, size // self.unit)
 
-    def _forbid(self, seen: Array, mine: Array, epoch: int, verb: str, before: str) -> None:
-        conflict = (seen >= epoch * self.agents) & (seen != mine)
+    def _conflicts(self, seen: Array, mine: Array, epoch: int) -> Array:
+        return (seen >= epoch * self.agents) & (seen != mine)
+
+    def _forbid(self, conflict: Array, verb: str, before: str) -> None:
         if conflict.any():
-            i = np.argwhere(conflict)[0]
-            if seen[tuple(i)] == self.PENDING:
-                raise PtxError(f"{verb} what cp.async still copies")
             raise PtxError(
                 f"race: a {self.kind} {verb} what another {self.kind} {before} before, "
                 f"and no {self.barrier} lies between"
             )
+
+    def _finished(self, writer: Array, verb: str) -> None:
+        if (writer == self.PENDING).any():
+            raise PtxError(f"{verb} what cp.async still copies")
 
     def _mine(self, access: Access, epoch: int) -> tuple[Array, Array]:
         agent = access.agents[self.kind][:, None]
@@ -112,18 +123,14 @@ class Shadow:
         """
         self._begin(epoch)
         writer = self._rows(self.writer, access.size).take(access.rows, 0)
-        self._forbid(writer, self._mine(access, epoch)[0], epoch, "reads", "wrote")
+        self._finished(writer, "reads")
+        mine, _ = self._mine(access, epoch)
+        self._forbid(self._conflicts(writer, mine, epoch), "reads", "wrote")
         self.reads.append(access)
         return writer
 
-    def write(
-        self, access: Access, epoch: int, *, atomic: bool = False, pending: bool = False
-    ) -> Array:
-        """Note a write, or with `pending` that one began whose bytes are not there yet.
-
-        Returns:
-            Which threads' bytes another agent wrote at once.
-        """
+    def write(self, access: Access, epoch: int, *, atomic: bool = False) -> Clash:
+        """Note a write."""
         self._begin(epoch)
         self._note_reads(epoch)
         rows = access.rows
@@ -132,17 +139,25 @@ class Shadow:
         )
         mine, mirrored = self._mine(access, epoch)
         if atomic:
-            mine, mirrored = (
-                epoch * self.agents + np.full_like(mine, x) for x in (self.agents - 1, 0)
-            )
-        self._forbid(writer.take(rows, 0), mine, epoch, "writes", "wrote")
-        self._forbid(last.take(rows, 0), mine, epoch, "writes", "read")
-        self._forbid(first.take(rows, 0), mirrored, epoch, "writes", "read")
+            beyond = epoch * self.agents + self.agents - 1
+            mine, mirrored = np.full_like(mine, beyond), np.full_like(mine, epoch * self.agents)
+        self._forbid(self._conflicts(last.take(rows, 0), mine, epoch), "writes", "read")
+        self._forbid(self._conflicts(first.take(rows, 0), mirrored, epoch), "writes", "read")
+        seen = writer.take(rows, 0)
+        self._finished(seen, "writes")
         writer[rows] = mine
-        overwritten: Array = (writer.take(rows, 0) != mine).any(1)
-        if pending:
-            writer[rows] = self.PENDING
-        return overwritten
+        return Clash(
+            self._conflicts(seen, mine, epoch).any(1), (writer.take(rows, 0) != mine).any(1)
+        )
+
+    def refuse(self, clash: Clash) -> None:
+        """Of writes that must not meet: raise where they do."""
+        self._forbid(clash.before | clash.now, "writes", "wrote")
+
+    def begin(self, access: Access, epoch: int) -> None:
+        """Note a write whose bytes are not there yet."""
+        self.refuse(self.write(access, epoch))
+        self._rows(self.writer, access.size)[access.rows] = self.PENDING
 
     def finish(self, access: Access, epoch: int) -> None:
         """Note that the bytes of a pending write are there."""
@@ -155,17 +170,31 @@ def take(data: Array, access: Access, dtype: np.dtype[Any]) -> Array:
     return np.ascontiguousarray(data.view(dtype).reshape(-1, parts)[access.rows].T)
 
 
-def put(data: Array, access: Access, values: Array, contested: Array) -> None:
-    """Write [parts, threads]; what several warps write at once must be the same.
+def put(data: Array, access: Access, values: Array, clash: Clash) -> None:
+    """Write [parts, threads]; what more than one warp writes between barriers must be the same.
 
     Lanes of one warp may differ: where the sum of a butterfly is contracted into fused products,
     each lane rounds another of them, and all are right.
     """
     bits = values.view(f"u{values.dtype.itemsize}").T
     room = data.view(bits.dtype).reshape(-1, values.shape[0])
-    room[access.rows] = bits
-    if contested.any() and (room[access.rows] != bits)[contested].any():
-        raise PtxError("race: two warps write different values to the same bytes")
+    rows = access.rows
+    if clash.now.any():
+        # As if one warp came after the other.
+        warps, done = access.agents["warp"], rows[:0]
+        for warp in np.unique(warps):
+            mine = warps == warp
+            part = Access(rows[mine], access.size, {"warp": warps[mine]})
+            again = clash.before[mine] | np.isin(part.rows, done)
+            put(data, part, values[:, mine], Clash(again, np.zeros_like(again)))
+            done = np.concatenate([done, part.rows])
+        return
+    old = room[rows[clash.before]]
+    room[rows] = bits
+    if (room[rows[clash.before]] != old).any():
+        raise PtxError(
+            "race: writes other values than were written before, and no barrier lies between"
+        )
 
 
 class Shared:
@@ -198,22 +227,21 @@ class Shared:
         return take(self.data, access, dtype)
 
     def store(self, access: Access, values: Array, epochs: tuple[int, int]) -> None:
-        contested = self.warps.write(access, epochs[0])
-        self.threads.write(access, epochs[1])
-        put(self.data, access, values, contested)
+        warps = self.warps.write(access, epochs[0])
+        lanes = self.threads.write(access, epochs[1])
+        put(self.data, access, values, Clash(warps.before | lanes.before, warps.now))
 
     def begin(self, access: Access, epochs: tuple[int, int]) -> None:
         """A copy to here begins: until it ends nobody may touch the bytes."""
-        contested = self.warps.write(access, epochs[0], pending=True)
-        self.threads.write(access, epochs[1], pending=True)
-        if contested.any():
-            raise PtxError("race: two warps copy to the same bytes")
+        self.warps.begin(access, epochs[0])
+        self.threads.begin(access, epochs[1])
 
     def end(self, access: Access, values: Array, epochs: tuple[int, int]) -> None:
         """A copy ends, seen by the thread that began it and, after a barrier, by all."""
         self.warps.finish(access, epochs[0])
         self.threads.finish(access, epochs[1])
-        put(self.data, access, values, np.zeros(1, bool))
+        none = np.zeros(access.rows.size, bool)
+        put(self.data, access, values, Clash(none, none))
 
 
 class Buffer:
@@ -325,17 +353,17 @@ class Global:
         size = values.shape[0] * values.dtype.itemsize
         for buffer, chosen, access in self.accesses(address, size, agents):
             blocks, warps = buffer.shadows
-            if blocks.write(access, 1).any():
-                raise PtxError(f"race: two blocks write the same bytes of {buffer.name}")
-            contested = warps.write(access, epoch)
-            put(buffer.data, access, np.ascontiguousarray(values[:, chosen]), contested)
+            blocks.refuse(blocks.write(access, 1))
+            clash = warps.write(access, epoch)
+            put(buffer.data, access, np.ascontiguousarray(values[:, chosen]), clash)
 
     def add(self, address: Array, values: Array, agents: Mapping[str, Array], epoch: int) -> Array:
         """Add atomically, one thread after the other; what was there before each."""
         before = np.empty_like(values)
         for buffer, chosen, access in self.accesses(address, values.dtype.itemsize, agents):
             for shadow in buffer.shadows:
-                shadow.write(access, 1 if shadow.kind == "block" else epoch, atomic=True)
+                at = 1 if shadow.kind == "block" else epoch
+                shadow.refuse(shadow.write(access, at, atomic=True))
             buffer.atomic = True
             room, old = buffer.data.view(values.dtype), before[chosen]
             for i, (row, x) in enumerate(zip(access.rows, values[chosen], strict=True)):

@@ -1,40 +1,165 @@
-"""Every kernel, compiled for sm_80 and run here, against float64 loops per token."""
+"""Every kernel, compiled for sm_80 and run here, against float64 loops per token.
+
+Value heads share queries and keys two by two throughout, and lengths are no multiple of a chunk.
+"""
+
+import functools
+import itertools
 
 import pytest
 import torch
-from kernel_classes import CLASSES, Place
+from kernel_classes import CLASSES, OPTIONS, Place, assert_decodes, gates
 
 from ptx.launches import Executor, executing
 from ptx.machine import SCHEDULES
 
 pytestmark = pytest.mark.usefixtures("poison")
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+SIZES = (16, 64, 96, 128)
+EVERY = [(name, gate) for name in CLASSES for gate in gates(name)]
+GATED = [(name, gate) for name, gate in EVERY if gate != "none"]
 
 
-def at(dtype, T, K, V):
-    return Place("cpu", dtype, T, K, V)
+def at(dtype, T, K, V=None):
+    return Place("cpu", dtype, T, K, K if V is None else V)
 
 
-def compare(compiler, name, gate, place, options=None, schedules=SCHEDULES[:1], **operands):
+def choices(quick, slow):
+    """Parameters of a test, those of `slow` marked so, each once."""
+    found = [pytest.param(*x) for x in quick]
+    return found + [pytest.param(*x, marks=pytest.mark.slow) for x in slow if x not in quick]
+
+
+def compare(executor, name, gate, place, options=None, change=lambda x: x, loop=None, **operands):
     """A class against its loop: results and the gradient of every operand."""
     options = options or {}
-    executor = Executor(compiler, schedules)
-    given = CLASSES[name]["operands"](place, gate, **operands)
+    given = change(CLASSES[name]["operands"](place, gate, **operands))
     with executing(executor):
-        CLASSES[name]["compare"](given, place, options, options)
-    return executor
+        CLASSES[name]["compare"](given, place, options, options if loop is None else loop)
+    assert executor.kernels
 
 
-QUICK = [
-    ("linear", "head", at(BF16, 70, 32, 32)),
-    ("delta", "key", at(F32, 40, 16, 16)),
-    ("importance", "key", at(F16, 70, 16, 16)),
-    ("synapse", "key", at(BF16, 40, 16, 16)),
-    ("synapse_delta", "head", at(F16, 20, 16, 16)),
-    ("full", "head", at(BF16, 20, 16, 16)),
-]
+@pytest.mark.parametrize(
+    ("name", "gate", "place"),
+    choices(
+        [
+            ("linear", "head", at(BF16, 70, 16)),
+            ("delta", "key", at(F32, 40, 16)),
+            ("importance", "key", at(F16, 70, 16)),
+            ("synapse", "key", at(BF16, 40, 16)),
+            ("synapse_delta", "head", at(F16, 20, 16)),
+            ("full", "head", at(BF16, 20, 16)),
+        ],
+        [
+            *((*x, at(BF16, 70, size)) for x in EVERY for size in SIZES),
+            *((*x, at(dtype, 70, size)) for x in GATED for dtype in (F16, F32) for size in SIZES),
+            *(
+                (name, gates(name)[-1], at(BF16, 70, *size))
+                for name in CLASSES
+                for size in itertools.permutations(SIZES, 2)
+                if sum(size) in (144, 160)
+            ),
+            # Beyond every border between what kernels keep.
+            *((*x, at(BF16, 300, 64)) for x in EVERY),
+        ],
+    ),
+    ids=str,
+)
+def test_a_class(executor, name, gate, place):
+    compare(executor, name, gate, place, resets=gate != "none")
 
 
-@pytest.mark.parametrize(("name", "gate", "place"), QUICK, ids=str)
-def test_a_class(compiler, name, gate, place):
-    compare(compiler, name, gate, place, resets=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("T", [1, 2, 64, 65])
+@pytest.mark.parametrize(("name", "gate"), EVERY)
+def test_lengths(executor, name, gate, T):
+    compare(executor, name, gate, at(BF16, T, 16), B=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "gate", "place"),
+    choices([], [(*x, at(dtype, 150, 64)) for x in EVERY for dtype in (BF16, F32)]),
+    ids=str,
+)
+def test_packed(executor, name, gate, place):
+    ends = torch.tensor([0, 0, 50, 51, 51, 150, 150])
+    options = {"cu_seqlens": ends}
+    compare(executor, name, gate, place, options, sequences=6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize(("name", "gate"), GATED)
+def test_strong_decay(executor, name, gate, dtype):
+    """Sixty nats a token at most, and one in six forgets all."""
+
+    def stronger(operands):
+        return operands | {"g": operands["g"] * 120}
+
+    compare(executor, name, gate, at(dtype, 70, 64), change=stronger, resets=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", [0.0, -torch.inf])
+@pytest.mark.parametrize(("name", "gate"), GATED)
+def test_a_decay_that_keeps_all_or_nothing(executor, name, gate, value):
+    def constant(operands):
+        return operands | {"g": torch.full_like(operands["g"], value)}
+
+    compare(executor, name, gate, at(BF16, 70, 16), change=constant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options", "gate"), [(n, x, g) for n, x in OPTIONS for g in gates(n)[1:]], ids=str
+)
+def test_options(executor, name, options, gate, dtype):
+    compare(executor, name, gate, at(dtype, 70, 64), options, resets=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "gate", "place"),
+    choices(
+        [("delta", "key", at(BF16, 3, 16)), ("synapse_delta", "head", at(F16, 3, 16))],
+        [(*x, at(dtype, 6, 64, 96)) for x in EVERY for dtype in (BF16, F16, F32)],
+    ),
+    ids=str,
+)
+def test_decoding(executor, name, gate, place):
+    with executing(executor):
+        assert_decodes(name, gate, place)
+
+
+@pytest.mark.parametrize(
+    ("name", "gate", "place"),
+    choices(
+        [("delta", "head", at(BF16, 70, 16))],
+        [(*x, at(dtype, 70, 64)) for x in GATED for dtype in (BF16, F32)],
+    ),
+    ids=str,
+)
+def test_no_order_of_warps_matters(compiler, name, gate, place):
+    """Between barriers warps may run one after the other, forward or backward: the same bits."""
+    compare(Executor(compiler, SCHEDULES), name, gate, place, resets=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "gate"), EVERY)
+def test_operands_that_begin_anywhere(executor, name, gate):
+    """Memory that begins at no multiple of 16 bytes, as a slice of a projection does."""
+
+    def shifted(operands):
+        return {
+            k: x if x is None else torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+            for k, x in operands.items()
+        }
+
+    of = CLASSES[name]
+    given = of["operands"](at(BF16, 70, 16), gate, B=1)
+    whole = functools.partial(of["call"])
+    low = {k: None if x is None else x.to(BF16 if x.ndim == 4 else F32) for k, x in given.items()}
+    with executing(executor), torch.no_grad():
+        expected, found = whole(**low), whole(**shifted(low))
+    for x, y in zip(expected, found, strict=True):
+        assert torch.equal(x, y)

@@ -186,7 +186,7 @@ def test_warps_write_the_same_or_not_at_all():
     body = "mov.b32 %r1, 0; st.shared.b32 [%r1], {};"
     tensors = {"x": cells(1), "y": cells(1)}
     run(ADDRESSES + body.format("%r8"), tensors, threads=64, shared=16)
-    refused(body.format("%r0"), "two warps write different values", threads=64, shared=16)
+    refused(body.format("%r0"), "writes other values than were written", threads=64, shared=16)
 
 
 BLOCKS = "mov.u32 %r1, %ctaid.x; mul.wide.u32 %rd20, %r1, 4; add.s64 %rd21, %rd0, %rd20;"
@@ -195,7 +195,7 @@ BLOCKS = "mov.u32 %r1, %ctaid.x; mul.wide.u32 %rd20, %r1, 4; add.s64 %rd21, %rd0
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("st.global.b32 [ %rd10 + 0 ], { %r8 };", "two blocks write the same bytes of x"),
+        ("st.global.b32 [ %rd10 + 0 ], { %r8 };", "a block writes what another block wrote"),
         (
             "ld.global.b32 { %r2 }, [ %rd0 + 0 ]; setp.eq.b32 %p1, %r0, 0;"
             "@%p1 st.global.b32 [ %rd21 + 0 ], { %r8 };",
