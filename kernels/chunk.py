@@ -27,6 +27,7 @@ from .common import (
     dot_precision,
     launch,
     level_mask,
+    level_mask_by_pairs,
     locate_chunk,
     multiply,
     pair_decay,
@@ -270,14 +271,14 @@ def chunk_intra_kernel(
                 input_precision=PREC,
                 out_dtype=tl.float32,
             )
-            d_s += tl.where(level_mask(o_x, o_x, 0)[None, :, :], b_y, 0.0)
+            d_s += tl.where(level_mask_by_pairs(o_x, o_x, 0)[None, :, :], b_y, 0.0)
         for level in range(1, 4):
             if score is not None:
                 b_kt = tl.permute((b_k * c_r).to(b_k.dtype), (0, 2, 1))
                 b_y = tl.dot(
                     (b_x * c_p).to(b_k.dtype), b_kt, input_precision=PREC, out_dtype=tl.float32
                 )
-                d_s += tl.where(level_mask(o_x, o_x, level)[None, :, :], b_y, 0.0)
+                d_s += tl.where(level_mask_by_pairs(o_x, o_x, level)[None, :, :], b_y, 0.0)
             c_p, c_r = widen(c_p, c_r, p_table, o_b, o_3, m_k[None, None, :], level, BT, K)
         b_p = tl.reshape(c_p, [BT, BK])
         b_r = tl.reshape(c_r, [BT, BK])
@@ -294,7 +295,7 @@ def chunk_intra_kernel(
                 b_y2 = tl.dot(
                     (b_x2 * b_p).to(b_k2.dtype), b_kt2, input_precision=PREC, out_dtype=tl.float32
                 )
-                b_s += tl.where(level_mask(o_t, o_t, level), b_y2, 0.0)
+                b_s += tl.where(level_mask_by_pairs(o_t, o_t, level), b_y2, 0.0)
             b_p, b_r = widen(b_p, b_r, p_table, o_t[:, None], o_2, m_k[None, :], level, BT, K)
         p_2 = p_out + o_t[:, None] * (HV * K) + o_2
         tl.store(xg + p_2, (b_x2 * b_p).to(xg.dtype.element_ty), mask=m_tk)

@@ -122,7 +122,18 @@ def level_mask(o_i, o_j, level):
     Blocks have 2^(level + 1) tokens: every pair i > j belongs to exactly one level.
     """
     b_i = o_i >> level
-    return (b_i[:, None] == (o_j >> level)[None, :] + 1) & ((b_i & 1) == 1)[:, None]
+    return ((b_i & 1) == 1)[:, None] & ((b_i - 1)[:, None] == (o_j >> level)[None, :])
+
+
+@triton.jit
+def level_mask_by_pairs(o_i, o_j, level):
+    """The same pairs by the highest bit in which the two differ, an integer for every pair.
+
+    It takes more registers. But of level_mask in chunk_intra_kernel Triton 3.6 makes wrong code:
+    it packs two indices into 64 bits, where an unused one leaks into the other.
+    """
+    o_i, o_j = o_i[:, None], o_j[None, :]
+    return (((o_i ^ o_j) >> level) == 1) & (o_i > o_j)
 
 
 @triton.jit

@@ -592,9 +592,9 @@ def synapse_columns_kernel(
         p_out += 2 * K * SUB
         STEP: tl.constexpr = SUB if GATE == 1 else K * SUB
         if GATE == 1:
-            # One row of sums, written by every program that has it: the same numbers.
+            # One row of sums, that of key 0, whose program alone writes it.
             p_g = g + row0 * HV + i_h + o_t[None, :] * HV + o_k[:, None] * 0
-            p_out -= o_k[:, None] * SUB
+            m_k = (o_k == 0)[:, None]
         else:
             p_g = g + (row0 * HV + i_h) * K + o_t[None, :] * (HV * K) + o_k[:, None]
         # Below the floor a decay is zero, and so is every product with it.

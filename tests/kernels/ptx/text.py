@@ -10,6 +10,9 @@ TOKEN = re.compile(
     | (?P<place>\.loc\b[^\n]*) | (?P<label>[$\w]+): | (?P<brace>[{}]) | (?P<statement>[^;]+);""",
     re.VERBOSE | re.DOTALL,
 )
+# Directives inside a function that change nothing that it computes: here, which bytes of the next
+# load are used.
+HINT = re.compile(r'\.pragma\s+"used_bytes_mask \w+"')
 INSTRUCTION = re.compile(
     r"(?:@(?P<negated>!?)(?P<guard>%\w+)\s+)?(?P<opcode>[a-z][\w.:]*)(?P<rest>.*)"
 )
@@ -118,6 +121,6 @@ def read(ptx: str) -> Program:
                 instructions.append(_instruction(statement, place))
             elif depth == 1 and (of := re.fullmatch(r"\.reg\s+\.(\w+)\s+(%\w+)<\d+>", statement)):
                 registers[of[2]] = of[1]
-            else:
+            elif not HINT.fullmatch(statement):
                 raise PtxError(f"{head[1]}: unknown directive: {statement}")
     return Program(head[1], parameters, int(threads[1]), registers, tuple(instructions), labels)
