@@ -69,26 +69,26 @@ class Compiler:
     """
 
     def __init__(self, cache: pathlib.Path) -> None:
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        environment["TRITON_CACHE_DIR"] = str(cache)
-        environment["PYTHONPATH"] = os.pathsep.join(x for x in sys.path if x)
+        self.environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        self.environment["TRITON_CACHE_DIR"] = str(cache)
+        self.environment["PYTHONPATH"] = os.pathsep.join(x for x in sys.path if x)
+        self.known: dict[Request, Compiled] = {}
+        self._start()
+
+    def _start(self) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-P", __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
+            env=self.environment,
         )
-        self.known: dict[Request, Compiled] = {}
-        self.version: str = self._receive()
 
-    def _receive(self) -> Any:
+    def _ask(self, asked: Request) -> Compiled | Exception:
+        assert self.process.stdin is not None
         assert self.process.stdout is not None
-        try:
-            answer = pickle.load(self.process.stdout)
-        except EOFError:
-            raise RuntimeError("the compiling process has died; its error is above") from None
-        if isinstance(answer, Exception):
-            raise answer
+        pickle.dump(asked, self.process.stdin)
+        self.process.stdin.flush()
+        answer: Compiled | Exception = pickle.load(self.process.stdout)
         return answer
 
     def compile(self, asked: Request) -> Compiled:
@@ -98,13 +98,24 @@ class Compiler:
             RuntimeError: it does not compile; the message is Triton's.
         """
         if asked not in self.known:
-            assert self.process.stdin is not None
-            pickle.dump(asked, self.process.stdin)
-            self.process.stdin.flush()
-            self.known[asked] = self._receive()
+            try:
+                answer = self._ask(asked)
+            except (EOFError, BrokenPipeError):
+                # Killed from outside, or by this very kernel: then it dies again.
+                self.close()
+                self._start()
+                try:
+                    answer = self._ask(asked)
+                except (EOFError, BrokenPipeError):
+                    answer = RuntimeError(f"{asked.kernel}: the process that compiles it dies")
+            if isinstance(answer, Exception):
+                raise answer
+            self.known[asked] = answer
         return self.known[asked]
 
     def close(self) -> None:
+        """End the process."""
+        self.process.kill()
         self.process.communicate()
 
 
@@ -144,18 +155,17 @@ def _serve() -> None:
     os.dup2(2, 1)
     sys.path.insert(0, str(BENCHMARKS))
     triton.knobs.runtime.add_stages_inspection_hook = _only_ptx
-    answer: Any = triton.__version__
     while True:
-        pickle.dump(answer, answers)
-        answers.flush()
         try:
             asked = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
         try:
-            answer = _answer(asked)
+            answer: Compiled | Exception = _answer(asked)
         except Exception:
             answer = RuntimeError(f"{asked.kernel} does not compile:\n{traceback.format_exc()}")
+        pickle.dump(answer, answers)
+        answers.flush()
 
 
 if __name__ == "__main__":

@@ -16,12 +16,6 @@ def compiler(request: pytest.FixtureRequest) -> Iterator[Compiler]:
     found.close()
 
 
-def pytest_report_header() -> str:
-    import triton
-
-    return f"PTX: of Triton {triton.__version__} for sm_80"
-
-
 @pytest.fixture
 def executor(compiler: Compiler) -> Executor:
     """Runs every launch once."""

@@ -1,7 +1,6 @@
 """Mistakes put into compiled kernels are found: the tests here can fail."""
 
 import dataclasses
-import random
 import re
 
 import pytest
