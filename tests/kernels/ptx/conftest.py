@@ -1,5 +1,6 @@
 """One compiling process for the tests of a session."""
 
+import pathlib
 from collections.abc import Iterator
 
 import pytest
@@ -9,9 +10,16 @@ from ptx.launches import Executor
 
 
 @pytest.fixture(scope="session")
-def compiler(request: pytest.FixtureRequest) -> Iterator[Compiler]:
-    """Compiles with the Triton that is installed; what it compiled stays in pytest's cache."""
-    found = Compiler(request.config.cache.mkdir("ptx"))
+def cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Where compiled kernels stay: in pytest's cache, if it has one."""
+    lasting = getattr(request.config, "cache", None)
+    return tmp_path_factory.mktemp("ptx") if lasting is None else lasting.mkdir("ptx")
+
+
+@pytest.fixture(scope="session")
+def compiler(cache: pathlib.Path) -> Iterator[Compiler]:
+    """Compiles with the Triton that is installed."""
+    found = Compiler(cache)
     yield found
     found.close()
 

@@ -30,8 +30,8 @@ def test_what_does_not_compile_is_named_and_the_next_does(compiler):
     assert compiler.compile(asked()).shared >= 0
 
 
-def test_a_process_that_died_is_started_again(request):
-    found = Compiler(request.config.cache.mkdir("ptx"))
+def test_a_process_that_died_is_started_again(cache):
+    found = Compiler(cache)
     found.process.kill()
     assert "linear_step_kernel" in found.compile(asked()).ptx
     found.close()
