@@ -46,7 +46,7 @@ def compare(executor, name, gate, place, options=None, change=lambda x: x, loop=
             ("linear", "head", at(BF16, 70, 16)),
             ("delta", "key", at(F32, 40, 16)),
             ("importance", "key", at(F16, 70, 16)),
-            ("synapse", "key", at(BF16, 40, 16)),
+            ("synapse", "key", at(BF16, 20, 16)),
             ("synapse_delta", "head", at(F16, 20, 16)),
             ("full", "head", at(BF16, 20, 16)),
         ],
@@ -136,7 +136,7 @@ def test_decoding(executor, name, gate, place):
 @pytest.mark.parametrize(
     ("name", "gate", "place"),
     choices(
-        [("delta", "head", at(BF16, 70, 16))],
+        [("delta", "head", at(BF16, 40, 16))],
         [(*x, at(dtype, 70, 64)) for x in GATED for dtype in (BF16, F32)],
     ),
     ids=str,
