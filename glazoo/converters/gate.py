@@ -131,6 +131,7 @@ class ImportanceGate(KeepsWide):
             b >= 0, [B, T, HV] for a head gate and [B, T, HV, V] for a value gate, and I_p > 0,
             [HV], both in the write gate's dtype.
         """
+        self.refuse_narrow()
         # The two small products run in the model's dtype; what they give enters a sigmoid.
         low = F.linear(F.linear(hidden, self.b_down.to(hidden.dtype)), self.b_up.to(hidden.dtype))
         z = low.to(write.dtype).unflatten(-1, (self.heads, -1))

@@ -468,6 +468,7 @@ class GatedLinearAttention(KeepsWide):
             ValueError: a shape does not fit, the state is another layer's, or with `check_finite` a
                 value is not finite.
         """
+        self.refuse_narrow()
         x = hidden_states
         self._check_input(x, attention_mask, state, cu_seqlens, output_state)
         mask = ends = starts = order = None

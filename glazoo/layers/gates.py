@@ -95,6 +95,7 @@ class GateModule(KeepsWide):
         Returns:
             The gate's value, and the parts of it that other gates are tied to.
         """
+        self.refuse_narrow()
         dtype = wide_dtype(x)
         if self.proj is None:
             assert self.dt_bias is not None

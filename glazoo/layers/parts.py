@@ -116,6 +116,22 @@ class KeepsWide(nn.Module):
         super()._apply(keep_wide, recurse=False)  # type: ignore[no-untyped-call]
         return self
 
+    def refuse_narrow(self) -> None:
+        """Called at every use: something that shards or casts by other ways than `_apply` may have
+        narrowed them all the same, and a plasticity of 0.5009 would silently be 0.5.
+
+        Raises:
+            ValueError: a parameter of the module's own is narrower than float32.
+        """
+        for name, p in self._parameters.items():
+            if p is not None and p.is_floating_point() and p.dtype.itemsize < 4:
+                raise ValueError(
+                    f"{type(self).__name__}.{name} is {p.dtype}, but computes in float32 or wider: "
+                    "mixed precision must leave it alone. With FSDP2, shard with "
+                    "glazoo.models.fully_shard in place of torch's; with FSDP1, wrap "
+                    f"{type(self).__name__} as a unit of its own without mixed precision"
+                )
+
 
 class Projection(nn.Linear):
     """A linear projection that knows how it starts."""
@@ -407,6 +423,7 @@ class TokenShift(KeepsWide):
         starts: Int[Tensor, "T"] | None = None,
     ) -> tuple[dict[str, Tensor], Float[Tensor, "B 1 D"]]:
         """Gives one interpolated input per use, and the context for what follows."""
+        self.refuse_narrow()
         if context is None:
             context = x.new_zeros(x.shape[0], 1, x.shape[2])
         extended = torch.cat([context.to(x.dtype), x], 1)

@@ -218,6 +218,7 @@ class ImportanceModule(KeepsWide):
         Returns:
             [B, n T, HV], or [B, n T, HV, V] for one importance per synapse.
         """
+        self.refuse_narrow()
         gate = self.spec.gate
         dtype = wide_dtype(x)
         if self.up is None:
@@ -237,6 +238,7 @@ class ImportanceModule(KeepsWide):
 
     def prior(self, dtype: torch.dtype) -> Float[Tensor, "HV *K"] | None:
         """Gives the prior importance I_p > 0, [HV] or [HV, K]; None where the spec has none."""
+        self.refuse_narrow()
         if self.prior_raw is None:
             return None
         if self.spec.prior.parameterization == "exp":

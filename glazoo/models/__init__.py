@@ -12,8 +12,9 @@ from typing import Any
 from glazoo.models import metaplastic
 from glazoo.models.causal_lm import GlazooConfig, GlazooForCausalLM, GlazooModel
 from glazoo.models.metaplastic import register
+from glazoo.models.sharding import fully_shard
 
-__all__ = ["GlazooConfig", "GlazooForCausalLM", "GlazooModel", "register"]
+__all__ = ["GlazooConfig", "GlazooForCausalLM", "GlazooModel", "fully_shard", "register"]
 
 register()
 

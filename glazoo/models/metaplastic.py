@@ -29,6 +29,7 @@ from glazoo.converters.packing import Packed, find_packed
 from glazoo.converters.settings import Settings
 from glazoo.models.decay import teach_trainer
 from glazoo.models.saving import SavesWhole
+from glazoo.models.sharding import teach_accelerate
 from glazoo.spec import Spec
 from glazoo.strictjson import dumps, loads
 
@@ -124,6 +125,7 @@ class _ConvertedModel(SavesWhole):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         teach_trainer()
+        teach_accelerate()
         assert isinstance(self, nn.Module)
         settings = Settings.from_block(config.metaplastic)
         # Some heads build the model below them through AutoModel, which gives the converted one.
@@ -427,6 +429,7 @@ def convert_in_place(
     strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     model._keep_in_fp32_modules_strict = strict | {"metaplastic"}  # type: ignore[assignment]
     teach_trainer()
+    teach_accelerate()
     if family.saves:
         _register_models(family)
 

@@ -30,6 +30,7 @@ from glazoo.models.cache import CACHE, recurrent_layer
 from glazoo.models.configuration import GlazooConfig
 from glazoo.models.decay import teach_trainer
 from glazoo.models.saving import SavesWhole
+from glazoo.models.sharding import teach_accelerate
 
 __all__ = ["GlazooForCausalLM", "GlazooModel", "GlazooPreTrainedModel"]
 
@@ -109,6 +110,7 @@ class LowerBounds(KeepsWide):
 
     def forward(self) -> Float[Tensor, "layers width"]:
         """Gives the bounds of all layers."""
+        self.refuse_narrow()
         share = self.logits.softmax(0)
         return share.cumsum(0) - share[0]
 
@@ -205,6 +207,7 @@ class GlazooPreTrainedModel(SavesWhole, PreTrainedModel):
     def __init__(self, config: GlazooConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         teach_trainer()
+        teach_accelerate()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
