@@ -106,18 +106,21 @@ def importance_gate(
     Returns:
         [B, n T, HV], or [B, n T, HV, V] for one importance per synapse.
     """
+    heads = gate.shape != "value"
+    # First, not last: a view as result is what FSDP2 warns of.
+    z = z.squeeze(-1) if heads else z
     sigmoid = gate.parameterization == "sigmoid"
     opening = gate.factor * torch.sigmoid(z) if sigmoid else F.softplus(z)
     if gate.tie in ("write", "precision") and write is not None:
-        if write.ndim == 3:
-            write = write[..., None]
-        elif gate.shape != "value":
+        if heads:
             # A write gate per value channel has no head-shaped counterpart but its mean.
-            write = write.mean(-1, keepdim=True)
-        opening = opening * write
+            opening = opening * (write if write.ndim == 3 else write.mean(-1))
+        else:
+            opening = opening * (write[..., None] if write.ndim == 3 else write)
     if scale is not None:
-        opening = opening * scale.to(z.dtype)[:, None]
-    return opening if gate.shape == "value" else opening.squeeze(-1)
+        scale = scale.to(z.dtype)
+        opening = opening * (scale if heads else scale[:, None])
+    return opening
 
 
 class ImportanceModule(KeepsWide):
