@@ -11,7 +11,7 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from glazoo.converters.card import REMOTE_CODE, REMOTE_MODULE, remote_map, without_model_code
 from glazoo.converters.errors import ConversionError
 from glazoo.converters.families import Family, Found, families
-from glazoo.converters.families.interception import once, packing
+from glazoo.converters.families.interception import current_packing, once, packing
 from glazoo.converters.families.mixer import MetaplasticMixer
 from glazoo.converters.gate import ImportanceGate
 from glazoo.converters.packing import Packed, find_packed
@@ -203,17 +203,10 @@ def _keeping_apart(source: Callable[..., Any], *, apart: bool) -> Callable[..., 
         # Bounds under the scan functions' own name reach the mixers without our help.
         if packed is None or given.get("cu_seqlens") is not None:
             return source(self, *args, **kwargs)
-        if any(given.get(name) is not None for name in _CACHES):
-            raise ValueError("packed sequences cannot continue a cache: pass no cache")
-        given["use_cache"] = False
+        given = _without_cache(given)
         if not apart:
             return _in_rows(functools.partial(source, self), packed, given)
-        if "position_ids" in names and given.get("position_ids") is None:
-            given["position_ids"] = packed.positions
-        # Attention takes rows apart by positions, but only where no mask is given. This one has no
-        # zeros.
-        if "attention_mask" in names:
-            given["attention_mask"] = None
+        given = _by_positions(given, packed, names)
         with packing(packed), _recomputing(self, packed):
             return source(self, **given)
 
@@ -222,6 +215,52 @@ def _keeping_apart(source: Callable[..., Any], *, apart: bool) -> Callable[..., 
 
 def _forward(base: type[Any], family: Family) -> Callable[..., Any]:
     return _keeping_apart(base.forward, apart=family.quirks.apart)
+
+
+def _without_cache(given: dict[str, Any]) -> dict[str, Any]:
+    if any(given.get(name) is not None for name in _CACHES):
+        raise ValueError("packed sequences cannot continue a cache: pass no cache")
+    return {**given, "use_cache": False}
+
+
+def _by_positions(given: dict[str, Any], packed: Packed, names: Sequence[str]) -> dict[str, Any]:
+    """Give the arguments by which attention takes rows apart: positions, and no mask. The mask has
+    no zeros."""
+    positions, mask = given.get("position_ids"), {"attention_mask": None}
+    if "position_ids" in names and positions is None:
+        given = {**given, "position_ids": packed.positions}
+    return given | (mask if "attention_mask" in names else {})
+
+
+_entered: dict[int, contextlib.ExitStack] = {}
+
+
+def _enter_packed(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Keep packed sequences apart where trainers call the model below the head, which is the
+    source's, to compute the loss by themselves."""
+    names = tuple(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    packed = None if current_packing() is not None else _find_packed(given)
+    if packed is None or given.get("cu_seqlens") is not None:
+        return None
+    mixer = next(m for m in module.modules() if isinstance(m, MetaplasticMixer))
+    if not mixer.metaplastic_apart:
+        raise ValueError(
+            f"{type(module).__name__} mixes packed sequences: call the whole model, which computes "
+            "them in rows of their own, or pass no packed sequences"
+        )
+    given = _by_positions(_without_cache(given), packed, names)
+    stack = _entered[id(module)] = contextlib.ExitStack()
+    stack.enter_context(packing(packed))
+    stack.enter_context(_recomputing(module, packed))
+    return (), given
+
+
+def _leave_packed(module: nn.Module, args: Any, output: Any) -> None:
+    if stack := _entered.pop(id(module), None):
+        stack.close()
 
 
 def _in_rows(source: Callable[..., Any], packed: Packed, given: dict[str, Any]) -> Any:
@@ -377,6 +416,14 @@ def attach(
     spec = settings.metaplastic_spec(family.source_spec(model.config, found))
     for layer in settings.layers:
         convert_mixer(mixers[layer], family, settings, spec, found[layer])
+    if family.separates:
+        return
+    for inner in model.modules():
+        if inner is model or not hasattr(inner, "get_input_embeddings"):
+            continue
+        if any(isinstance(m, MetaplasticMixer) for m in inner.modules()):
+            inner.register_forward_pre_hook(_enter_packed, with_kwargs=True)
+            inner.register_forward_hook(_leave_packed, always_call=True)
 
 
 def convert_mixer(
@@ -401,6 +448,7 @@ def convert_mixer(
     mixer.metaplastic = gate
     mixer.metaplastic_spec = spec  # type: ignore[assignment]
     mixer.metaplastic_impl = "auto"  # type: ignore[assignment]
+    mixer.metaplastic_apart = family.quirks.apart  # type: ignore[assignment]
     mixer.__class__ = family.metaplastic_class(mixer)
     assert isinstance(mixer, MetaplasticMixer)
     mixer.attached()

@@ -186,7 +186,8 @@ def _twin(name: str) -> ModuleType:
     source = sys.modules[name]
     # Importable by its name, which is how compilers find a function's globals again.
     twin = ModuleType(f"{_TWIN}.{name.replace('.', '_')}", source.__doc__)
-    kept = ("__name__", "__spec__", "__loader__", "__builtins__")
+    # `__builtins__` is the source's: only imports give a module its own, and compilers look there.
+    kept = ("__name__", "__spec__", "__loader__")
     space = vars(twin)
     space.update({k: v for k, v in vars(source).items() if k not in kept})
     space.update({k: _scan(call) for k, call in CALLS.items() if space.get(k) is not None})

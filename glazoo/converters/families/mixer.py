@@ -84,6 +84,8 @@ class MetaplasticMixer(nn.Module):
     metaplastic: ImportanceGate
     metaplastic_spec: Spec
     metaplastic_impl: str
+    metaplastic_apart: bool
+    """Whether the layers between the mixers keep packed sequences apart."""
     observer: Callable[[Observation], None] | None = None
     """Called after every scan, for measurements."""
 
