@@ -41,7 +41,13 @@ test: $(READY) ## the tests that run in minutes on two CPU cores (no slow, no GP
 	@echo "== test: pytest on $(JOBS) processes, without the tests marked slow or gpu"
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu"
 
-test-all: $(READY) ## every test that needs no GPU
+ECOSYSTEM := .venv/.glazoo-ecosystem
+$(ECOSYSTEM): $(READY)
+	@echo "== setup: the packages that test-all tries converted models with"
+	@$(PIP) --no-build-isolation --editable '.[ecosystem]'
+	@touch $@
+
+test-all: $(ECOSYSTEM) ## every test that needs no GPU
 	@echo "== test-all: pytest on $(JOBS) processes, without the tests marked gpu"
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not gpu"
 

@@ -37,11 +37,12 @@ def tokens(rows: int = 2, length: int = 21, seed: int = 0) -> Tensor:
 @torch.no_grad()
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", ["mamba2", "qwen3_next"])
-def test_compiled_models_compute_the_same(name: str) -> None:
-    model, ids = converted(name), tokens()
+def test_compiled_models_compute_the_same() -> None:
+    model, ids = metaplasticize_model(tiny_model("mamba2", num_hidden_layers=1)), tokens()
+    open_gates(model)
+    compiled: Any = torch.compile(model)
     expected = model(ids, use_cache=False).logits
-    found = torch.compile(model)(ids, use_cache=False).logits
+    found = compiled(ids, use_cache=False).logits
     # Fused operations round elsewhere.
     error = float((found - expected).abs().max())
     assert error <= 256 * torch.finfo(torch.float32).eps * float(expected.abs().max())

@@ -80,3 +80,23 @@ def test_adapters_are_saved_loaded_and_merged(tmp_path: Path) -> None:
     difference = float((final(ids).logits - expected).abs().max())
     # Adding the product to the weights rounds them.
     assert difference < 1e-3 * float((expected - plain).abs().max())
+
+
+def test_gates_train_and_are_saved_beside_adapters(tmp_path: Path) -> None:
+    source = tiny_model("mamba2")
+    ids = torch.arange(2 * 21).reshape(2, 21) % VOCABULARY
+    lora = peft.LoraConfig(target_modules=["in_proj"], modules_to_save=["metaplastic"])
+    found = peft.get_peft_model(metaplasticize_model(copy.deepcopy(source)), lora)
+    trained = [p for n, p in found.named_parameters() if p.requires_grad and "b_scale" in n]
+    optimizer = torch.optim.SGD(trained, lr=1.0)
+    found(ids, labels=ids).loss.backward()
+    optimizer.step()
+    assert all(float(p.detach().abs().max()) > 0 for p in trained)
+    found.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = found.eval()(ids).logits
+        again = peft.PeftModel.from_pretrained(metaplasticize_model(source), tmp_path).eval()
+        assert torch.equal(again(ids).logits, expected)
+        merged: Any = again.merge_and_unload()
+        assert len(list(gates(merged))) == 2
+        torch.testing.assert_close(merged(ids).logits, expected)
