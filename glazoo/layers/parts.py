@@ -128,8 +128,8 @@ class KeepsWide(nn.Module):
                 raise ValueError(
                     f"{type(self).__name__}.{name} is {p.dtype}, but computes in float32 or wider: "
                     "mixed precision must leave it alone. With FSDP2, shard with "
-                    "glazoo.models.fully_shard in place of torch's; with FSDP1, wrap "
-                    f"{type(self).__name__} as a unit of its own without mixed precision"
+                    "glazoo.models.fully_shard in place of torch's; with FSDP1, name the class in "
+                    "MixedPrecision(_module_classes_to_ignore=...)"
                 )
 
 

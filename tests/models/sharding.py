@@ -17,9 +17,15 @@ from converters.tiny import tiny_model
 from layer_cases import VOCABULARY
 from layer_cases import model as spec_model
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+)
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from glazoo.converters import metaplasticize_model
+from glazoo.converters.gate import ImportanceGate
 from glazoo.models import fully_shard
 
 NAMES = ("mamba2", "qwen3_next", "layers")
@@ -92,6 +98,21 @@ def prepared(model: Any, precision: str, *, efficient: bool) -> Any:
     return found
 
 
+def first_kind(model: Any, x: Tensor, *, wrapped: Any = (), ignored: Any = ()) -> float:
+    """Loss under FSDP1, with gates as units that no policy casts."""
+    narrow = MixedPrecision(param_dtype=NARROW, _module_classes_to_ignore=ignored)
+    whole = FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=ModuleWrapPolicy({type(model.base_model.layers[0]), *wrapped}),
+        mixed_precision=narrow if ignored else None,
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
+    loss = loss_of(whole, x)
+    loss.backward()
+    return float(loss.detach())
+
+
 def measure(name: str, x: Tensor, mine: slice) -> dict[str, Any]:
     halves = x.chunk(2)
 
@@ -127,6 +148,11 @@ def measure(name: str, x: Tensor, mine: slice) -> dict[str, Any]:
     ):
         loss, grads = run(model)
         found[case] = {"loss": loss, "gates": error(grads, expected)}
+    if name == "mamba2":
+        found["FSDP1"] = {
+            "stored": first_kind(build(name).to(NARROW), x[mine], wrapped=[ImportanceGate]),
+            "policy": first_kind(build(name), x[mine], ignored=[ImportanceGate]),
+        }
     with torch.no_grad():
         closer = sharded(build(name, kappa=0.5009), mp_policy=policy)
         logits = [

@@ -124,3 +124,13 @@ def test_mixed_precision_leaves_gates_alone(
         assert found[case]["gates"] <= 2 * found["rounding"]
         # Two plasticities that bfloat16 does not tell apart.
         assert found["apart"] > 0
+
+
+@pytest.mark.slow
+def test_the_first_kind_of_sharding_takes_gates_as_units(measured: list[dict[str, Any]]) -> None:
+    eps = torch.finfo(torch.float32).eps
+    for found in (m["mamba2"] for m in measured):
+        losses = found["FSDP1"]
+        assert abs(losses["stored"] - found["bfloat16"]) <= 16 * eps * found["bfloat16"]
+        near = torch.finfo(NARROW).eps * found["float32"]
+        assert abs(losses["policy"] - found["float32"]) <= near
