@@ -119,6 +119,28 @@ def test_gradients_are_those_of_separate_documents(name: str, checkpointing: boo
         assert distance(grad, expected[key]) <= tolerance(expected[key]), key
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mamba2", "qwen3_next", "kimi_linear"])
+def test_the_model_below_the_head_keeps_documents_apart(name: str) -> None:
+    """Trainers call it to compute the loss by themselves."""
+    model: Any = converted(name).base_model
+    ids, bounds = row()
+    expected = torch.cat([model(part).last_hidden_state for part in ids.split(LENGTHS, 1)], 1)
+    for key, value in bounds.items():
+        found = model(ids, **{key: value}).last_hidden_state
+        assert distance(found, expected) <= tolerance(expected), key
+    with pytest.raises(ValueError, match="let documents begin at different tokens"):
+        model(ids, position_ids=bounds["position_ids"], cu_seq_lens_q=torch.tensor([0, 4, 21]))
+    # Nothing of a refused or finished call is left behind.
+    whole = model(ids).last_hidden_state
+    assert distance(whole, expected) > 1e-3
+    assert distance(model(ids, **bounds).last_hidden_state, expected) <= tolerance(expected)
+    # Where nobody has tried the layers between the mixers, only whole models take rows apart.
+    next(m for m in model.modules() if hasattr(m, "metaplastic_apart")).metaplastic_apart = False
+    with pytest.raises(ValueError, match="mixes packed sequences: call the whole model"):
+        model(ids, **bounds)
+
+
 def test_packed_documents_continue_no_cache() -> None:
     model = metaplasticize_model(tiny_model("mamba2"))
     ids, bounds = row()
