@@ -200,9 +200,13 @@ def record_launches(target: str) -> Iterator[list[Launch]]:
         _recording = None
 
 
+# Looked at once: tracers know no types of kernels.
+_INTERPRETING = not isinstance(locate_chunk, triton.runtime.JITFunction)
+
+
 def interpreting() -> bool:
     """Whether Triton runs kernels in its interpreter."""
-    return not isinstance(locate_chunk, triton.runtime.JITFunction)
+    return _INTERPRETING
 
 
 @functools.cache
