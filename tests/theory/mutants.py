@@ -28,7 +28,7 @@ class Mutant:
     caught_by: tuple[str, ...]
 
     def op(self):
-        """Gives the mistaken implementation of `glazoo.attention`."""
+        """Gives the mistaken implementation of `glazoo.api.attention`."""
         source = inspect.getsource(reference)
         for old, new in self.edits:
             if old not in source:
@@ -38,10 +38,10 @@ class Mutant:
         sys.modules[module.__name__] = module  # dataclasses look their module up
         exec(compile(source, module.__name__, "exec"), module.__dict__)
 
-        @functools.wraps(glazoo.attention)
+        @functools.wraps(glazoo.api.attention)
         def op(*args, **kwargs):
             with mock.patch.dict(engines._ENGINES, {"mutant": module.run}):
-                return glazoo.attention(*args, impl="mutant", **kwargs)
+                return glazoo.api.attention(*args, impl="mutant", **kwargs)
 
         return op
 

@@ -86,7 +86,7 @@ def test_statement_holds_on_the_reference(e) -> None:
 
 
 def reference(*args, **kwargs):
-    return glazoo.attention(*args, impl="reference", **kwargs)
+    return glazoo.api.attention(*args, impl="reference", **kwargs)
 
 
 def test_tolerance_of_exact_statements_is_below_1e_minus_10() -> None:

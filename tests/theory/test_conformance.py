@@ -105,7 +105,7 @@ def test_an_own_implementation_that_forgets_its_scale() -> None:
 
 def test_float32_kernels() -> None:
     def op(*args, **options):
-        return glazoo.attention(*args, impl="reference", **options)
+        return glazoo.api.attention(*args, impl="reference", **options)
 
     results = conformance.check("gated_deltanet", op=op, dtype="float32", examples=2)
     assert {r.verdict for r in results if r.kind != "limit"} == {"passed"}

@@ -101,7 +101,7 @@ def test_dense_form_agrees_with_the_oracle(form) -> None:
 
 @given(strategies.specs().flatmap(lambda f: strategies.inputs(f.spec, packed=False)))
 def test_dense_form_agrees_with_the_reference(x) -> None:
-    result = x.run(glazoo.attention, impl="reference")
+    result = x.run(glazoo.api.attention, impl="reference")
     dense = unrolled(glazoo.lower(x.spec), x.operands, x.initial_state)
     i = x.instance
     for a, b in (

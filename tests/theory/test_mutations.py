@@ -45,7 +45,7 @@ def test_everything_that_catches_a_mutant(mutant: Mutant, record_property) -> No
 )
 def test_the_statements_that_catch_mutants_hold_for_the_reference(specs: tuple[str, ...]) -> None:
     statements = {i for m in MUTANTS if m.specs == specs for i in m.caught_by}
-    op = functools.partial(glazoo.attention, impl="reference")
+    op = functools.partial(glazoo.api.attention, impl="reference")
     assert verify.passed(verify.run([*sorted(statements), *specs], op=op))
 
 
@@ -57,7 +57,7 @@ def test_another_order_of_a_sum_costs_the_bits_of_the_source(gate: str) -> None:
     instance = bits.domain.sample_long(0)
     found = bits.judge(Trial(ANOTHER_ORDER.op(), spec, instance))
     assert (found.passed, found.what) == (False, "bits of the output")
-    truth = functools.partial(glazoo.attention, impl="reference")
+    truth = functools.partial(glazoo.api.attention, impl="reference")
     assert bits.judge(Trial(truth, spec, instance)).passed
 
 

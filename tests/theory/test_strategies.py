@@ -23,7 +23,7 @@ def test_operands_and_states_are_accepted_in_every_regime(form) -> None:
         ops = i.operands(form.spec)
         required = {o.name for o in program.operands if o.required}
         assert required <= set(ops)
-        result = run(glazoo.attention, form.spec, ops, initial_state=i.state(form.spec))
+        result = run(glazoo.api.attention, form.spec, ops, initial_state=i.state(form.spec))
         assert result.output.isfinite().all()
 
 
@@ -84,7 +84,7 @@ def test_state_of_full_precision_is_positive_definite() -> None:
 
 @given(strategies.specs().flatmap(lambda f: strategies.inputs(f.spec)))
 def test_inputs_run(x) -> None:
-    result = x.run(glazoo.attention, impl="reference")
+    result = x.run(glazoo.api.attention, impl="reference")
     i = x.instance
     assert result.output.shape == (i.B, i.T, i.HV, i.V)
     count = i.B if x.cu_seqlens is None else len(x.cu_seqlens) - 1

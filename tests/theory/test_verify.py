@@ -15,7 +15,7 @@ from glazoo.engines import available
 from glazoo.theory import Instance, replay, verify
 
 CAUSAL = "causal"
-REFERENCE = functools.partial(glazoo.attention, impl="reference")
+REFERENCE = functools.partial(glazoo.api.attention, impl="reference")
 
 
 def mutant(name: str):
