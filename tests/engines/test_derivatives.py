@@ -87,7 +87,14 @@ def test_first_derivatives(operation: str) -> None:
     )
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+# What takes longest: other operations are derived the same way.
+SOME = [
+    pytest.param(x, marks=pytest.mark.slow if x in ("synapse", "synapse_delta") else ())
+    for x in OPERATIONS
+]
+
+
+@pytest.mark.parametrize("operation", SOME)
 def test_second_derivatives(operation: str) -> None:
     """Reverse over reverse and forward over reverse, against finite differences."""
     case = case_of(operation, tokens=2)
@@ -129,7 +136,7 @@ def test_jacobians(operation: str) -> None:
         assert_same(transform(function(chunked, case))(*xs), truth)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", SOME)
 def test_a_tangent_over_many_chunks(operation: str) -> None:
     """Forward mode without a transform, with a gradient wanted as well."""
     case = case_of(operation, tokens=70)
@@ -162,7 +169,7 @@ def test_a_pack_has_tangents(operation: str) -> None:
     assert_same(*found)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", SOME)
 def test_tangents_in_one_graph(operation: str) -> None:
     """torch.compile sees the tangents that it traces."""
     torch._dynamo.reset()

@@ -15,6 +15,7 @@ def asked(**changes):
     )
 
 
+@pytest.mark.slow
 def test_alignment_decides_the_width_of_accesses(compiler):
     found = compiler.compile(asked())
     assert "ld.global.v4.b32" in found.ptx
@@ -30,6 +31,7 @@ def test_what_does_not_compile_is_named_and_the_next_does(compiler):
     assert compiler.compile(asked()).shared >= 0
 
 
+@pytest.mark.slow
 def test_a_process_that_died_is_started_again(cache):
     found = Compiler(cache)
     found.process.kill()

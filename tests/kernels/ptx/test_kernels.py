@@ -133,6 +133,7 @@ def test_decoding(executor, name, gate, place):
         assert_decodes(name, gate, place)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "gate", "place"),
     choices(

@@ -131,13 +131,8 @@ def without_one_barrier(ptx):
         yield ptx[: barrier.start()] + ptx[barrier.end() :]
 
 
-@pytest.mark.parametrize(
-    ("name", "gate"),
-    [
-        ("importance", "head"),
-        *(pytest.param(*x, marks=pytest.mark.slow) for x in EVERY if x != ("importance", "head")),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "gate"), EVERY)
 def test_no_barrier_can_be_left_out(compiler, name, gate):
     total = missed = 0
     for kept in kernels(compiler, name, gate):
