@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from glazoo.converters.errors import ConversionError
-from glazoo.converters.families import Family, find_family
+from glazoo.converters.families import CACHES, Family, find_family
 from glazoo.converters.module import gates, set_impl, source_limit
 from glazoo.converters.report import Check, VerifyReport
 from glazoo.converters.settings import Settings
@@ -72,10 +72,6 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-_CACHES = ("cache", "past_key_values", "cache_params")
-"""What versions and families call a cache, the newest first."""
-
-
 class _Caller:
     """Calls a model with a cache, under the name that it has for it."""
 
@@ -83,7 +79,7 @@ class _Caller:
         self.model: Callable[..., Any] = model
         self.positions = family.quirks.positions
         taken = inspect.signature(inspect.unwrap(type(model).forward)).parameters
-        self.cache = next((name for name in _CACHES if name in taken), _CACHES[0])
+        self.cache = next((name for name in CACHES if name in taken), CACHES[0])
 
     def __call__(self, ids: Tensor, cache: Any = None, start: int = 0) -> tuple[Tensor, Any]:
         """Gives the logits of tokens that follow `start` cached ones, and the cache."""
@@ -95,7 +91,7 @@ class _Caller:
                 arguments["position_ids"] = positions.expand(ids.shape[0], -1)
         out = self.model(ids, **arguments)
         # The installed transformers may call it otherwise than the model does.
-        return out.logits, next(out[name] for name in _CACHES if name in out)
+        return out.logits, next(out[name] for name in CACHES if name in out)
 
 
 def _decode(call: _Caller, ids: Tensor, tokens: int) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from glazoo.converters.card import REMOTE_CODE, REMOTE_MODULE, remote_map, without_model_code
 from glazoo.converters.errors import ConversionError
-from glazoo.converters.families import Family, Found, families
+from glazoo.converters.families import CACHES, Family, Found, families
 from glazoo.converters.families.interception import current_packing, once, packing
 from glazoo.converters.families.mixer import MetaplasticMixer
 from glazoo.converters.gate import ImportanceGate
@@ -185,7 +185,6 @@ class _ConvertedModel(SavesWhole):
 
 
 _PACKED = {"position_ids": "position_ids", "cu_seq_lens_q": "cu_seqlens", "seq_idx": "seq_idx"}
-_CACHES = ("cache", "past_key_values", "cache_params")
 
 
 def _keeping_apart(source: Callable[..., Any], *, apart: bool) -> Callable[..., Any]:
@@ -218,7 +217,7 @@ def _forward(base: type[Any], family: Family) -> Callable[..., Any]:
 
 
 def _without_cache(given: dict[str, Any]) -> dict[str, Any]:
-    if any(given.get(name) is not None for name in _CACHES):
+    if any(given.get(name) is not None for name in CACHES):
         raise ValueError("packed sequences cannot continue a cache: pass no cache")
     return {**given, "use_cache": False}
 

@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 
 from glazoo.converters.errors import ConversionError
-from glazoo.converters.families.base import Family, Found, LiveFamily, gate_of
+from glazoo.converters.families.base import CACHES, Family, Found, LiveFamily, gate_of
 from glazoo.converters.families.calls import CALLS, known_calls
 from glazoo.converters.families.catalogue import NOT_CONVERTIBLE, OVERRIDES, QUIRKS
 from glazoo.converters.families.own import OWN
 
 __all__ = [
+    "CACHES",
     "CALLS",
     "NOT_CONVERTIBLE",
     "Family",

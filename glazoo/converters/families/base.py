@@ -23,7 +23,16 @@ from glazoo.converters.families.mixer import (
 from glazoo.spec import Spec, no_exact_gain
 from glazoo.zoo import load
 
-__all__ = ["Family", "Found", "LiveFamily", "Override", "Quirks", "find_mixers", "gate_of"]
+__all__ = [
+    "CACHES",
+    "Family",
+    "Found",
+    "LiveFamily",
+    "Override",
+    "Quirks",
+    "find_mixers",
+    "gate_of",
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -163,6 +172,9 @@ def _override(module: nn.Module, overrides: Mapping[str, Override]) -> Override 
 
 _ABOVE_ONE = ("linear_allow_neg_eigval", "allow_neg_eigval")
 """Options that let the write gate of a delta rule exceed 1."""
+
+CACHES = ("cache", "past_key_values", "cache_params")
+"""What versions and families call a cache, the newest first."""
 
 _GENERATIVE = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
 

@@ -46,7 +46,7 @@ class _Running(threading.local):
     threads of their own."""
 
     mixer: MetaplasticMixer | None = None
-    hidden: Tensor
+    hidden: Tensor | None = None
     mask: Tensor | None = None
     packed: Packed | None = None
     scans: int = 0
@@ -67,7 +67,8 @@ def running(mixer: MetaplasticMixer, hidden: Tensor, mask: Tensor | None) -> Ite
     Raises:
         RuntimeError: the block ends without having called a scan.
     """
-    kept = _running.mixer
+    # Mixers may stand inside others.
+    kept = _running.mixer, _running.hidden, _running.mask, _running.scans
     _running.mixer, _running.hidden, _running.mask, _running.scans = mixer, hidden, mask, 0
     try:
         yield
@@ -79,7 +80,7 @@ def running(mixer: MetaplasticMixer, hidden: Tensor, mask: Tensor | None) -> Ite
                 f"{', '.join(CALLS)}"
             )
     finally:
-        _running.mixer = kept
+        _running.mixer, _running.hidden, _running.mask, _running.scans = kept
 
 
 @contextmanager
@@ -100,6 +101,7 @@ def current_packing() -> Packed | None:
 def _scan(call: Call) -> Callable[..., Any]:
     def scan(*args: Any, **kwargs: Any) -> Any:
         assert _running.mixer is not None
+        assert _running.hidden is not None
         _running.scans += 1
         if _running.scans > 1:
             raise RuntimeError(
