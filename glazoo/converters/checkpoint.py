@@ -208,7 +208,7 @@ def _inspect(folder: Path) -> Checkpoint:
     others, skipped = _other_files(
         folder, {CONFIG, *([INDEX] if index else []), *(s.path.name for s in shards)}
     )
-    extra = [str(p) for p in others if _in_the_way(p)]
+    extra = [str(p) for p in _aside(folder, others)]
     if extra:
         warnings.append(
             f"other weight files are kept out of the converted model's way, in {KEPT}: "
@@ -503,26 +503,41 @@ def _other_files(folder: Path, taken: set[str]) -> tuple[tuple[Path, ...], tuple
     return tuple(files), tuple(skipped)
 
 
-def _in_the_way(path: Path) -> bool:
-    """Says whether a file holds weights, or lists files of weights, that are neither the model's
-    nor an adapter's."""
-    if path.match(_ADAPTER):
-        return False
-    return path.suffix in _OTHER_WEIGHTS or any(map(path.match, _LISTS))
+def _steps(folder: Path) -> set[str]:
+    """Return the folders of what runs after the model, as sentence-transformers lists it."""
+    try:
+        listed = loads((folder / "modules.json").read_text())
+        return {Path(x["path"]).parts[0] for x in listed if x["path"]}
+    except (OSError, ValueError, TypeError, KeyError):
+        return set()
 
 
-def _stored_names(paths: Sequence[Path], replaced: set[str]) -> dict[Path, str]:
+def _aside(folder: Path, paths: Sequence[Path]) -> list[Path]:
+    """Return the files that hold weights, or list files of weights, that are neither the model's,
+    nor an adapter's, nor those of a step after the model."""
+    steps = _steps(folder)
+    return [
+        p
+        for p in paths
+        if (p.suffix in _OTHER_WEIGHTS or any(map(p.match, _LISTS)))
+        and not p.match(_ADAPTER)
+        and (len(p.parts) == 1 or p.parts[0] not in steps)
+    ]
+
+
+def _stored_names(folder: Path, paths: Sequence[Path], replaced: set[str]) -> dict[Path, str]:
     """Gives the places of a source's further files in the converted folder.
 
     Weights in other formats would be mistaken for the converted model's, our own folder must not be
     overwritten, and the files in `replaced` get successors: they are kept aside. What belongs to
     such weights goes with them: the rest of their folder, and the files that are read with them.
     """
-    aside = {p.parts[0] for p in paths if p.parts[0] == OWN or _in_the_way(p)} | replaced
+    aside = {p.parts[0] for p in paths if p.parts[0] == OWN} | replaced
+    aside |= {p.parts[0] for p in _aside(folder, paths)}
     for patterns in _TOGETHER:
-        group = [p for p in paths if len(p.parts) == 1 and any(map(p.match, patterns))]
-        if any(map(_in_the_way, group)):
-            aside |= {p.name for p in group}
+        group = {p.name for p in paths if len(p.parts) == 1 and any(map(p.match, patterns))}
+        if group & aside:
+            aside |= group
     return {p: f"{KEPT}/{p.as_posix()}" if p.parts[0] in aside else p.as_posix() for p in paths}
 
 
@@ -802,7 +817,7 @@ def _convert_files(
         # Small files that people edit in place are copied always.
         *(
             (p.as_posix(), stored, link and p.suffix in _OTHER_WEIGHTS)
-            for p, stored in _stored_names(checkpoint.others, replaced).items()
+            for p, stored in _stored_names(folder, checkpoint.others, replaced).items()
         ),
     ]
     clashes = {stored for _, stored, _ in originals} & {CONFIG, INDEX, MANIFEST, last}

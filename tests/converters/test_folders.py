@@ -85,6 +85,10 @@ BESIDE = {
     "original/deep/weights.pth": True,
     "original/tokens.txt": True,
     # Apply to the converted model as they do to the source.
+    "modules.json": False,
+    "1_Pooling/config.json": False,
+    "2_Dense/config.json": False,
+    "2_Dense/model.safetensors": False,
     "adapter_config.json": False,
     "adapter_model.safetensors": False,
     "adapters/french/adapter_config.json": False,
@@ -101,6 +105,8 @@ def test_files_that_belong_together_stay_together(source: Path, tmp_path: Path) 
         path = source / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
+    steps = [{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]
+    (source / "modules.json").write_text(json.dumps(steps))
     before = contents(source)
     converted = tmp_path / "converted"
     report = convert_checkpoint(source, converted)
@@ -110,6 +116,7 @@ def test_files_that_belong_together_stay_together(source: Path, tmp_path: Path) 
     (moved,) = (w for w in report.warnings if "other weight files are kept" in w)
     assert "onnx/decoder_model.onnx" in moved
     assert "adapter" not in moved
+    assert "Dense" not in moved
     (applied,) = (w for w in report.warnings if "an adapter lies beside the weights" in w)
     assert "adapter_model.safetensors" in applied
     revert_checkpoint(converted, tmp_path / "back")
