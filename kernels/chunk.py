@@ -791,9 +791,12 @@ def chunk_dkey_keyed_kernel(
         b_pq2 = b_p if SHIFT_Q else b_p * b_a2
         b_z2 = tl.load(p_ds + o_tt, mask=m_t[:, None] & m_s2, other=0.0)
         b_iq += tl.dot(b_z2, b_kr2, input_precision=PREC, out_dtype=tl.float32) * b_pq2
+        # Not accumulated into by the next: of products that feed each other Triton gives every
+        # warp rows of its own, more than there are, and reads past the operand's end.
         b_y2 = tl.dot(
             tl.trans(b_z2), (b_q2 * b_pq2).to(b_k.dtype), input_precision=PREC, out_dtype=tl.float32
         )
+        b_ik += b_y2 * b_r
         if HAS_E:
             b_pe2 = b_p if SHIFT_E else b_p * b_a2
             b_z2 = tl.load(p_dl + o_tt, mask=m_t[:, None] & m_s2, other=0.0)
@@ -801,11 +804,10 @@ def chunk_dkey_keyed_kernel(
             b_y2 = tl.dot(
                 tl.trans(b_z2),
                 (b_e2 * b_pe2).to(b_k.dtype),
-                b_y2,
                 input_precision=PREC,
                 out_dtype=tl.float32,
             )
-        b_ik += b_y2 * b_r
+            b_ik += b_y2 * b_r
         b_p, b_r = widen(b_p, b_r, p_table, o_t[:, None], o_2, m_k[None, :], level, BT, K)
     b_dq = tl.zeros([BT, BK], tl.float32)
     b_dk = tl.zeros([BT, BK], tl.float32)

@@ -250,11 +250,12 @@ def chunk_tiles(kernel: str, K: int, V: int, dtype: torch.dtype) -> Tiles:
     hopper = current_target() in ("sm_90", "sm_100") and dtype != torch.float32
     if kernel == "chunk_intra_kernel":
         return Tiles(16, BV, 4, 1)
+    if kernel == "chunk_dkey_kernel" or (kernel == "chunk_dkey_keyed_kernel" and not hopper):
+        # With a single tile of values the loop over them is unrolled, and registers spill.
+        BV = BV if V > 64 else min(BV, 32)
     if kernel == "chunk_dkey_keyed_kernel":
         return Tiles(min(BK, 32 if hopper else 16), BV, 8, 1)
     if kernel == "chunk_dkey_kernel":
-        # With a single tile of values the loop over them is unrolled, and registers spill.
-        BV = BV if V > 64 else min(BV, 32)
         return Tiles(BK, BV, 8, 2) if hopper else Tiles(min(BK, 32), min(BV, 32), 8, 2)
     if kernel == "chunk_dscore_kernel" and V <= 64 and current_target().startswith("sm_10"):
         # Likewise; more threads cost less than narrower tiles.
@@ -277,13 +278,16 @@ def state_tiles(kernel: str, K: int, V: int, dtype: torch.dtype, programs: int =
         # On sm_100 not for speed: with two stages its register allocation may spill.
         deep = target.startswith(("sm_8", "sm_10")) and kernel == "linear_state_kernel"
         return Tiles(min(64, BK), min(64, BV), 4, 3 if deep else 2)
-    if dtype == torch.float32 or K > 128:
+    if dtype == torch.float32:
         return Tiles(BK, 16, 8, 1)
+    # Four warps on Hopper: eight would read 128 rows of operands that have 64, a chunk's tokens.
+    if K > 128:
+        return Tiles(BK, 16, 4 if target == "sm_90" else 8, 1)
     if target.startswith("gfx"):
         return Tiles(BK, min(32, BV), 4, 1)
     if target not in ("sm_90", "sm_100"):
         return Tiles(BK, min(32, BV), 8, 2)
-    if programs >= 128 and BV >= 64:
+    if target == "sm_100" and programs >= 128 and BV >= 64:
         return Tiles(BK, 64, 8, 2)
     return Tiles(BK, min(32, BV), 4, 2)
 
