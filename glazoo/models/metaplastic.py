@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from glazoo.converters.card import REMOTE_CODE, REMOTE_MODULE, remote_map, without_model_code
 from glazoo.converters.errors import ConversionError
@@ -473,6 +474,8 @@ def convert_in_place(
             module.config = new
     base = type(model)
     model.__class__ = model_class(base, family) if family.saves else _live_class(base)
+    # transformers notes at construction, by the name of the class, what a model can record.
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(model)), model._can_record_outputs)
     strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     model._keep_in_fp32_modules_strict = strict | {"metaplastic"}  # type: ignore[assignment]
     teach_trainer()

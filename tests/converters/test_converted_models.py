@@ -18,6 +18,7 @@ import pytest
 import safetensors.torch
 import torch
 from converters.converting import contents, edit_json, make_config, prompts
+from converters.tiny import VOCABULARY, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -204,6 +205,18 @@ def test_models_without_a_head_convert_and_say_that_verify_needs_one(tmp_path: P
     with pytest.raises(ConversionError, match="Mamba2Model generates no text, and verification"):
         verify_checkpoint(tmp_path / "source", tmp_path / "converted")
     assert type(metaplasticize_model(source)) is type(model)
+
+
+@torch.no_grad()
+def test_models_converted_in_place_record_what_their_source_records() -> None:
+    source = tiny_model("bamba").eval().base_model
+    converted = copy.deepcopy(source)
+    metaplasticize_model(converted)
+    options = {"input_ids": prompts()[0] % VOCABULARY, "output_hidden_states": True}
+    ours, theirs = converted(**options).hidden_states, source(**options).hidden_states
+    assert len(theirs) > 2
+    for x, y in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, y)
 
 
 def test_unknown_families_are_refused() -> None:
