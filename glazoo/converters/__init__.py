@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     )
     from glazoo.converters.errors import ConversionError
     from glazoo.converters.examine import inspect_model
-    from glazoo.converters.families.original import import_original
+    from glazoo.converters.imports.folder import import_original
     from glazoo.converters.module import metaplasticize_model
     from glazoo.converters.report import (
         ConversionReport,
@@ -54,7 +54,7 @@ _HOMES = {
     "TuneReport": "report",
     "VerifyReport": "report",
     "convert_checkpoint": "checkpoint",
-    "import_original": "families.original",
+    "import_original": "imports.folder",
     "inspect_checkpoint": "checkpoint",
     "inspect_model": "examine",
     "metaplasticize_model": "module",

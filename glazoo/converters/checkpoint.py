@@ -32,9 +32,9 @@ from glazoo.converters.card import (
 from glazoo.converters.casting import Cast, Dtype, plan_cast, with_dtype
 from glazoo.converters.errors import ConversionError
 from glazoo.converters.families import Family, Found, families, find_family
-from glazoo.converters.families.layouts import layout_of
 from glazoo.converters.files import Progress, Staging, checksum, leftover_warnings, one_line
 from glazoo.converters.gate import gate_shapes, initial_gate
+from glazoo.converters.imports.layouts import layout_of
 from glazoo.converters.report import AddedTensor, ConversionReport, FileRecord, RevertReport
 from glazoo.converters.settings import FORMAT_VERSION, READABLE, Settings
 from glazoo.converters.tensors import NewTensor, Shard, read_shard, write_shard

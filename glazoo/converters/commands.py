@@ -122,7 +122,7 @@ def convert(
         for gone in remove_leftovers(destination.parent, destination.name):
             Console(stderr=True, quiet=as_json).print(Text(f"removed {gone}"), soft_wrap=True)
     if import_:
-        from glazoo.converters.families.original import import_original
+        from glazoo.converters.imports.folder import import_original
 
         if dry_run or verify or revert or report is not None or dtype is not None:
             raise ConversionError("--import goes with --force only")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from glazoo.converters.errors import ConversionError
-from glazoo.converters.exchange.maps import KINDS, Entry, KeyMap, Options
+from glazoo.converters.exchange.maps import KINDS, Entry, KeyMap, Live, Options, read
 from glazoo.layers import GatedLinearAttention
 from glazoo.spec import Spec
 from glazoo.zoo import load as load_spec
@@ -26,7 +26,8 @@ def kind_of(mixer: nn.Module) -> str:
     cls = type(mixer)
     for base in cls.__mro__:
         for m in KINDS.values():
-            if base.__name__ == m.cls and f"{base.__module__}.".startswith(m.package):
+            package, _, name = m.table["mixer"].rpartition(".")
+            if base.__name__ == name and f"{base.__module__}.".startswith(f"{package}."):
                 return m.kind
     raise ConversionError(
         f"mixer: got {cls.__module__}.{cls.__name__}, accepted are the mixers of {', '.join(KINDS)}"
@@ -51,10 +52,10 @@ def from_mixer(
             tensor has no place on the other side.
     """
     m = _map(kind_of(mixer) if kind is None else kind)
-    read = m.options(mixer)
+    found = read(m.table, Live(mixer))
     index = getattr(mixer, "layer_idx", None)
-    given: dict[str, Any] = {"layer_idx": index or 0} | read.sizes | options
-    layer = GatedLinearAttention(spec_of(m, read), **given)
+    given: dict[str, Any] = {"layer_idx": index or 0} | found.sizes | options
+    layer = GatedLinearAttention(spec_of(m, found), **given)
     first = next(mixer.parameters())
     matrix = next((p for p in mixer.parameters() if p.ndim == 2), first)
     layer.to(device=matrix.device, dtype=matrix.dtype)
@@ -109,7 +110,7 @@ def translated(
                     f"{kind}: {where}{entry.theirs} is a second tensor for our {again[0]}"
                 )
             found |= _split(entry, state[entry.theirs], ours, layer, kind, where)
-        elif entry.theirs not in m.optional:
+        elif not entry.optional:
             raise ConversionError(f"{kind}: {where}{entry.theirs} is missing")
     if absent := sorted(set(ours) - set(found)):
         wanted = [e for e in m.entries if set(e.ours) & set(absent)]
@@ -143,7 +144,7 @@ def dump(layer: GatedLinearAttention, kind: str) -> dict[str, Tensor]:
         if given.issuperset(entry.ours) or not (entry.beside is None or entry.beside in ours):
             continue
         missing = [key for key in entry.ours if key not in ours]
-        if missing and entry.theirs not in m.optional:
+        if missing and not entry.optional:
             raise ConversionError(f"{kind}: our layer has no {', '.join(missing)}")
         if not missing:
             given |= set(entry.ours)
@@ -195,11 +196,11 @@ def _split(
     return {key: part.flatten(0, 1) for key, part in zip(entry.ours, parts, strict=True)}
 
 
-def spec_of(m: KeyMap, read: Options) -> Spec:
+def spec_of(m: KeyMap, found: Options) -> Spec:
     """Gives the spec that a mixer follows: that of its map, with the values that its options
     change."""
-    data = load_spec(m.spec).model_dump()
-    for path, value in read.changes.items():
+    data = load_spec(m.table["spec"]).model_dump()
+    for path, value in found.changes.items():
         *parents, leaf = path.split(".")
         at = data
         for part in parents:

@@ -4,7 +4,7 @@ flash-linear-attention."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,14 @@ from glazoo.converters.checkpoint import (
     inspect_checkpoint,
 )
 from glazoo.converters.errors import ConversionError
-from glazoo.converters.families.fla import read_fla
-from glazoo.converters.families.layouts import FLA, STATE_SPACES, layout_of
 from glazoo.converters.files import Staging, one_line
+from glazoo.converters.imports.layouts import (
+    FLA,
+    STATE_SPACES,
+    layout_of,
+    read_fla,
+    read_state_spaces,
+)
 
 __all__ = ["import_original"]
 
@@ -39,74 +44,6 @@ _KEPT = (
     "LICENSE",
 )
 """Further files that are taken over."""
-
-
-def _translated(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Gives the arguments of transformers' configuration.
-
-    Raises:
-        ConversionError: the model has something that transformers' Mamba2 has not.
-    """
-    cell = raw.get("ssm_cfg") or {}
-    kind = cell.get("layer", "Mamba1")
-    if kind != "Mamba2":
-        raise ConversionError(f"ssm_cfg.layer is {kind!r}; supported is 'Mamba2'")
-    width, expand = int(raw["d_model"]), int(cell.get("expand", 2))
-    inner, head = expand * width, int(cell.get("headdim", 64))
-    for name, found, accepted in (
-        ("attn_layer_idx", raw.get("attn_layer_idx") or [], []),
-        ("d_intermediate", raw.get("d_intermediate", 0), 0),
-        ("rms_norm", raw.get("rms_norm", True), True),
-        ("ssm_cfg.d_ssm", cell.get("d_ssm") or inner, inner),
-        ("ssm_cfg.D_has_hdim", cell.get("D_has_hdim", False), False),
-        ("ssm_cfg.rmsnorm", cell.get("rmsnorm", True), True),
-        ("ssm_cfg.norm_before_gate", cell.get("norm_before_gate", False), False),
-    ):
-        if found != accepted:
-            raise ConversionError(
-                f"{name} is {found!r}: transformers' Mamba2 has only {accepted!r}"
-            )
-    if inner % head:
-        raise ConversionError(f"ssm_cfg.headdim: {inner} channels are no multiple of {head}")
-    multiple = int(raw.get("pad_vocab_size_multiple", 8))
-    vocabulary = -(-int(raw["vocab_size"]) // multiple) * multiple
-    limit = cell.get("dt_limit") or (0.0, float("inf"))
-    return {
-        "hidden_size": width,
-        "expand": expand,
-        "num_heads": inner // head,
-        "head_dim": head,
-        "state_size": int(cell.get("d_state", 128)),
-        "n_groups": int(cell.get("ngroups", 1)),
-        "conv_kernel": int(cell.get("d_conv", 4)),
-        "chunk_size": int(cell.get("chunk_size", 256)),
-        "use_bias": bool(cell.get("bias", False)),
-        "use_conv_bias": bool(cell.get("conv_bias", True)),
-        "time_step_limit": tuple(float(x) for x in limit),
-        "num_hidden_layers": int(raw["n_layer"]),
-        "vocab_size": vocabulary,
-        "layer_norm_epsilon": float(raw.get("norm_epsilon", 1e-5)),
-        "residual_in_fp32": bool(raw.get("residual_in_fp32", True)),
-        "tie_word_embeddings": bool(raw.get("tie_embeddings", True)),
-        "architectures": ["Mamba2ForCausalLM"],
-    }
-
-
-def _read_state_spaces(
-    raw: Mapping[str, Any], state: Mapping[str, Tensor]
-) -> tuple[Any, dict[str, Tensor], str]:
-    """Gives transformers' configuration and tensors, and the name of the table of embeddings."""
-    import transformers
-
-    table = "backbone.embeddings.weight"
-    tensors = {table if key == "backbone.embedding.weight" else key: x for key, x in state.items()}
-    return transformers.Mamba2Config(**_translated(raw)), tensors, table
-
-
-_READERS: Mapping[
-    str,
-    Callable[[Mapping[str, Any], Mapping[str, Tensor]], tuple[Any, dict[str, Tensor], str]],
-] = {STATE_SPACES: _read_state_spaces, FLA: read_fla}
 
 
 def _settle_head(tensors: dict[str, Tensor], table: str, *, tied: bool) -> None:
@@ -200,7 +137,8 @@ def import_original(src: str | Path, dst: str | Path, *, force: bool = False) ->
         raise ConversionError(f"{source} is quantised; import the unquantised checkpoint")
     state = _load(source)
     try:
-        config, tensors, table = _READERS[layout](raw, state)
+        reader = read_fla if layout == FLA else read_state_spaces
+        config, tensors, table = reader(raw, state)
     except ConversionError:
         raise
     except (KeyError, TypeError, ValueError) as e:

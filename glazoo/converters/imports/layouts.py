@@ -1,0 +1,199 @@
+"""Telling checkpoints of other packages apart by their configuration, and reading them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glazoo.converters.errors import ConversionError
+from glazoo.converters.exchange.maps import KINDS, MODELS, Config, KeyMap, Options, Table, read
+from glazoo.converters.exchange.transfer import spec_of, translated
+from glazoo.layers import GatedLinearAttention
+
+__all__ = ["FLA", "STATE_SPACES", "layout_of", "read_fla", "read_state_spaces"]
+
+STATE_SPACES = "the original state-spaces/mamba code"
+FLA = "flash-linear-attention"
+
+_EMBEDDINGS = "model.embed_tokens.weight"
+_GATE, _UP = (f"model.layers.N.mlp.{name}_proj.weight" for name in ("gate", "up"))
+_KEPT = ("pad_token_id", "bos_token_id", "eos_token_id", "dtype")
+
+
+def layout_of(config: Mapping[str, Any]) -> str | None:
+    """Names the package that a config.json is of, if it has to be imported; None for all others.
+
+    The original code has no model_type.
+    """
+    if "model_type" not in config and "d_model" in config and "n_layer" in config:
+        return STATE_SPACES
+    m = KINDS.get(f"fla.{config.get('model_type')}")
+    if m is None or not any(name in config for name in m.table.get("own", "model_type").split()):
+        return None
+    return FLA
+
+
+def read_state_spaces(
+    raw: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> tuple[Any, dict[str, Tensor], str]:
+    """Gives transformers' configuration and tensors, and the name of the table of embeddings.
+
+    Raises:
+        ConversionError: the model has something that transformers' Mamba2 has not.
+    """
+    import transformers
+
+    cell = {f"ssm_cfg.{name}": x for name, x in (raw.get("ssm_cfg") or {}).items()}
+    found = read(MODELS["state_spaces"], Config({**raw, **cell}))
+    multiple = int(found.values["pad_vocab_size_multiple"])
+    given = found.changes | found.sizes
+    del given["inner"]
+    config = transformers.Mamba2Config(
+        **given,
+        vocab_size=-(-int(found.values["vocab_size"]) // multiple) * multiple,
+        architectures=["Mamba2ForCausalLM"],
+    )
+    table = "backbone.embeddings.weight"
+    tensors = {table if key == "backbone.embedding.weight" else key: x for key, x in state.items()}
+    return config, tensors, table
+
+
+def _feed_forward(values: Mapping[str, Any], hidden: int) -> int:
+    if values["intermediate_size"] is not None:
+        return int(values["intermediate_size"])
+    # Two thirds of the ratio, which is 4 if unset, rounded up to a multiple of 256.
+    ratio = 4 if values["hidden_ratio"] is None else values["hidden_ratio"]
+    return -(-int(hidden * ratio * 2 / 3) // 256) * 256
+
+
+def _attention_layers(given: Any) -> tuple[frozenset[int], dict[str, Any]]:
+    """Reads which layers are softmax attention; gives them and our fields for them."""
+    layers: set[int] = set()
+    kinds: list[dict[str, Any]] = []
+    for i, entry in enumerate([given] if isinstance(given, dict) else given or []):
+        if not isinstance(entry, dict):
+            raise ConversionError(f"config.json: attn is {given!r}, accepted are objects")
+        source = Config(entry, "attn." if isinstance(given, dict) else f"attn[{i}].")
+        found = read(MODELS["attention"], source)
+        source.check_all_read()
+        layers |= {int(layer) for layer in found.values["layers"]}
+        kinds.append(found.sizes | found.changes)
+    if any(kind != kinds[0] for kind in kinds):
+        raise ConversionError(f"config.json: attn is {given!r}, accepted is one kind of attention")
+    return frozenset(layers), kinds[0] if layers else {}
+
+
+def _configuration(raw: Mapping[str, Any], m: KeyMap, model: Table) -> tuple[Any, Options]:
+    """Gives our configuration, and the options of the mixers."""
+    from glazoo.models import GlazooConfig
+    from glazoo.models.configuration import ATTENTION
+
+    accepted = [m.table["model"]]
+    if (names := raw.get("architectures") or accepted) != accepted:
+        raise ConversionError(
+            f"config.json: architectures is {names!r}, accepted for model_type "
+            f"{raw['model_type']!r} is {accepted!r}"
+        )
+    source = Config(raw, defaults=m.table.get("defaults"))
+    found, around = read(m.table, source), read(model, source)
+    source.check_all_read(model["ignored"])
+    spec, values = spec_of(m, found), around.values | found.values
+    width, softmax, own = 0, frozenset[int](), dict[str, Any]()
+    if "attn" in values:
+        width = _feed_forward(values, found.sizes["hidden_size"])
+        softmax, own = _attention_layers(values["attn"])
+    if softmax and own["rope_theta"] != 10000.0 and spec.layer.q.rotation == "static":
+        raise ConversionError(
+            f"config.json: attn.rope_theta is {own['rope_theta']!r}, accepted is 10000.0, that of "
+            "the other layers"
+        )
+    if softmax and spec.decay.parameterization == "lower_bounded_sigmoid":
+        raise ConversionError(
+            f"config.json: attn is {raw['attn']!r}, accepted with use_lower_bound is None"
+        )
+    layers = around.sizes["num_hidden_layers"]
+    if strangers := sorted(softmax - set(range(layers))):
+        raise ConversionError(f"config.json: attn.layers has {strangers}, the model has {layers}")
+    given = {"dtype": raw.get("torch_dtype"), **raw}
+    own |= {name: given[name] for name in _KEPT if given.get(name) is not None}
+    config = GlazooConfig(
+        pattern=[ATTENTION if i in softmax else spec for i in range(layers)],
+        intermediate_size=width,
+        norm_eps=float(values["norm_eps"]),
+        initializer_range=float(values["initializer_range"]),
+        tie_word_embeddings=bool(values["tie_word_embeddings"]),
+        architectures=["GlazooForCausalLM"],
+        **(own | around.sizes | found.sizes),
+    )
+    return config, found
+
+
+def _renamed(
+    state: Mapping[str, Tensor], m: KeyMap, model: Table, config: Any, *, tied: bool
+) -> Iterator[tuple[str, str, Tensor]]:
+    """Gives every tensor of the files with its name there and ours."""
+    from glazoo.models import GlazooForCausalLM
+
+    with torch.device("meta"):
+        ours = GlazooForCausalLM(config)
+    rows, prefix = model["tensors"], model["mixer"]
+    mixers: list[dict[str, Tensor]] = [{} for _ in range(config.num_hidden_layers)]
+    for key, value in state.items():
+        match = re.fullmatch(r"(\w+\.layers\.)(\d+)(\..+)", key)
+        index = int(match[2]) if match else 0
+        row = f"{match[1]}N{match[3]}" if match and index < len(mixers) else key
+        names, parts = [rows.get(row, "")], [value]
+        if row.startswith(prefix):
+            mixers[index][row.removeprefix(prefix)] = value
+            continue
+        if row == _GATE and value.shape[0] == 2 * config.intermediate_size:
+            # Older files hold both factors in one.
+            names, parts = [_GATE, _UP], list(value.chunk(2))
+        if not names[0]:
+            raise ConversionError(f"{key} has no place in the model that config.json describes")
+        for name, part in zip(names, parts, strict=True):
+            yield key, name.replace(".N.", f".{index}."), part
+    for index, found in enumerate(mixers):
+        where, mixer = prefix.replace(".N.", f".{index}."), ours.model.layers[index].mixer
+        if tied:
+            # Shared tensors may be stored once.
+            copies = {name.replace("map_q", "map_k"): x.clone() for name, x in found.items()}
+            found = copies | found
+        if isinstance(mixer, GatedLinearAttention):
+            found = translated(mixer, found, m.kind, where=where)
+        for name, value in found.items():
+            yield f"{where}{name}", f"model.layers.{index}.mixer.{name}", value
+
+
+def read_fla(
+    raw: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> tuple[Any, dict[str, Tensor], str]:
+    """Translates a checkpoint of flash-linear-attention.
+
+    Args:
+        raw: its config.json.
+        state: its tensors, of any dtype.
+
+    Returns:
+        A `GlazooConfig`, the tensors of a `GlazooForCausalLM` in the dtypes that they came in, and
+        the name of the table of embeddings.
+
+    Raises:
+        ConversionError: the configuration asks for what no model here has, or a tensor of either
+            side has no place on the other or a wrong shape.
+    """
+    m = KINDS[f"fla.{raw['model_type']}"]
+    model = MODELS[m.table.get("around", "blocks")]
+    config, options = _configuration(raw, m, model)
+    tied = bool(options.values.get("tie_feature_map_qk"))
+    found: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
+    for key, name, value in _renamed(state, m, model, config, tied=tied):
+        if name in found:
+            raise ConversionError(f"{key} and {origin[name]} are one tensor in two versions")
+        found[name], origin[name] = value, key
+    return config, found, _EMBEDDINGS
