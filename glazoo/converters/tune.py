@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -22,7 +23,6 @@ from glazoo.converters.checkpoint import (
 )
 from glazoo.converters.errors import ConversionError
 from glazoo.converters.examine import _vocabulary, gate_summaries, load_converted
-from glazoo.converters.families import gate_of
 from glazoo.converters.files import Staging, leftover_warnings, one_line
 from glazoo.converters.module import gates
 from glazoo.converters.report import TuneReport
@@ -60,11 +60,11 @@ def save_gates(
     values: dict[str, list[NewTensor]] = {}
     for shard in shards:
         for key in shard.tensors:
-            parts = gate_of(key)
-            if parts is None:
+            mixer, added, name = key.partition(".metaplastic.")
+            if not added:
                 continue
-            layer, _, name = parts
-            value = here[layer].get_parameter(name).detach().float().cpu().contiguous()
+            layer = re.findall(r"(?:^|\.)(\d+)\.", f"{mixer}.")[0]
+            value = here[int(layer)].get_parameter(name).detach().float().cpu().contiguous()
             new = NewTensor(key, tuple(value.shape), lambda value=value: value)  # type: ignore[misc]
             values.setdefault(shard.path.name, []).append(new)
         if shard.path.name in values and len(values[shard.path.name]) != len(shard.tensors):

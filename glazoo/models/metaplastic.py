@@ -449,7 +449,9 @@ def convert_mixer(
     mixer.metaplastic_spec = spec  # type: ignore[assignment]
     mixer.metaplastic_impl = "auto"  # type: ignore[assignment]
     mixer.metaplastic_apart = family.quirks.apart  # type: ignore[assignment]
-    mixer.__class__ = family.metaplastic_class(mixer)
+    form = family.metaplastic_class(type(mixer))
+    assert form is not None
+    mixer.__class__ = form
     assert isinstance(mixer, MetaplasticMixer)
     mixer.attached()
 

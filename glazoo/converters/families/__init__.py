@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from glazoo.converters.errors import ConversionError
-from glazoo.converters.families.base import CACHES, Family, Found, LiveFamily, gate_of
+from glazoo.converters.families.base import CACHES, Family, Found, LiveFamily
 from glazoo.converters.families.calls import CALLS, known_calls
 from glazoo.converters.families.catalogue import NOT_CONVERTIBLE, OVERRIDES, QUIRKS
 from glazoo.converters.families.own import OWN
@@ -21,7 +21,6 @@ __all__ = [
     "LiveFamily",
     "families",
     "find_family",
-    "gate_of",
     "known_calls",
 ]
 
@@ -31,18 +30,15 @@ def families() -> dict[str, Family]:
     """Return every family of the installed transformers whose code calls a known scan function, and
     that of `glazoo.models`, by `model_type`."""
     import transformers
-    from transformers.models.auto.configuration_auto import (  # type: ignore[attr-defined]
-        CONFIG_MAPPING_NAMES,
-        model_type_to_module_name,
-    )
+    from transformers.models.auto import configuration_auto as auto
 
     folder = Path(transformers.__file__).parent / "models"
     words = "|".join((*CALLS, *OVERRIDES)).encode()
     mark = re.compile(rb"\b(?:" + words + rb")\b")
     calling: dict[str, bool] = {}
     found: dict[str, Family] = {}
-    for model_type in CONFIG_MAPPING_NAMES:
-        name = model_type_to_module_name(model_type)
+    for model_type in auto.CONFIG_MAPPING_NAMES:  # type: ignore[attr-defined]
+        name = auto.model_type_to_module_name(model_type)
         if name not in calling:
             path = folder / name / f"modeling_{name}.py"
             calling[name] = path.is_file() and mark.search(path.read_bytes()) is not None
@@ -64,14 +60,12 @@ def find_family(model_type: object) -> Family:
         return known[model_type]
     if any(model_type == f.converted_model_type for f in known.values()):
         raise ConversionError(f"model_type {model_type!r}: this model is converted already")
-    from transformers.models.auto.configuration_auto import (  # type: ignore[attr-defined]
-        CONFIG_MAPPING_NAMES,
-    )
+    from transformers.models.auto import configuration_auto as auto
 
     supported = f"supported are: {', '.join(sorted(known))}"
     if isinstance(model_type, str) and model_type in NOT_CONVERTIBLE:
         reason = NOT_CONVERTIBLE[model_type]
-    elif model_type in CONFIG_MAPPING_NAMES:
+    elif model_type in auto.CONFIG_MAPPING_NAMES:  # type: ignore[attr-defined]
         reason = f"its layers call no scan function that is known; known are: {known_calls()}"
     else:
         reason = "the installed transformers does not know it"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,22 +27,8 @@ __all__ = [
     "Family",
     "Found",
     "LiveFamily",
-    "Override",
     "Quirks",
-    "find_mixers",
-    "gate_of",
 ]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Override:
-    """A mixer that computes its recurrence inline, calls no known function, and gets a forward pass
-    of ours."""
-
-    spec: str
-    """Name of the spec that it follows."""
-    mixin: type[Any]
-    """Gives the mixer's `forward`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,28 +133,6 @@ def _is_triton(error: BaseException) -> bool:
     return False
 
 
-def find_mixers(model: nn.Module, overrides: Mapping[str, Override]) -> dict[int, nn.Module]:
-    """Return the mixers of a model by layer: by what their code calls, not by name, since some
-    families reuse an attribute for other modules."""
-    found: dict[int, nn.Module] = {}
-    for module in model.modules():
-        if calls_of(type(module)) or _override(module, overrides) is not None:
-            index = getattr(module, "layer_idx", None)
-            if not isinstance(index, int):
-                raise ConversionError(
-                    f"{type(module).__name__} has no layer_idx, by which caches know its layer"
-                )
-            if index in found:
-                raise ConversionError(f"layer {index} has two mixers")
-            found[index] = module
-    return dict(sorted(found.items()))
-
-
-def _override(module: nn.Module, overrides: Mapping[str, Override]) -> Override | None:
-    names = (base.__name__ for base in type(module).__mro__)
-    return next((overrides[name] for name in names if name in overrides), None)
-
-
 _ABOVE_ONE = ("linear_allow_neg_eigval", "allow_neg_eigval")
 """Options that let the write gate of a delta rule exceed 1."""
 
@@ -194,7 +157,7 @@ class Family:
         model_type: str,
         *,
         quirks: Quirks | None = None,
-        overrides: Mapping[str, Override] | None = None,
+        overrides: Mapping[str, type[Any]] | None = None,
     ) -> None:
         self.model_type = model_type
         self.quirks = quirks or Quirks()
@@ -218,15 +181,12 @@ class Family:
         By its own module and never through an Auto class, which are open to re-registration: other
         packages put classes of their own behind the same `model_type`.
         """
-        from transformers.models.auto.configuration_auto import (  # type: ignore[attr-defined]
-            CONFIG_MAPPING_NAMES,
-            model_type_to_module_name,
-        )
+        from transformers.models.auto import configuration_auto as auto
 
-        name = CONFIG_MAPPING_NAMES.get(self.model_type)
+        name = auto.CONFIG_MAPPING_NAMES.get(self.model_type)  # type: ignore[attr-defined]
         if name is None:
             raise self._absent(f"{self.model_type} configuration")
-        package = f"transformers.models.{model_type_to_module_name(self.model_type)}"
+        package = f"transformers.models.{auto.model_type_to_module_name(self.model_type)}"
         return self._from(package, name)
 
     @property
@@ -253,9 +213,7 @@ class Family:
         found = getattr(importlib.import_module(self.modeling), name, None)
         if not (isinstance(found, type) and issubclass(found, nn.Module)):
             return None
-        if name in self.overrides:
-            return metaplastic_class(found, self.overrides[name].mixin)
-        return metaplastic_class(found, InterceptedMixer) if calls_of(found) else None
+        return self.metaplastic_class(found)
 
     def _from(self, module: str, name: str) -> type[Any]:
         try:
@@ -312,7 +270,8 @@ class Family:
 
     def text_config(self, config: Any) -> Any:
         """Return the language model's part of a configuration object."""
-        return config.get_text_config()
+        # Configurations of other packages need not have one.
+        return getattr(config, "get_text_config", lambda: config)()
 
     def hidden_size(self, config: Any) -> int:
         """Return the width of the mixers' input.
@@ -339,19 +298,33 @@ class Family:
         return model
 
     def mixers(self, model: nn.Module) -> dict[int, nn.Module]:
-        """Return a model's mixers by layer."""
-        return find_mixers(model, self.overrides)
+        """Return a model's mixers by layer: by what their code calls, not by name, since some
+        families reuse an attribute for other modules."""
+        found: dict[int, nn.Module] = {}
+        for module in model.modules():
+            if self.calls(module) or self._override(type(module)):
+                index = getattr(module, "layer_idx", None)
+                if not isinstance(index, int):
+                    raise ConversionError(
+                        f"{type(module).__name__} has no layer_idx, by which caches know its layer"
+                    )
+                if index in found:
+                    raise ConversionError(f"layer {index} has two mixers")
+                found[index] = module
+        return dict(sorted(found.items()))
+
+    def _override(self, cls: type) -> Any:
+        names = (base.__name__ for base in cls.__mro__)
+        return next((self.overrides[name] for name in names if name in self.overrides), None)
 
     def calls(self, mixer: nn.Module) -> tuple[Call, ...]:
         """Return the scan functions that a mixer calls."""
-        return () if _override(mixer, self.overrides) else calls_of(type(mixer))
+        return () if self._override(type(mixer)) else calls_of(type(mixer))
 
-    def metaplastic_class(self, mixer: nn.Module) -> type[nn.Module]:
-        """Return the class that a mixer gets."""
-        override = _override(mixer, self.overrides)
-        return metaplastic_class(
-            type(mixer), InterceptedMixer if override is None else override.mixin
-        )
+    def metaplastic_class(self, cls: type[nn.Module]) -> type[nn.Module] | None:
+        """Return the class that a mixer of a class gets, None if it is no mixer's."""
+        mixin = self._override(cls) or (InterceptedMixer if calls_of(cls) else None)
+        return mixin and metaplastic_class(cls, mixin)
 
     def examine(self, model: nn.Module) -> dict[int, Found]:
         """Say what a model's mixers are.
@@ -392,11 +365,9 @@ class Family:
         return found
 
     def _examine(self, mixer: nn.Module, path: str, layer: int, hidden: int) -> Found:
-        override = _override(mixer, self.overrides)
-        calls = self.calls(mixer)
+        override, calls = self._override(type(mixer)), self.calls(mixer)
         if override is not None:
-            inner: Any = mixer
-            spec, sizes = override.spec, override.mixin.sizes(inner)
+            spec, sizes = override.spec, override.sizes(mixer)
         else:
             if len({c.spec for c in calls}) > 1:
                 raise ConversionError(
@@ -445,37 +416,14 @@ class LiveFamily(Family):
         config: Any = model.config
         super().__init__(str(getattr(config, "model_type", None) or type(model).__name__))
         self._config = type(config)
-        self._above_one = next(
-            (
-                name
-                for mixer in self.mixers(model).values()
-                for name in _ABOVE_ONE
-                if getattr(mixer, name, False)
-            ),
-            None,
-        )
+        mixers = self.mixers(model).values()
+        names = (name for name in _ABOVE_ONE for mixer in mixers if getattr(mixer, name, False))
+        self._above_one = next(names, None)
 
     def source_config(self) -> type[Any]:
         """Return the configuration class of the model."""
         return self._config
 
-    def text_config(self, config: Any) -> Any:
-        """Return the language model's part of a configuration object."""
-        get = getattr(config, "get_text_config", None)
-        return config if get is None else get()
-
     def write_above_one(self, config: Any) -> str | None:
         """Return the name of the option that lets the write gate of a delta rule exceed 1."""
         return self._above_one or super().write_above_one(config)
-
-
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
-
-
-def gate_of(key: str) -> tuple[int, str, str] | None:
-    """Split the name of a tensor that conversion added into layer, mixer and name of the tensor."""
-    mixer, mark, name = key.partition(".metaplastic.")
-    if not mark:
-        return None
-    numbers = _LAYER.findall(f"{mixer}.")
-    return int(numbers[0]), mixer, name

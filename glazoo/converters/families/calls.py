@@ -7,15 +7,17 @@ is which operand.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["CALLS", "Call", "Recurrence", "known_calls", "wide_dtype"]
+from glazoo.layers.parts import wide_dtype
+
+__all__ = ["CALLS", "Call", "Recurrence", "known_calls"]
 
 
 class Recurrence(NamedTuple):
@@ -43,6 +45,9 @@ class Recurrence(NamedTuple):
     """Makes what the function returns from the output and the packed state."""
 
 
+_Reader: TypeAlias = "Callable[[Call, Mapping[str, Any]], Recurrence]"
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One published scan function."""
@@ -53,7 +58,7 @@ class Call:
     """Name of the spec that it computes."""
     parameters: tuple[str, ...]
     """Its leading parameters, as far as mixers pass them by position."""
-    read: Callable[[Call, Mapping[str, Any]], Recurrence]
+    read: _Reader
     """Gives the operands of a call."""
     operands: Mapping[str, str] = field(default_factory=dict)
     """Operand to parameter, where the names differ."""
@@ -72,11 +77,6 @@ class Call:
         return self.read(self, {**dict(zip(self.parameters, args, strict=False)), **kwargs})
 
 
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """Give the dtype of recurrences on a tensor: float64 stays, everything else is float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _unit(x: Tensor) -> Tensor:
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6)
 
@@ -86,46 +86,27 @@ def _flag(found: Mapping[str, Any], *names: str) -> bool:
 
 
 # What some versions of these functions can do inside, and no model's layer here asks for.
-_UNKNOWN = (
-    "gk",
-    "gv",
-    "reverse",
-    "head_first",
-    "normalize",
-    "output_attentions",
-    "return_intermediate_states",
-    "cp_context",
-)
+_UNKNOWN = """
+gk gv reverse head_first normalize output_attentions return_intermediate_states cp_context
+"""
 
 
 def _tokens(call: Call, found: Mapping[str, Any]) -> Recurrence:
     """Read a function of whole sequences [B, T, H, D], with log decays and an activated write
     gate."""
-    if odd := [
-        name
-        for name in _UNKNOWN
-        if found.get(name) is not None
-        and found[name] is not False
-        and name not in call.operands.values()
-    ]:
-        raise ValueError(
-            f"{call.name} was called with {odd[0]}, which a converted mixer does not compute"
-        )
-
-    def operand(name: str) -> Tensor | None:
-        value: Tensor | None = found.get(call.operands.get(name, name))
-        return value
-
-    q, k, v = operand("q"), operand("k"), operand("v")
-    assert q is not None
-    assert k is not None
-    assert v is not None
-    wide = wide_dtype(q)
-    dtype = q.dtype
+    for name in _UNKNOWN.split():
+        asked = found.get(name) is not None and found[name] is not False
+        if asked and name not in call.operands.values():
+            raise ValueError(
+                f"{call.name} was called with {name}, which a converted mixer does not compute"
+            )
+    operands = ("q", "k", "v", "g", "beta")
+    given: list[Any] = [found.get(call.operands.get(name, name)) for name in operands]
+    q, k, v, g, beta = given
+    dtype, wide = q.dtype, wide_dtype(q)
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
     if _flag(found, "use_qk_l2norm_in_kernel"):
         q, k = _unit(q), _unit(k)
-    g, beta = operand("g"), operand("beta")
     if g is not None and _flag(found, "use_gate_in_kernel"):
         g = _log_decay(found, g.to(wide))
     if (fixed := found.get("g_gamma")) is not None:
@@ -244,69 +225,41 @@ def _skipped(output: Tensor, x: Tensor, skip: Tensor | None, gate: Tensor | None
     return output if gate is None else output * F.silu(gate.to(output.dtype))
 
 
-_QKV = {"q": "query", "k": "key", "v": "value"}
+_PAIR, _FORMS = "chunk recurrent", "chunk fused_chunk fused_recurrent"
+# Spec, reader, name, its forms, parameters.
+_ROWS: tuple[tuple[str, _Reader, str, str, str], ...] = (
+    # transformers
+    ("mamba2", _ssd, "mamba2_chunk_scan", "", "hidden_states dt A B C chunk_size"),
+    ("mamba2", _ssd_step, "mamba2_selective_state_update", "", "state hidden_states dt A B C D"),
+    ("gated_deltanet", _tokens, "torch_*_gated_delta_rule", _PAIR, "query key value g beta"),
+    ("kda", _tokens, "*_kimi_delta_attention", _PAIR, "query key value g beta"),
+    # flash-linear-attention
+    ("gla", _tokens, "*_gla", "chunk fused_chunk", "q k v g"),
+    ("gla", _tokens, "*_gla", "fused_recurrent", "q k v gk"),
+    ("simple_gla", _tokens, "*_simple_gla", f"{_FORMS} parallel", "q k v g"),
+    ("retnet", _tokens, "*_retention", f"{_FORMS} parallel", "q k v"),
+    ("deltanet", _tokens, "*_delta_rule", _FORMS, "q k v beta"),
+    ("gated_deltanet", _tokens, "*_gated_delta_rule", "chunk", "q k v g beta"),
+    ("gated_deltanet", _tokens, "*_gated_delta_rule", "fused_recurrent", "q k v g gk gv beta"),
+    ("kda", _tokens, "*_kda", "chunk fused_recurrent", "q k v g beta"),
+    # mamba_ssm, as flash-linear-attention calls it
+    ("mamba2", _ssd, "mamba_chunk_scan_combined", "", "x dt A B C chunk_size"),
+    ("mamba2", _ssd_step, "selective_state_update", "", "state x dt A B C D"),
+)
+_NAMED = {"q": "query", "k": "key", "v": "value", "g": "gk", "x": "hidden_states"}
 _LIMIT = dict.fromkeys(("time_step_limit", "dt_limit"), (0.0, float("inf")))
 
 
-def _mamba(name: str, x: str) -> Call:
-    parameters = (x, "dt", "A", "B", "C", "chunk_size")
-    return Call(name, "mamba2", parameters, _ssd, {"x": x}, _LIMIT)
+def _calls() -> Iterator[Call]:
+    for spec, read, name, forms, parameters in _ROWS:
+        given = tuple(parameters.split())
+        operands = {n: p for n, p in _NAMED.items() if n not in given and p in given}
+        for form in forms.split() or [""]:
+            unequal = {} if read is _tokens else _LIMIT
+            yield Call(name.replace("*", form), spec, given, read, operands, unequal)
 
 
-def _mamba_step(name: str, x: str) -> Call:
-    parameters = ("state", x, "dt", "A", "B", "C", "D")
-    return Call(name, "mamba2", parameters, _ssd_step, {"x": x}, _LIMIT)
-
-
-def _sequence(name: str, spec: str, *parameters: str, **operands: str) -> Call:
-    return Call(name, spec, parameters, _tokens, operands)
-
-
-CALLS: Mapping[str, Call] = {
-    call.name: call
-    for call in (
-        # transformers
-        _mamba("mamba2_chunk_scan", "hidden_states"),
-        _mamba_step("mamba2_selective_state_update", "hidden_states"),
-        *(
-            _sequence(name, "gated_deltanet", "query", "key", "value", "g", "beta", **_QKV)
-            for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
-        ),
-        *(
-            _sequence(name, "kda", "query", "key", "value", "g", "beta", **_QKV)
-            for name in ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention")
-        ),
-        # flash-linear-attention
-        *(_sequence(name, "gla", "q", "k", "v", "g") for name in ("chunk_gla", "fused_chunk_gla")),
-        _sequence("fused_recurrent_gla", "gla", "q", "k", "v", "gk", g="gk"),
-        *(
-            _sequence(f"{form}_simple_gla", "simple_gla", "q", "k", "v", "g")
-            for form in ("chunk", "fused_chunk", "fused_recurrent", "parallel")
-        ),
-        *(
-            _sequence(f"{form}_retention", "retnet", "q", "k", "v")
-            for form in ("chunk", "fused_chunk", "fused_recurrent", "parallel")
-        ),
-        *(
-            _sequence(f"{form}_delta_rule", "deltanet", "q", "k", "v", "beta")
-            for form in ("chunk", "fused_chunk", "fused_recurrent")
-        ),
-        _sequence("chunk_gated_delta_rule", "gated_deltanet", "q", "k", "v", "g", "beta"),
-        _sequence(
-            "fused_recurrent_gated_delta_rule",
-            "gated_deltanet",
-            *("q", "k", "v", "g", "gk", "gv"),
-            "beta",
-        ),
-        *(
-            _sequence(f"{form}_kda", "kda", "q", "k", "v", "g", "beta")
-            for form in ("chunk", "fused_recurrent")
-        ),
-        # mamba_ssm, as flash-linear-attention calls it
-        _mamba("mamba_chunk_scan_combined", "x"),
-        _mamba_step("selective_state_update", "x"),
-    )
-}
+CALLS: Mapping[str, Call] = {call.name: call for call in _calls()}
 """Every known scan function by its name."""
 
 

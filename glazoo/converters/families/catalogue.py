@@ -4,39 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
-from glazoo.converters.families.base import Override, Quirks
+from glazoo.converters.families.base import Quirks
 from glazoo.converters.families.lightning import LightningMixer, exact_decays
 
 __all__ = ["NOT_CONVERTIBLE", "OVERRIDES", "QUIRKS"]
 
-OVERRIDES: Mapping[str, Override] = MappingProxyType(
-    {"MiniMaxLightningAttention": Override("lightning", LightningMixer)}
-)
-"""Mixers that call no known scan function, by class name."""
+OVERRIDES: Mapping[str, type[Any]] = MappingProxyType({"MiniMaxLightningAttention": LightningMixer})
+"""Forms of mixers that compute their recurrence inline and call no known function, by class name:
+with a forward pass of ours, and the name of the spec that it follows."""
 
 _CLAMP = (
     "the source limits the step size when it reads a prompt and not when it decodes a single token"
 )
 
+_APART = """
+mamba2 falcon_h1 qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe qwen3_5_moe_text olmo_hybrid
+kimi_linear bailing_hybrid lara_mini"""
+
 QUIRKS: Mapping[str, Quirks] = MappingProxyType(
     {
-        **dict.fromkeys(
-            (
-                "mamba2",
-                "falcon_h1",
-                "qwen3_next",
-                "qwen3_5",
-                "qwen3_5_text",
-                "qwen3_5_moe",
-                "qwen3_5_moe_text",
-                "olmo_hybrid",
-                "kimi_linear",
-                "bailing_hybrid",
-                "lara_mini",
-            ),
-            Quirks(apart=True),
-        ),
+        **dict.fromkeys(_APART.split(), Quirks(apart=True)),
         "bamba": Quirks(apart=True, positions=True),
         "zamba2": Quirks(apart=True, defects={"decoded": _CLAMP}),
         "nemotron_h": Quirks(apart=True, defects={"decoded": _CLAMP}),

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from glazoo.converters.families.calls import Recurrence, wide_dtype
+from glazoo.converters.families.calls import Recurrence
 from glazoo.converters.families.interception import current_packing
 from glazoo.converters.families.mixer import MetaplasticMixer, unpack_state
+from glazoo.layers.parts import wide_dtype
 
 __all__ = ["LightningMixer", "exact_decays"]
 
@@ -23,6 +24,8 @@ class LightningMixer(MetaplasticMixer):
     with the head's slope s and b_t of `ImportanceGate` with beta = 1. Projections, norm and output
     gate are the source's own. States are float32, or float64 in a float64 model.
     """
+
+    spec = "lightning"
 
     # What the source's class gives.
     num_attention_heads: int

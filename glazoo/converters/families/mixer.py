@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -188,18 +188,13 @@ def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(source).parameters)[2:]
 
 
-def _mask(cls: type[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    given = {**dict(zip(_parameters(cls), args, strict=False)), **kwargs}
-    mask: Tensor | None = given.get("attention_mask")
-    return mask
-
-
 class InterceptedMixer(MetaplasticMixer):
     """A mixer whose own forward pass runs with its scan replaced."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the source's forward pass, with its arguments."""
-        with running(self, hidden_states, _mask(type(self), args, kwargs)):
+        given = {**dict(zip(_parameters(type(self)), args, strict=False)), **kwargs}
+        with running(self, hidden_states, given.get("attention_mask")):
             return super().forward(hidden_states, *args, **kwargs)
 
 

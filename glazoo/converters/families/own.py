@@ -98,9 +98,9 @@ class OwnFamily(Family):
         """Return nothing: the layers call `glazoo.attention` themselves."""
         return ()
 
-    def metaplastic_class(self, mixer: nn.Module) -> type[nn.Module]:
-        """Return the class that a layer gets."""
-        return metaplastic_class(type(mixer), OwnMixer)
+    def metaplastic_class(self, cls: type[nn.Module]) -> type[nn.Module] | None:
+        """Return the class that a layer gets, None for other modules."""
+        return metaplastic_class(cls, OwnMixer) if issubclass(cls, GatedLinearAttention) else None
 
     def _examine(self, mixer: nn.Module, path: str, layer: int, hidden: int) -> Found:
         assert isinstance(mixer, GatedLinearAttention)

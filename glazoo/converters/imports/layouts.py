@@ -161,7 +161,9 @@ def _renamed(
         where, mixer = prefix.replace(".N.", f".{index}."), ours.model.layers[index].mixer
         if tied:
             # Shared tensors may be stored once.
-            copies = {name.replace("map_q", "map_k"): x.clone() for name, x in found.items()}
+            copies = {
+                k.replace("map_q", "map_k"): x.clone() for k, x in found.items() if "map_q" in k
+            }
             found = copies | found
         if isinstance(mixer, GatedLinearAttention):
             found = translated(mixer, found, m.kind, where=where)
