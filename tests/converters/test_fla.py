@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import typer
+from converters import fla_mixers
 from converters.converting import contents
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -275,6 +276,25 @@ FORWARD: dict[str, Callable[..., Tensor]] = {
 }
 
 
+RESTATED: dict[str, type[fla_mixers.Mixer]] = {
+    "comba": fla_mixers.Comba,
+    "gated_deltaproduct": fla_mixers.GatedDeltaProduct,
+    "precond_gated_deltanet": fla_mixers.PrecondGatedDeltaNet,
+    "precond_kda": fla_mixers.PrecondKda,
+    "lightnet": fla_mixers.LightNet,
+    "mesa_net": fla_mixers.MesaNet,
+}
+
+
+def mix(c: Config, w: Weights, x: Tensor, bound: Tensor | None) -> Tensor:
+    if (kind := c["model_type"]) in FORWARD:
+        return FORWARD[kind](c, w, x, bound=bound)
+    mixer = RESTATED[kind]().double()
+    mixer.load_state_dict(w)
+    y: Tensor = mixer(x)
+    return y
+
+
 def under(w: Weights, prefix: str) -> Weights:
     return {k.removeprefix(prefix): x for k, x in w.items() if k.startswith(prefix)}
 
@@ -296,7 +316,7 @@ def forward(c: Config, w: Weights, ids: Tensor) -> Tensor:
             x = x + softmax(c, mixer, y)
         else:
             bound = None if bounds is None else bounds[i]
-            x = x + FORWARD[c["model_type"]](c, mixer, y, bound=bound)
+            x = x + mix(c, mixer, y, bound)
         if not old:
             y = rms(x, block["mlp_norm.weight"])
             y = F.silu(y @ block["mlp.gate_proj.weight"].T) * (y @ block["mlp.up_proj.weight"].T)
@@ -309,6 +329,8 @@ def forward(c: Config, w: Weights, ids: Tensor) -> Tensor:
 def mixer_shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of one mixer's tensors, as that package has them."""
     kind, n = c["model_type"], c.get("num_heads", 0)
+    if kind in RESTATED:
+        return {name: tuple(x.shape) for name, x in RESTATED[kind]().state_dict().items()}
     taps = 4
     if kind == "mamba2":
         inner, keys = 2 * HIDDEN, c["n_groups"] * c["state_size"]
@@ -421,7 +443,14 @@ ARCHITECTURES = {
     "delta_net": "DeltaNetForCausalLM",
     "gated_deltanet": "GatedDeltaNetForCausalLM",
     "kda": "KDAForCausalLM",
+    "comba": "CombaForCausalLM",
+    "gated_deltaproduct": "GatedDeltaProductForCausalLM",
+    "precond_gated_deltanet": "PrecondGatedDeltaNetForCausalLM",
+    "precond_kda": "PrecondKDAForCausalLM",
+    "lightnet": "LightNetForCausalLM",
+    "mesa_net": "MesaNetForCausalLM",
 }
+_HEADS: Config = {"num_heads": 4, "head_dim": 4, "expand_v": 1.5, "conv_size": 3}
 _SIZES: dict[str, Config] = {
     "mamba2": {"head_dim": 16, "state_size": 8, "expand": 2, "conv_kernel": 4, "n_groups": 1}
     | {"num_heads": 4, "rmsnorm": True, "chunk_size": 256, "dt_limit": [0.0, float("inf")]},
@@ -432,6 +461,16 @@ _SIZES: dict[str, Config] = {
     "delta_net": {"num_heads": 4, "qk_norm": "l2", "qk_activation": "silu", "hidden_ratio": 4},
     "gated_deltanet": {"num_heads": 2, "head_dim": 8, "expand_v": 2.0, "hidden_ratio": 4},
     "kda": {"num_heads": 2, "head_dim": 8, "expand_v": 1.0, "safe_gate": False},
+    "comba": _HEADS | {"num_heads": 2, "num_v_heads": 4, "use_inner_decay": True},
+    "gated_deltaproduct": _HEADS
+    | {"num_heads": 2, "num_v_heads": 4, "num_householder": 2, "use_forget_gate": True}
+    | {"allow_neg_eigval": True},
+    "precond_gated_deltanet": _HEADS
+    | {"squash_x": 1.7, "squash_eps": 1e-3, "allow_neg_eigval": True},
+    "precond_kda": _HEADS | {"squash_x": 1.7, "squash_eps": 1e-3, "lower_bound": None},
+    "lightnet": {"expand_ratio": 4, "num_heads": 4, "gate_low_rank_dim": 5},
+    "mesa_net": {"num_heads": 4, "head_dim": 4, "conv_size": 3, "lambda_lower_bound": 0.4}
+    | {"use_output_gate": True, "max_cg_step_training": 30},
 }
 
 
@@ -481,7 +520,7 @@ def write(folder: Path, c: Config, w: Weights) -> Path:
 
 
 CASES: dict[str, tuple[str, Config]] = {
-    **{kind: (kind, {}) for kind in FORWARD},
+    **{kind: (kind, {}) for kind in (*FORWARD, *RESTATED)},
     "mamba2-groups": ("mamba2", {"n_groups": 2, "use_conv_bias": False}),
     "mamba2-older": (
         "mamba2",
@@ -504,7 +543,10 @@ CASES: dict[str, tuple[str, Config]] = {
     "hgrn2-no-bound": ("hgrn2", {"use_lower_bound": False}),
     "hgrn2-by-heads": ("hgrn2", {"expand_ratio": None, "num_heads": 2}),
     "delta_net-gate": ("delta_net", {"use_gate": True, "allow_neg_eigval": True}),
-    "delta_net-plain": ("delta_net", {"use_short_conv": False, "use_beta": False}),
+    "delta_net-plain": (
+        "delta_net",
+        {"use_short_conv": False, "use_beta": False, "allow_neg_eigval": None},
+    ),
     "delta_net-elu": ("delta_net", {"qk_activation": "elu", "qk_norm": "sum"}),
     "delta_net-identity": ("delta_net", {"qk_activation": "identity", "use_short_conv": False}),
     "gated_deltanet-shared-keys": (
@@ -549,7 +591,7 @@ def test_the_import_computes_what_the_package_computes(name: str, tmp_path: Path
     assert (got - expected).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("kind", FORWARD)
+@pytest.mark.parametrize("kind", [*FORWARD, "comba"])
 def test_convert_verify_save_reload_generate(kind: str, tmp_path: Path) -> None:
     c = make_config(kind)
     w = make_weights(c)
@@ -646,9 +688,18 @@ REFUSED: dict[str, tuple[str, Config, str]] = {
     "norm before gate": ("mamba2", {"norm_before_gate": True}, "norm_before_gate is True"),
     "heads": ("gla", {"num_heads": 5}, "expand_k gives 16 channels, accepted are multiples of"),
     "value heads": ("kda", {"num_v_heads": 3}, "num_heads: got 3, accepted are multiples"),
+    "unknown number": ("gla", {"rope_size": 0}, "rope_size is 0, and what it asks for is un"),
     "unknown field": ("gla", {"use_rope": True}, "use_rope is True, and what it asks for is un"),
     "architecture": ("gla", {"architectures": ["GLAModel"]}, r"architectures is \['GLAModel'\]"),
     "damage": ("gla", {"num_heads": "four"}, "config.json is damaged: "),
+    "log-linear": (
+        "mamba2",
+        {"model_type": "log_linear_mamba2", "architectures": ["LogLinearMamba2ForCausalLM"]},
+        "'log_linear_mamba2' of flash-linear-attention cannot be imported: it has a memory for",
+    ),
+    "rwkv": ("gla", {"model_type": "rwkv7"}, "'rwkv7' of flash-linear-attention cannot be imp"),
+    "correction": ("comba", {"use_output_correction": False}, "is False, accepted is True"),
+    "solver": ("mesa_net", {"max_cg_step_training": 5}, "training is 5, accepted is 30"),
     "quantised": ("gla", {"quantization_config": {"bits": 4}}, "is quantised; import"),
 }
 

@@ -21,9 +21,10 @@ from converters.converting import VOCABULARY, open_gates, prompts
 from torch import Tensor, nn
 
 from glazoo import attention
-from glazoo.converters import ConversionError, metaplasticize_model
+from glazoo.converters import ConversionError, import_original, metaplasticize_model
 from glazoo.converters.families import LiveFamily
 from glazoo.converters.families.calls import CALLS, Recurrence
+from glazoo.models import GlazooForCausalLM
 from glazoo.zoo import load
 
 pytestmark = [
@@ -326,11 +327,16 @@ def make(name: str) -> Any:
         kind, options = MODELS[name]
         config = getattr(models, f"{kind}Config")(**{**COMMON, **options})
         model = getattr(models, f"{kind}ForCausalLM")(config)
+    return scattered(model)
+
+
+def scattered(model: Any) -> Any:
+    """Moves every tensor of a model from its default start."""
     with torch.no_grad():
-        for parameter_name, p in model.named_parameters():
+        for name, p in model.named_parameters():
             if p.dim() == 1:
                 p.add_(0.3 * torch.randn_like(p))
-            elif "conv1d" not in parameter_name:
+            elif "conv1d" not in name:
                 p.mul_(5.0)
     return model.eval().to(DEVICE)
 
@@ -623,3 +629,65 @@ def test_mamba2_with_the_functions_of_mamba_ssm(
     # There fla has projections and scan in one kernel, and no way around it.
     with pytest.raises(RuntimeError, match="did not call its scan on this path"):
         source.train()(ids, use_cache=False)
+
+
+# Files, which are read without the package.
+
+
+FILES: dict[str, tuple[str, dict[str, Any]]] = {
+    "comba": ("Comba", {"num_v_heads": 4}),
+    "comba_plain": ("Comba", {"use_output_gate": False, "use_short_conv": False}),
+    "product": ("GatedDeltaProduct", {"num_householder": 2, "use_forget_gate": True}),
+    "product_plain": ("GatedDeltaProduct", {"num_householder": 3, "use_output_gate": False}),
+    "precond_gdn": ("PrecondGatedDeltaNet", {"squash_x": 2.0, "allow_neg_eigval": True}),
+    "precond_kda": ("PrecondKDA", {"squash_eps": 1e-3}),
+    "precond_safe": ("PrecondKDA", {"safe_gate": True, "lower_bound": -5.0}),
+    "lightnet": ("LightNet", {"expand_ratio": 16, "gate_low_rank_dim": 8}),
+    "lightnet_conv": ("LightNet", {"expand_ratio": 16, "use_short_conv": True}),
+    "mesa": ("MesaNet", {"use_output_gate": True, "lambda_lower_bound": 0.5}),
+}
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace two kernels that the interpreter does not run."""
+    from fla.ops.mesa_net.naive import naive_mesa_net_exact
+
+    def mesa(
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, lamb: Tensor, **_: Any
+    ) -> Any:
+        return naive_mesa_net_exact(_unit(q), _unit(k), v, g, lamb, beta)
+
+    def gate(x: Tensor, **_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        total = x.logcumsumexp(1)
+        return (x - total).exp(), -total.diff(dim=1, prepend=total[:, :1]), total[:, -1:]
+
+    modules = sys.modules
+    monkeypatch.setattr(modules["fla.layers.mesa_net"], "chunk_mesa_net", mesa)
+    where = modules["fla.ops.lightnet.fused_recurrent"]
+    monkeypatch.setattr(where, "fused_additive_gate", gate)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("name", FILES)
+def test_imported_files_compute_the_same(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fla.models as models
+
+    if DEVICE == "cpu":
+        _stand_in(monkeypatch)
+    kind, options = FILES[name]
+    sizes = {} if kind == "LightNet" else {"head_dim": 16, "num_heads": 2}
+    sizes |= {} if kind in ("LightNet", "MesaNet") else {"expand_v": 1.0}
+    config = getattr(models, f"{kind}Config")(**{**COMMON, **sizes, **options})
+    source = scattered(getattr(models, f"{kind}ForCausalLM")(config))
+    source.save_pretrained(tmp_path / "s")
+    import_original(tmp_path / "s", tmp_path / "i")
+    imported = GlazooForCausalLM.from_pretrained(tmp_path / "i").to(DEVICE)
+    ids = prompts(2, 9)[0].to(DEVICE)
+    close(imported(ids).logits, source(ids).logits)

@@ -17,7 +17,7 @@ from typing import Any
 
 from glazoo.converters.errors import ConversionError
 
-__all__ = ["KINDS", "MODELS", "Config", "Entry", "KeyMap", "Live", "Options", "read"]
+__all__ = ["KINDS", "MODELS", "REFUSED", "Config", "Entry", "KeyMap", "Live", "Options", "read"]
 
 Table = dict[str, Any]
 
@@ -96,11 +96,12 @@ class Config:
 
     def check_all_read(self, ignored: str = "") -> None:
         """Refuses options that nobody asked for, but for those that are off."""
-        for name in self.raw.keys() - self.read - set(ignored.split()):
-            if self.raw[name] not in (None, False):
+        known = self.read.union(ignored.split())
+        for name, value in self.raw.items():
+            if name not in known and value is not None and value is not False:
                 raise ConversionError(
-                    f"{self.where}{name} is {self.raw[name]!r}, and what it asks for is unknown; "
-                    "accepted are the fields of flash-linear-attention's own configuration"
+                    f"{self.where}{name} is {value!r}, and what it asks for is unknown; accepted "
+                    "are the fields of flash-linear-attention's own configuration"
                 )
 
 
@@ -134,6 +135,11 @@ class Live:
 
 def _word(value: object) -> str:
     return value if isinstance(value, str) else str(value).lower()
+
+
+def _among(value: object, accepted: list[Any]) -> bool:
+    # Nothing is as good as off.
+    return value in accepted or (value is None and not any(accepted))
 
 
 def _default(row: Table) -> Any:
@@ -197,13 +203,13 @@ def read(table: Table, source: Config | Live) -> Options:
             continue
         values[key] = value = list(value) if isinstance(value, tuple) else value
         accepted = source.accepted(row)
-        # Nothing is as good as off.
-        if accepted is not None and value not in accepted and (value is not None or any(accepted)):
+        if accepted is not None and not _among(value, accepted):
             refuse(name, repr(value), accepted)
         if "values" in row:
-            if _word(value) not in row["values"]:
+            word = "false" if value is None and "none" not in row["values"] else _word(value)
+            if word not in row["values"]:
                 refuse(name, repr(value), list(row["values"]))
-            value = row["values"][_word(value)]
+            value = row["values"][word]
             if isinstance(value, dict):
                 changes |= value
                 continue
@@ -211,7 +217,7 @@ def read(table: Table, source: Config | Live) -> Options:
         changes |= {} if value is None else row.get("set", {})
     for key, row in fields.items():
         for other, accepted in row.get("needs", {}).get(_word(values[key]), {}).items():
-            if values[other] not in accepted:
+            if not _among(values[other], accepted):
                 refuse(key, f"{values[key]!r} with {other} = {values[other]!r}", accepted)
     sizes: dict[str, int] = {}
     for name, product in table.get("sizes", {}).items():
@@ -275,3 +281,5 @@ KINDS: dict[str, KeyMap] = _maps(_TABLES)
 """Maps by kind."""
 MODELS = {name: _whole(own, _TABLES["parts"]) for name, own in _TABLES["models"].items()}
 """Tables of what is around mixers, by its name."""
+REFUSED: dict[str, str] = _TABLES["refused"]
+"""Models of flash-linear-attention that cannot be imported, by `model_type`, with the reason."""

@@ -184,7 +184,11 @@ def _split(
     rows = sum(s[0] for s in shapes)
     expected = torch.Size((rows, *shapes[0][1:]))
     flat = theirs
-    if entry.shape is not None and theirs.ndim == len(entry.shape) and theirs.numel() == rows:
+    if (
+        entry.shape is not None
+        and theirs.ndim == len(entry.shape)
+        and theirs.numel() == expected.numel()
+    ):
         flat = theirs.reshape(expected)
     if flat.shape != expected:
         raise ConversionError(

@@ -15,12 +15,13 @@ from glazoo.converters.checkpoint import (
     CONFIG,
     INDEX,
     SINGLE,
+    _check_model,
     _dump,
     _read_json,
     _read_shards,
-    inspect_checkpoint,
 )
 from glazoo.converters.errors import ConversionError
+from glazoo.converters.families import find_family
 from glazoo.converters.files import Staging, one_line
 from glazoo.converters.imports.layouts import (
     FLA,
@@ -106,10 +107,10 @@ def import_original(src: str | Path, dst: str | Path, *, force: bool = False) ->
     """Writes a checkpoint of another package as a folder that `from_pretrained` loads.
 
     Mamba2 checkpoints of the original state-spaces/mamba code become transformers' Mamba2.
-    Checkpoints of flash-linear-attention (mamba2, gla, retnet, linear_attn, hgrn2, delta_net,
-    gated_deltanet, kda) become a `glazoo.models.GlazooForCausalLM`. The result computes the same
-    function. Tensors keep their values and dtype; they are renamed and cut, and the configuration
-    is translated. `convert_checkpoint` takes the result.
+    Checkpoints of flash-linear-attention, of the families in `exchange/mixers.toml`, become a
+    `glazoo.models.GlazooForCausalLM`. The result computes the same function. Tensors keep their
+    values and dtype; they are renamed and cut, and the configuration is translated.
+    `convert_checkpoint` takes the result where its spec has a metaplastic form.
 
     Args:
         src: a folder with the package's config.json, and pytorch_model.bin, model.safetensors or
@@ -144,6 +145,11 @@ def import_original(src: str | Path, dst: str | Path, *, force: bool = False) ->
     except (KeyError, TypeError, ValueError) as e:
         raise ConversionError(f"config.json is damaged: {' '.join(str(e).split())}") from e
     _settle_head(tensors, table, tied=config.tie_word_embeddings)
+    # Complete and of the right shapes, whether or not it can be converted.
+    family = find_family(config.model_type)
+    model = family.build(config.architectures[0], config)
+    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    _check_model(family, model, (), shapes, set())
     try:
         with Staging(destination, force=force, total=1, progress=None) as stage:
             save_file(
@@ -155,7 +161,5 @@ def import_original(src: str | Path, dst: str | Path, *, force: bool = False) ->
             for name in _KEPT:
                 if (source / name).is_file():
                     stage.take(source / name, name, link=False)
-            # Complete and of the right shapes, as a conversion will demand.
-            inspect_checkpoint(stage.folder)
     except OSError as e:
         raise ConversionError(f"cannot write {destination}: {one_line(e)}") from e

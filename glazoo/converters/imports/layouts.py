@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from glazoo.converters.errors import ConversionError
-from glazoo.converters.exchange.maps import KINDS, MODELS, Config, KeyMap, Options, Table, read
+from glazoo.converters.exchange.maps import (
+    KINDS,
+    MODELS,
+    REFUSED,
+    Config,
+    KeyMap,
+    Options,
+    Table,
+    read,
+)
 from glazoo.converters.exchange.transfer import spec_of, translated
 from glazoo.layers import GatedLinearAttention
 
@@ -19,6 +28,7 @@ __all__ = ["FLA", "STATE_SPACES", "layout_of", "read_fla", "read_state_spaces"]
 STATE_SPACES = "the original state-spaces/mamba code"
 FLA = "flash-linear-attention"
 
+_MARKS = ("norm_eps", "fuse_norm", "fuse_cross_entropy")
 _EMBEDDINGS = "model.embed_tokens.weight"
 _GATE, _UP = (f"model.layers.N.mlp.{name}_proj.weight" for name in ("gate", "up"))
 _KEPT = ("pad_token_id", "bos_token_id", "eos_token_id", "dtype")
@@ -27,14 +37,19 @@ _KEPT = ("pad_token_id", "bos_token_id", "eos_token_id", "dtype")
 def layout_of(config: Mapping[str, Any]) -> str | None:
     """Names the package that a config.json is of, if it has to be imported; None for all others.
 
-    The original code has no model_type.
+    The original code has no model_type. A model_type that transformers may have too is
+    flash-linear-attention's if the configuration has fields with that package's names.
+
+    Raises:
+        ConversionError: it is of a model of flash-linear-attention that cannot be imported.
     """
     if "model_type" not in config and "d_model" in config and "n_layer" in config:
         return STATE_SPACES
-    m = KINDS.get(f"fla.{config.get('model_type')}")
-    if m is None or not any(name in config for name in m.table.get("own", "model_type").split()):
-        return None
-    return FLA
+    kind, marked = str(config.get("model_type")), any(name in config for name in _MARKS)
+    if marked and kind in REFUSED:
+        raise ConversionError(f"model_type {kind!r} of {FLA} cannot be imported: {REFUSED[kind]}")
+    m = KINDS.get(f"fla.{kind}")
+    return FLA if m is not None and (marked or not m.table.get("shared", False)) else None
 
 
 def read_state_spaces(

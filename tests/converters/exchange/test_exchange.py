@@ -8,14 +8,32 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from converters.fla_mixers import (
+    HIDDEN,
+    Comba,
+    ConvolvedGla,
+    DeltaNet,
+    GatedDeltaNet,
+    GatedDeltaProduct,
+    GatedOutputDeltaNet,
+    Gla,
+    Hgrn2,
+    Kda,
+    LightNet,
+    LinearAttention,
+    MesaNet,
+    Mixer,
+    PrecondGatedDeltaNet,
+    PrecondKda,
+    ReluLinearAttention,
+    Retention,
+    SafeKda,
+)
 from torch import Tensor, nn
 
 from glazoo.converters import exchange
 from glazoo.converters.errors import ConversionError
 from glazoo.layers import GatedLinearAttention
-
-HIDDEN = 32
 
 
 def transformers_mixer(kind: str) -> nn.Module:
@@ -69,306 +87,6 @@ def scramble(mixer: nn.Module) -> nn.Module:
     return mixer
 
 
-def l2(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
-
-
-def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-
-
-def heads(x: Tensor, size: int, repeat: int = 1) -> Tensor:
-    return x.unflatten(-1, (-1, size)).repeat_interleave(repeat, 2)
-
-
-def additive(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
-    """S = Diag(exp g) S + k v^T ; y = S^T q / sqrt(K), one token after the other."""
-    state = q.new_zeros(*q.shape[:1], *q.shape[2:], v.shape[-1])
-    out = []
-    for t in range(q.shape[1]):
-        state = g[:, t].exp()[..., None] * state + k[:, t, ..., None] * v[:, t, :, None]
-        out.append((q[:, t, ..., None] * state).sum(2) * q.shape[-1] ** -0.5)
-    return torch.stack(out, 1)
-
-
-def delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> Tensor:
-    """S = Diag(exp g) S ; S = S + beta k (v - S^T k)^T ; y = S^T q / sqrt(K)."""
-    state = q.new_zeros(*q.shape[:1], *q.shape[2:], v.shape[-1])
-    out = []
-    for t in range(q.shape[1]):
-        state = g[:, t].exp()[..., None] * state
-        error = v[:, t] - (state * k[:, t, ..., None]).sum(2)
-        state = state + k[:, t, ..., None] * (beta[:, t, :, None] * error)[:, :, None]
-        out.append((q[:, t, ..., None] * state).sum(2) * q.shape[-1] ** -0.5)
-    return torch.stack(out, 1)
-
-
-class Norm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
-
-
-class ShortConvolution(nn.Module):
-    def __init__(self, size: int, taps: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(size, 1, taps) / taps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        taps = self.weight.shape[-1]
-        padded = F.pad(x, (0, 0, taps - 1, 0))
-        y = sum(padded[:, j : j + x.shape[1]] * self.weight[:, 0, j] for j in range(taps))
-        assert isinstance(y, Tensor)
-        return F.silu(y)
-
-
-def linear(i: int, o: int, bias: bool = False) -> nn.Linear:
-    return nn.Linear(i, o, bias=bias)
-
-
-class Mixer(nn.Module):
-    """A layer of flash-linear-attention, restated: its attributes, parameter names, arithmetic."""
-
-    head_k_dim, head_v_dim, eps = 4, 6, 1e-4
-    num_heads, num_v_heads, num_kv_heads = 4, 4, 4
-    use_short_conv, conv_size, conv_bias = False, 3, False
-    allow_neg_eigval, use_gate, use_beta = False, True, True
-    hidden_size, layer_idx = HIDDEN, 1
-
-    def projections(self, q: int, k: int, v: int, *, conv: bool) -> None:
-        self.q_proj, self.k_proj = linear(HIDDEN, q), linear(HIDDEN, k)
-        self.v_proj = linear(HIDDEN, v)
-        if conv:
-            self.use_short_conv = True
-            self.q_conv1d = ShortConvolution(q, self.conv_size)
-            self.k_conv1d = ShortConvolution(k, self.conv_size)
-            self.v_conv1d = ShortConvolution(v, self.conv_size)
-
-    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        if self.use_short_conv:
-            q, k, v = self.q_conv1d(q), self.k_conv1d(k), self.v_conv1d(v)
-        return q, k, v
-
-
-class Gla(Mixer):
-    num_kv_heads = 2
-    feature_map_fn = clamp_min = None
-    use_output_gate = fuse_norm_and_gate = True
-    gate_logit_normalizer = 8
-    convolved = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        keys, values = self.num_kv_heads * self.head_k_dim, self.num_kv_heads * self.head_v_dim
-        self.projections(self.num_heads * self.head_k_dim, keys, values, conv=self.convolved)
-        width = self.num_heads * self.head_v_dim
-        self.g_proj, self.o_proj = linear(HIDDEN, width), linear(width, HIDDEN)
-        self.gk_proj = nn.Sequential(linear(HIDDEN, 5), linear(5, keys, bias=True))
-        self.g_norm_swish_gate = Norm(self.head_v_dim, self.eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x)
-        group = self.num_heads // self.num_kv_heads
-        q, k = heads(q, self.head_k_dim), heads(k, self.head_k_dim, group)
-        v = heads(v, self.head_v_dim, group)
-        g = heads(F.logsigmoid(self.gk_proj(x)) / 8, self.head_k_dim, group)
-        o = rms(additive(q, k, v, g), self.g_norm_swish_gate.weight, self.eps)
-        o = o * F.silu(heads(self.g_proj(x), self.head_v_dim))
-        y: Tensor = self.o_proj(o.flatten(2))
-        return y
-
-
-class ConvolvedGla(Gla):
-    convolved = True
-
-
-class Retention(Mixer):
-    num_kv_heads = 2
-    feature_map_fn = None
-    use_output_gate = fuse_norm_and_gate = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        keys, values = self.num_kv_heads * self.head_k_dim, self.num_kv_heads * self.head_v_dim
-        self.projections(self.num_heads * self.head_k_dim, keys, values, conv=False)
-        width = self.num_heads * self.head_v_dim
-        self.g_proj, self.o_proj = linear(HIDDEN, width), linear(width, HIDDEN)
-        self.g_norm_swish_gate = Norm(self.head_v_dim, self.eps)
-
-    def rotary(self, x: Tensor) -> Tensor:
-        d = x.shape[-1]
-        frequency = 10000.0 ** (-torch.arange(0, d, 2, dtype=torch.float32) / d)
-        angle = torch.arange(x.shape[1])[:, None, None] * frequency
-        a, b = x.chunk(2, -1)
-        cos, sin = angle.to(x.dtype).cos(), angle.to(x.dtype).sin()
-        return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x)
-        group = self.num_heads // self.num_kv_heads
-        q = self.rotary(heads(q, self.head_k_dim))
-        k = self.rotary(heads(k, self.head_k_dim)).repeat_interleave(group, 2)
-        v = heads(v, self.head_v_dim, group)
-        head = torch.arange(self.num_heads, dtype=x.dtype)
-        g = torch.log(1 - 2 ** (-5 - head))[:, None].expand_as(q)
-        o = rms(additive(q, k, v, g), self.g_norm_swish_gate.weight, self.eps)
-        o = o * F.silu(heads(self.g_proj(x), self.head_v_dim))
-        y: Tensor = self.o_proj(o.flatten(2))
-        return y
-
-
-class DeltaNet(Mixer):
-    qk_activation, qk_norm = "silu", "l2"
-    gated = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.use_gate = self.gated
-        keys, width = self.num_heads * self.head_k_dim, self.num_heads * self.head_v_dim
-        self.projections(keys, keys, width, conv=True)
-        self.b_proj, self.o_proj = linear(HIDDEN, self.num_heads), linear(width, HIDDEN)
-        if self.gated:
-            self.g_proj = linear(HIDDEN, width)
-        self.o_norm = Norm(self.head_v_dim, self.eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x)
-        q, k = l2(heads(q, self.head_k_dim)), l2(heads(k, self.head_k_dim))
-        v, beta = heads(v, self.head_v_dim), self.b_proj(x).sigmoid()
-        o = rms(delta(q, k, v, beta, torch.zeros_like(q)), self.o_norm.weight, self.eps)
-        if self.gated:
-            o = o * F.silu(heads(self.g_proj(x), self.head_v_dim))
-        y: Tensor = self.o_proj(o.flatten(2))
-        return y
-
-
-class GatedOutputDeltaNet(DeltaNet):
-    gated = True
-
-
-class GatedDeltaNet(Mixer):
-    num_heads, allow_neg_eigval = 2, True
-
-    def __init__(self) -> None:
-        super().__init__()
-        keys, width = self.num_heads * self.head_k_dim, self.num_v_heads * self.head_v_dim
-        self.projections(keys, keys, width, conv=True)
-        self.a_proj = linear(HIDDEN, self.num_v_heads)
-        self.b_proj = linear(HIDDEN, self.num_v_heads)
-        self.A_log = nn.Parameter(torch.zeros(self.num_v_heads))
-        self.dt_bias = nn.Parameter(torch.zeros(self.num_v_heads))
-        self.g_proj, self.o_proj = linear(HIDDEN, width), linear(width, HIDDEN)
-        self.o_norm = Norm(self.head_v_dim, self.eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x)
-        group = self.num_v_heads // self.num_heads
-        q, k = l2(heads(q, self.head_k_dim, group)), l2(heads(k, self.head_k_dim, group))
-        v, beta = heads(v, self.head_v_dim), 2 * self.b_proj(x).sigmoid()
-        g = -self.A_log.exp() * F.softplus(self.a_proj(x) + self.dt_bias)
-        o = delta(q, k, v, beta, g[..., None].expand_as(q))
-        o = rms(o, self.o_norm.weight, self.eps)
-        o = o * F.silu(heads(self.g_proj(x), self.head_v_dim))
-        y: Tensor = self.o_proj(o.flatten(2))
-        return y
-
-
-class Kda(Mixer):
-    lower_bound: float | None = None
-
-    def __init__(self) -> None:
-        super().__init__()
-        keys, width = self.num_heads * self.head_k_dim, self.num_heads * self.head_v_dim
-        self.projections(keys, keys, width, conv=True)
-        low = self.head_v_dim
-        self.f_proj = nn.Sequential(linear(HIDDEN, low), linear(low, keys))
-        self.b_proj = linear(HIDDEN, self.num_heads)
-        self.A_log = nn.Parameter(torch.zeros(self.num_heads))
-        self.dt_bias = nn.Parameter(torch.zeros(keys))
-        self.g_proj = nn.Sequential(linear(HIDDEN, low), linear(low, width, bias=True))
-        self.o_norm, self.o_proj = Norm(self.head_v_dim, self.eps), linear(width, HIDDEN)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x)
-        q, k = l2(heads(q, self.head_k_dim)), l2(heads(k, self.head_k_dim))
-        v, beta = heads(v, self.head_v_dim), self.b_proj(x).sigmoid()
-        z = heads(self.f_proj(x) + self.dt_bias, self.head_k_dim)
-        rate = self.A_log.exp()[:, None]
-        if self.lower_bound is None:
-            g = -rate * F.softplus(z)
-        else:
-            g = self.lower_bound * torch.sigmoid(rate * z)
-        o = rms(delta(q, k, v, beta, g), self.o_norm.weight, self.eps)
-        o = o * torch.sigmoid(heads(self.g_proj(x), self.head_v_dim))
-        y: Tensor = self.o_proj(o.flatten(2))
-        return y
-
-
-class SafeKda(Kda):
-    lower_bound = -5.0
-
-
-class HadamardFeatureMap(nn.Module):
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.layer1, self.layer2 = linear(size, size, bias=True), linear(size, size, bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.layer1(x) * self.layer2(x)
-        return y
-
-
-class LinearAttention(Mixer):
-    num_kv_heads = 2
-    norm_q = norm_k = do_feature_map_norm = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        keys, values = self.num_kv_heads * self.head_k_dim, self.num_kv_heads * self.head_v_dim
-        self.projections(self.num_heads * self.head_k_dim, keys, values, conv=False)
-        self.feature_map_q, self.feature_map_k = self.maps()
-        self.norm = Norm(self.head_v_dim, self.eps)
-        self.o_proj = linear(self.num_heads * self.head_v_dim, HIDDEN)
-
-    def maps(self) -> tuple[nn.Module, nn.Module]:
-        return HadamardFeatureMap(self.head_k_dim), HadamardFeatureMap(self.head_k_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x)
-        group = self.num_heads // self.num_kv_heads
-        q = self.feature_map_q(heads(q, self.head_k_dim))
-        k = self.feature_map_k(heads(k, self.head_k_dim, group))
-        v = heads(v, self.head_v_dim, group)
-        o = rms(additive(q, k, v, torch.zeros_like(q)), self.norm.weight, self.eps)
-        y: Tensor = self.o_proj(o.flatten(2))
-        return y
-
-
-class ReluLinearAttention(LinearAttention):
-    def maps(self) -> tuple[nn.Module, nn.Module]:
-        return nn.ReLU(), nn.ReLU()
-
-
-class Hgrn2(Mixer):
-    head_f_dim, head_i_dim = 4, HIDDEN // 4
-
-    def __init__(self) -> None:
-        super().__init__()
-        keys = self.num_heads * self.head_f_dim
-        self.q_proj, self.f_proj = linear(HIDDEN, keys), linear(HIDDEN, keys)
-        self.i_proj, self.o_proj = linear(HIDDEN, HIDDEN), linear(HIDDEN, HIDDEN)
-        self.g_norm = Norm(HIDDEN, self.eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        f = heads(torch.sigmoid(self.f_proj(x)), self.head_f_dim)
-        q = heads(F.silu(self.q_proj(x)), self.head_f_dim)
-        o = additive(q, 1 - f, heads(self.i_proj(x), self.head_i_dim), f.log())
-        # The package's layer does not pass its epsilon on.
-        y: Tensor = self.o_proj(rms(o.flatten(2), self.g_norm.weight, 1e-5))
-        return y
-
-
 FLA: dict[str, tuple[str, Callable[[], Mixer]]] = {
     "gla": ("fla.gla", Gla),
     "retnet": ("fla.retnet", Retention),
@@ -381,6 +99,12 @@ FLA: dict[str, tuple[str, Callable[[], Mixer]]] = {
     "kda": ("fla.kda", Kda),
     "kda_safe": ("fla.kda", SafeKda),
     "hgrn2": ("fla.hgrn2", Hgrn2),
+    "comba": ("fla.comba", Comba),
+    "gated_deltaproduct": ("fla.gated_deltaproduct", GatedDeltaProduct),
+    "precond_gated_deltanet": ("fla.precond_gated_deltanet", PrecondGatedDeltaNet),
+    "precond_kda": ("fla.precond_kda", PrecondKda),
+    "lightnet": ("fla.lightnet", LightNet),
+    "mesa_net": ("fla.mesa_net", MesaNet),
 }
 TRANSFORMERS = [kind for kind in exchange.KINDS if kind.startswith("transformers.")]
 
