@@ -223,12 +223,16 @@ def warn_of_layout(function: Operation) -> Operation:
     return cast(Operation, call)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _captured(spec: str | Path | Spec) -> int:
     program = lower(load(spec))
     if program not in _PROGRAMS:
         _PROGRAMS.append(program)
     return _PROGRAMS.index(program)
+
+
+# What `torch.compiler.assume_constant_result` does, which first imports the whole compiler: most of
+# the time that `import glazoo` took.
+_captured._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def schedule(gate: Gate, heads: int, *, layer: int = 0, layers: int = 1) -> Float[Tensor, "HV"]:

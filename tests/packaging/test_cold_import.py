@@ -90,6 +90,25 @@ def run_without(absent: tuple[str, ...], program: str, folder: Path) -> tuple[in
     return result.returncode, result.stdout + result.stderr
 
 
+# What takes long to import and no command that only looks things up needs.
+SLOW = ("torch._dynamo", "torch._inductor", "sympy", "scipy", "transformers", "triton", "datasets")
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import glazoo",
+        "from glazoo.cli import app; app(['--version'], standalone_mode=False)",
+        "from glazoo.cli import app; app(['list'], standalone_mode=False)",
+    ],
+)
+def test_what_imports_slowly_waits_until_it_is_needed(program: str, tmp_path: Path) -> None:
+    loaded = f"\nimport sys; print('loaded:', *set(sys.modules).intersection({SLOW!r}))"
+    status, output = run_without((), program + loaded, tmp_path)
+    assert status == 0, output
+    assert output.splitlines()[-1] == "loaded:"
+
+
 def test_import_needs_no_optional_package(tmp_path: Path) -> None:
     status, output = run_without(ABSENT, IMPORT, tmp_path)
     assert status == 0, output
