@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from converters.converting import contents, edit_json, open_gates
 from converters.tiny import VOCABULARY, tiny_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import glazoo
@@ -110,3 +112,57 @@ def test_the_exact_gain_of_a_model_of_our_own() -> None:
     )  # fmt: skip
     assert now.metaplastic_spec(source) == glazoo.metaplasticize(source, rank=2)
     assert Settings.from_block(now.to_block()) == now
+
+
+FORMS: dict[str, Any] = json.loads(
+    (Path(__file__).parents[1] / "golden" / "own_forms.json").read_text()
+)
+"""What 0.1 saved of models of our own, metaplastic by their specs or by conversion: settings, names
+and shapes of tensors, and the logits of `TOKENS` in float64."""
+
+TOKENS = torch.arange(14).view(2, 7) * 5 % 23
+
+
+def numbers(name: str, shape: list[int]) -> torch.Tensor:
+    """The same numbers for the same name, wherever they are made."""
+    t = torch.arange(math.prod(shape), dtype=torch.float64)
+    return (0.4 * torch.cos(1.7 * t + sum(name.encode()) % 97)).view(shape).float()
+
+
+def write_form(name: str, folder: Path) -> list[list[float]]:
+    """Writes a folder as 0.1 did; gives the logits that it computed."""
+    form = FORMS[name]
+    config = dict(form["config"])
+    made = config.pop("metaplasticized", {})
+    specs = {
+        n: glazoo.metaplasticize(glazoo.load(n.removeprefix("metaplastic_")), **made[n])
+        if n in made
+        else glazoo.load(n)
+        for n in config["layer_specs"]
+        if n != "attention"
+    }
+    config["specs"] = {n: spec.model_dump(mode="json") for n, spec in specs.items()}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = {n: numbers(n, shape) for n, shape in form["tensors"].items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    logits: list[list[float]] = form["logits"]
+    return logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FORMS)
+def test_models_of_our_own(name: str, tmp_path: Path) -> None:
+    expected = torch.tensor(write_form(name, tmp_path / "old"), dtype=torch.float64)
+    # In float64 any other function is far away, and rounding is not.
+    budget = torch.finfo(torch.float32).eps * float(expected.abs().max())
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "old", dtype=torch.float64, output_loading_info=True
+    )
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    model.save_pretrained(tmp_path / "new")
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float64)
+    for loaded in (model, again):
+        assert float((loaded.eval()(TOKENS).logits[:, -1] - expected).abs().max()) <= budget
+    kept = again.state_dict()
+    assert all(torch.equal(x, kept[key]) for key, x in model.state_dict().items())
