@@ -5,8 +5,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from glazoo.api import attention as _attention
 from glazoo.api import warn_of_layout
+from glazoo.metaplastic import metaplasticize
 from glazoo.program import Kernel, Program, lower
-from glazoo.spec import Spec, SpecError, freeze, metaplasticize
+from glazoo.spec import Spec, SpecError, freeze
 from glazoo.state import Output, OutputWithUncertainty, State
 from glazoo.zoo import load, names, schema
 

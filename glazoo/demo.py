@@ -30,7 +30,7 @@ from glazoo.compare.store import Store
 from glazoo.compare.tasks import Task, draw, generator
 from glazoo.compare.train import Run, Training, evaluate, fit
 from glazoo.compare.workers import Failed, Finished, run_all
-from glazoo.converters.families.mixer import Observation
+from glazoo.layers.plasticity import Observation
 from glazoo.plotting import MISSING, can_plot, png, style
 from glazoo.spec import metaplasticize
 from glazoo.strictjson import loads

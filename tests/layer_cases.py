@@ -56,10 +56,10 @@ def layer(name: str, *, seed: int = 0, **options: Any) -> GatedLinearAttention:
     # Engines have tests of their own: what the layer adds is tested on the definition.
     given: dict[str, Any] = {"first": False, "impl": "reference"} | sizes(spec) | options
     made = GatedLinearAttention(spec, HIDDEN, layer_idx=1, num_layers=3, **given)
-    if made.importance is not None and made.importance.scale is not None:
-        torch.nn.init.constant_(made.importance.scale, 0.5)
-        assert made.importance.up is not None
-        torch.nn.init.normal_(made.importance.up)
+    if made.metaplastic is not None and made.metaplastic.b_scale is not None:
+        torch.nn.init.constant_(made.metaplastic.b_scale, 0.5)
+        assert made.metaplastic.b_up is not None
+        torch.nn.init.normal_(made.metaplastic.b_up)
     return made.double()
 
 

@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from glazoo import demo
+from glazoo import demo, metaplasticize
 from glazoo.compare.tasks import draw, generator
 from glazoo.compare.train import fit
-from glazoo.converters import metaplasticize_model
 
 SOURCE = demo._source(demo._TASK, 0, 2)
 
@@ -50,7 +49,7 @@ def test_equal_seeds_start_equal_models_and_others_do_not() -> None:
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_the_plasticity_of_a_converted_model_has_its_own_rate(rate: float) -> None:
-    model = metaplasticize_model(demo._start(SOURCE))
+    model = metaplasticize(demo._start(SOURCE))
     *_, run = demo._after(SOURCE, 1)
     training = run.training.model_copy(update={"batch": 2})
     changes = {"training": training, "plasticity_rate": rate}
@@ -60,7 +59,7 @@ def test_the_plasticity_of_a_converted_model_has_its_own_rate(rate: float) -> No
 
 
 def test_without_importance_all_reads_are_alike(tmp_path: Path) -> None:
-    metaplasticize_model(demo._start(SOURCE)).save_pretrained(tmp_path)
+    metaplasticize(demo._start(SOURCE)).save_pretrained(tmp_path)
     picture, (plain, own, other) = demo._look(tmp_path)
     assert plain == own == other
     assert picture.startswith(b"\x89PNG")

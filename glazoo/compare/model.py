@@ -229,12 +229,12 @@ def _set(layer: GatedLinearAttention, config: ModelConfig) -> None:
             rates = module.A_log
             if rates is not None:
                 rates.copy_(torch.linspace(*config.decays, len(rates), device=rates.device).log())
-    if layer.importance is None:
+    if layer.metaplastic is None:
         return
     if config.plasticity and layer.spec.counterpart is not None:
         set_plasticity(layer, config.plasticity)
-    if layer.importance.prior_raw is not None and not config.trains_prior:
-        layer.importance.prior_raw.requires_grad_(False)
+    if layer.metaplastic.ip_log is not None and not config.trains_prior:
+        layer.metaplastic.ip_log.requires_grad_(False)
 
 
 def has_plasticity(spec: Spec) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from glazoo.compare.files import make_folder, write_bytes
 from glazoo.compare.model import Model, ModelConfig, count_parameters, shape_for
 from glazoo.compare.tasks import Batch, Task, data_hash, draw, generator
-from glazoo.layers.plasticity import PLASTICITIES
+from glazoo.layers.plasticity import PLASTICITY
 from glazoo.spec import Spec
 
 __all__ = [
@@ -230,7 +230,7 @@ def fit(
         The learning curve and the cost.
     """
     t = run.training
-    scales = [p for n, p in model.named_parameters() if n.endswith(PLASTICITIES)]
+    scales = [p for n, p in model.named_parameters() if n.endswith(PLASTICITY)]
     matrices = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1 and all(p is not s for s in scales)]
     groups: list[dict[str, Any]] = [
@@ -394,7 +394,7 @@ def train(
         "plasticity": [
             round(float(x), 6)
             for name, p in model.named_parameters()
-            if name.endswith(PLASTICITIES)
+            if name.endswith(PLASTICITY)
             for x in p.detach()
         ],
         "diverged": fitted.diverged,
@@ -434,7 +434,7 @@ def _start(run: Run, folder: Path | None) -> Model:
         added, foreign = model.load_state_dict(state, strict=False)
         converted = run.spec != run.before.spec
         assert not foreign
-        assert all(converted and ".importance." in name for name in added)
+        assert all(converted and ".metaplastic." in name for name in added)
     return model.to(run.device)
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "REMOTE_CODE",
     "REMOTE_MODULE",
     "base_model",
+    "carry_code",
     "model_card",
     "remote_map",
     "without_model_code",
@@ -26,11 +27,11 @@ REMOTE_CODE = "modeling_glazoo.py"
 """File of the module that loaders with `trust_remote_code` import."""
 REMOTE_MODULE = '''"""Loads the converted model without `import glazoo.models`; needs glazoo."""
 
-from glazoo.models import metaplastic
+from glazoo import models
 
 
 def __getattr__(name):
-    return getattr(metaplastic, name)
+    return getattr(models, name)
 '''
 
 
@@ -141,6 +142,16 @@ def remote_map(family: Family) -> dict[str, str]:
         for auto, cls in auto_models(family).items()
     }
     return {"AutoConfig": f"{module}.{config_class(family).__name__}"} | models
+
+
+def carry_code(config: Any, family: Family, folder: Path) -> None:
+    """Writes the module `REMOTE_CODE` into the folder that a configuration is saved to, if its
+    `auto_map` names such a module."""
+    if mapped := getattr(config, "auto_map", None):
+        # A hub's name may stand before the module's: from now on it is in this folder.
+        config.auto_map = {**mapped, **remote_map(family)}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / REMOTE_CODE).write_text(REMOTE_MODULE, "utf-8")
 
 
 def without_model_code(named: Any) -> Any:

@@ -33,7 +33,6 @@ from glazoo.converters.casting import Cast, Dtype, plan_cast, with_dtype
 from glazoo.converters.errors import ConversionError
 from glazoo.converters.families import Family, Found, families, find_family
 from glazoo.converters.files import Progress, Staging, checksum, leftover_warnings, one_line
-from glazoo.converters.gate import gate_shapes, initial_gate
 from glazoo.converters.imports.layouts import layout_of
 from glazoo.converters.report import AddedTensor, ConversionReport, FileRecord, RevertReport
 from glazoo.converters.settings import FORMAT_VERSION, READABLE, Settings
@@ -191,10 +190,11 @@ def _inspect(folder: Path) -> Checkpoint:
             "transformers has: its class is converted, and that entry is left out"
         )
     shapes = {key: info.shape for shard in shards for key, info in shard.tensors.items()}
-    if own := next((key for key in shapes if ".metaplastic." in key), None):
-        raise ConversionError(f"{folder} is converted already: it holds {own}")
     model = family.build(names[0], config)
     found = family.examine(model)
+    known = {name for name, _ in model.named_parameters()}
+    if own := next((k for k in shapes if ".metaplastic." in k and k not in known), None):
+        raise ConversionError(f"{folder} is converted already: it holds {own}")
     prefixes, quantised = _check_mixers(family, model, found, shards)
     packed = _packed_modules(folder, family, raw, shards)
     if packed:
@@ -367,10 +367,11 @@ def _check_mixers(
             raise ConversionError(f"{unknown[0]} is unknown to {family.model_type}")
         leaves = {key.removeprefix(where) for key in expected}
         pattern = where.replace(f".{layer}.", ".{}.", 1)
-    # Mixers of layers that the model has not.
+    # Mixers of layers that the model has not. It has those that are metaplastic already.
+    stray = plain.keys() - model.state_dict().keys()
     for layer in range(len(family.layer_kinds(model.config)) + 1):
         other = pattern.format(layer)
-        if layer not in found and all(f"{other}{leaf}" in plain for leaf in leaves):
+        if layer not in found and all(f"{other}{leaf}" in stray for leaf in leaves):
             raise ConversionError(
                 f"the checkpoint has a mixer in layer {layer}, config.json has not"
             )
@@ -584,26 +585,17 @@ def _added(
     }
     new: list[NewTensor] = []
     reported: list[AddedTensor] = []
+    source = checkpoint.family.source_spec(checkpoint.config, checkpoint.found)
+    spec = settings.metaplastic_spec(source)
     for layer in settings.layers:
-        sizes = checkpoint.found[layer]
-        shapes = gate_shapes(
-            hidden=sizes.hidden,
-            heads=sizes.heads,
-            value=sizes.value,
-            rank=settings.rank,
-            gate=settings.gate,
-        )
-        for name, shape in shapes.items():
-            key = f"{checkpoint.prefixes[layer]}.metaplastic.{name}"
-
-            def make(
-                name: str = name, shape: tuple[int, ...] = shape, layer: int = layer
-            ) -> torch.Tensor:
-                return initial_gate(
-                    name, shape, plasticity=settings.plasticity, seed=settings.seed, layer=layer
-                )
-
-            new.append(NewTensor(key, shape, make))
+        # Without data: every tensor is made when it is written.
+        with torch.device("meta"):
+            gate = checkpoint.found[layer].gate(
+                spec, plasticity=settings.plasticity, seed=settings.seed
+            )
+        for name, p in gate.named_parameters():
+            key, shape = f"{checkpoint.prefixes[layer]}.metaplastic.{name}", tuple(p.shape)
+            new.append(NewTensor(key, shape, functools.partial(gate.start, name)))
             reported.append(AddedTensor(key, shape, "float32", starts[name]))
     return new, tuple(reported)
 
@@ -864,15 +856,12 @@ def _convert_files(
     if isinstance(head.get("total_parameters"), int):
         head["total_parameters"] += sum(math.prod(t.shape) for t in new)
     index |= {"metadata": head, "weight_map": dict(sorted(weight_map.items()))}
-    config = {
-        **checkpoint.raw_config,
-        "architectures": [checkpoint.family.converted_architecture(checkpoint.architecture)],
-        "model_type": checkpoint.family.converted_model_type,
-        "metaplastic": settings.to_block(),
-    }
+    family = checkpoint.family
+    config = family.converted_config(
+        checkpoint.raw_config, checkpoint.config, checkpoint.architecture, settings
+    )
     if cast is not None:
         config = with_dtype(config, cast.dtype)
-    family = checkpoint.family
     named = without_model_code(config.pop("auto_map", None)) or {}
     if remote_code:
         named |= remote_map(family)

@@ -200,7 +200,7 @@ def _layers(text: str) -> list[int] | None:
 
 
 def tune(
-    src: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a converted model.")],
+    src: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a metaplastic model.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
     texts: Annotated[
         list[Path],
@@ -257,7 +257,10 @@ def tune(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train the importance gates of a converted model on texts, and write a new folder."""
+    """Train the importance gates of a metaplastic model on texts, and write a new folder.
+
+    The model is one that `glazoo convert` wrote, or `glazoo train` from metaplastic specs.
+    """
     from glazoo.converters.tune import tune_checkpoint
 
     result = tune_checkpoint(
@@ -292,7 +295,7 @@ def tune(
 
 
 def inspect(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a converted model.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a metaplastic model.")],
     texts: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -321,8 +324,9 @@ def inspect(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show, for every layer and head, where a converted model sits between source and metaplastic.
+    """Show, for every layer and head, where a model sits between source and metaplastic.
 
+    The model is one that `glazoo convert` wrote, or `glazoo train` from metaplastic specs.
     With texts: effective window, importance gate and the share of synapses whose importance exceeds
     the prior.
     """

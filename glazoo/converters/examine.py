@@ -1,4 +1,4 @@
-"""Measuring where a converted model sits between its source and the full metaplastic form."""
+"""Measuring where a metaplastic model sits between its source and the full metaplastic form."""
 
 from __future__ import annotations
 
@@ -12,62 +12,84 @@ import torch
 from torch import Tensor, nn
 
 from glazoo.converters.errors import ConversionError
-from glazoo.converters.families.mixer import MetaplasticMixer, Observation
-from glazoo.converters.module import gates
+from glazoo.converters.families import families, find_family
 from glazoo.converters.report import GateSummary, InspectReport, LayerUse
 from glazoo.converters.settings import Settings
+from glazoo.layers import ImportanceGate, gates
+from glazoo.layers.conversion import metaplastic_layers
+from glazoo.layers.plasticity import Observation
+from glazoo.spec import Spec
 
 __all__ = ["gate_summaries", "inspect_model", "load_converted", "measure_use"]
 
 
-def load_converted(folder: str | Path, **options: Any) -> tuple[nn.Module, Settings]:
-    """Loads a converted folder and the settings of its conversion.
+def load_converted(folder: str | Path, **options: Any) -> nn.Module:
+    """Loads a folder of a metaplastic model: converted, or metaplastic by its specs.
 
     Raises:
-        ConversionError: it is not a converted folder, or does not load.
+        ConversionError: it is none, or does not load.
     """
     import transformers
 
     import glazoo.models  # noqa: F401 - registers the architectures
     from glazoo.converters.checkpoint import CONFIG, _read_json
-    from glazoo.converters.families import find_family
 
     folder = Path(folder)
     if not folder.is_dir():
         raise ConversionError(f"{folder}: there is no such folder")
-    settings = Settings.from_block(_read_json(folder / CONFIG, CONFIG).get("metaplastic"))
-    family = find_family(settings.base_model_type)
-    auto = getattr(transformers, family.loaders(settings.base_architectures[0])[0])
+    raw = _read_json(folder / CONFIG, CONFIG)
+    known = families().get(str(raw.get("model_type")))
+    if known is not None and known.native:
+        loader = known.loaders(known.architectures[0])[0]
+    else:
+        settings = Settings.from_block(raw.get("metaplastic"))
+        family = find_family(settings.base_model_type)
+        loader = family.loaders(settings.base_architectures[0])[0]
     try:
+        auto = getattr(transformers, loader)
         model: nn.Module = auto.from_pretrained(folder, local_files_only=True, **options)
     except ConversionError:
         raise
     except Exception as e:
         raise ConversionError(f"cannot load {folder}: {' '.join(str(e).split())}") from e
-    return model, settings
+    if next(gates(model), None) is None:
+        raise ConversionError(
+            f"{folder} has no importance gates: its layers are not metaplastic. `glazoo convert` "
+            "gives them, and so does a [metaplastic] table of `glazoo train`"
+        )
+    return model
+
+
+def _measured(model: nn.Module) -> Iterator[tuple[nn.Module, ImportanceGate, Spec]]:
+    """Returns the layers whose importance is what gates add to a prior, each with its gate and its
+    metaplastic spec."""
+    for layer, gate, spec in metaplastic_layers(model):
+        if "none" not in (gate.spec.gate.shape, gate.spec.prior.shape):
+            yield layer, gate, spec
 
 
 @torch.no_grad()
 def gate_summaries(model: nn.Module) -> tuple[GateSummary, ...]:
     """Gives plasticity and prior of every layer and head."""
-
-    def numbers(x: Tensor) -> tuple[float, ...]:
-        return tuple(x.double().tolist())
-
-    return tuple(
-        GateSummary(
+    found: dict[int, GateSummary] = {}
+    for _, gate, _ in _measured(model):
+        kappa, prior = gate.kappa(), gate.prior(torch.float64)
+        assert prior is not None
+        kappa = torch.ones(gate.heads) if kappa is None else kappa
+        down, up = gate.b_down, gate.b_up
+        product = up if up is None or down is None else up @ down
+        found[gate.layer] = GateSummary(
             layer=gate.layer,
-            kappa=numbers(gate.b_scale.clamp(min=0)),
-            prior=numbers(gate.ip_log.exp()),
-            opening=float((gate.b_up @ gate.b_down).norm()),
+            kappa=tuple(kappa.double().tolist()),
+            prior=tuple((prior if prior.dim() == 1 else prior.mean(-1)).tolist()),
+            opening=0.0 if product is None else float(product.norm()),
         )
-        for _, gate in sorted(gates(model), key=lambda item: item[1].layer)
-    )
+    return tuple(found[layer] for layer in sorted(found))
 
 
 @contextmanager
 def _observed(model: nn.Module, record: Any) -> Iterator[None]:
-    mixers = [m for m in model.modules() if isinstance(m, MetaplasticMixer)]
+    mixers: list[Any] = [m for m, _, _ in _measured(model)]
     for m in mixers:
         m.observer = record
     try:
@@ -82,11 +104,11 @@ def measure_use(model: nn.Module, ids: Tensor) -> tuple[LayerUse, ...]:
     """Measures what importance does on a text.
 
     Args:
-        model: a converted model.
+        model: a metaplastic model.
         ids: token ids, [B, T].
 
     Returns:
-        One entry for each converted layer.
+        One entry for each layer whose importance is what a gate adds to a prior.
     """
     found: dict[int, LayerUse] = {}
 
@@ -101,6 +123,7 @@ def measure_use(model: nn.Module, ids: Tensor) -> tuple[LayerUse, ...]:
         g = g.mean(-1) if g.dim() == 4 else g
         g = g.reshape(-1, prior.shape[0])
         b = b.mean(-1) if b.dim() == 4 else b
+        prior = prior if prior.dim() == 1 else prior.mean(-1)
         above = state.importance.flatten(2).transpose(1, 2) / prior
         window = 1 / -torch.expm1(g.double().clamp(min=-60).mean(0))
         found[seen.layer] = LayerUse(
@@ -131,11 +154,12 @@ def inspect_model(
     split: str | None = None,
     device: str | torch.device = "cpu",
 ) -> InspectReport:
-    """Says, for every layer and head of a converted folder, where it sits between its source and
-    the full metaplastic form.
+    """Says, for every layer and head of a metaplastic model's folder, where it sits between its
+    source and the full metaplastic form.
 
     Args:
-        folder: a converted folder.
+        folder: a converted folder, or one of a model that is metaplastic by its specs, as `glazoo
+            train` writes.
         texts: UTF-8 text files, or one folder with a Hugging Face data set, on which effective
             window, importance gate and the share of consolidated synapses are measured; none leaves
             that out.
@@ -149,15 +173,21 @@ def inspect_model(
         The measurements.
 
     Raises:
-        ConversionError: the folder is not a converted one or does not load, or a text cannot be
-            read.
+        ConversionError: the folder is of no such model or does not load, or a text cannot be read.
     """
     from glazoo.converters.texts import read_tokens
 
     begun = time.monotonic()
     if tokens < 1:
         raise ConversionError(f"tokens: got {tokens}, expected at least 1")
-    model, settings = load_converted(folder)
+    model = load_converted(folder)
+    measured = list(_measured(model))
+    if not measured:
+        raise ConversionError(
+            f"{folder} has no layer whose importance is what a gate adds to a prior: there is "
+            "nothing to inspect"
+        )
+    config: Any = model.config
     use: tuple[LayerUse, ...] = ()
     count = 0
     if texts:
@@ -174,9 +204,9 @@ def inspect_model(
         use = measure_use(model, torch.from_numpy(ids.astype("int64"))[None])
     return InspectReport(
         folder=str(folder),
-        family=settings.base_model_type,
-        spec=settings.spec,
-        gate=settings.gate,
+        family=config.model_type,
+        spec=", ".join(dict.fromkeys(s.counterpart or s.name for _, _, s in measured)),
+        gate=", ".join(dict.fromkeys(g.spec.gate.shape for _, g, _ in measured)),
         gates=gate_summaries(model),
         tokens=count,
         use=use,

@@ -5,55 +5,47 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from glazoo.converters.errors import ConversionError
 from glazoo.converters.families import Family, LiveFamily, families, find_family
-from glazoo.converters.gate import ImportanceGate
+from glazoo.converters.families.mixer import MetaplasticMixer
 from glazoo.converters.settings import Settings
+from glazoo.layers import GatedLinearAttention, gates
+from glazoo.metaplastic import metaplasticize as metaplasticize_model
 from glazoo.versions import installed, untested
 
-__all__ = ["gates", "metaplasticize_model", "set_impl", "source_limit"]
+# The name of 0.1 stays for one release.
+__all__ = ["metaplasticize_mixers", "metaplasticize_model", "set_impl", "source_limit"]
+
+M = TypeVar("M", bound=nn.Module)
 
 
-def metaplasticize_model(
-    model: nn.Module,
-    plasticity: float = 0.0,
+def metaplasticize_mixers(
+    model: M,
     *,
+    plasticity: float = 0.0,
     gate: str | None = None,
     rank: int | None = None,
     layers: Sequence[int] | None = None,
     seed: int = 0,
     gain: str | None = None,
     impl: str = "auto",
-) -> nn.Module:
-    """Turns a causal language model into its metaplastic counterpart, in place.
-
-        b_t = kappa r_t 2 sigmoid(b_up b_down h_t) ;
-        kappa = `plasticity`, b_up = 0, I_p = 1 at the start
-
-    with r_t the write gate or, for the exact gain, the precision whose rate it is.
-
-    At kappa = 0 the model computes what it did before, up to the rounding of the scan, and the
-    gates can be trained at once. Parameters keep their identity, tied weights stay tied;
-    `save_pretrained` writes a folder that `AutoModelForCausalLM.from_pretrained` loads after
-    `import glazoo.models`. A model of a class that is not transformers' own,
-    flash-linear-attention's for example, converts in memory only: its `save_pretrained` refuses.
+) -> M:
+    """Turns a model whose mixers call a known scan function into its metaplastic form, in place:
+    what `glazoo.metaplasticize`, which says more, does with models that are not built from specs.
 
     Args:
-        model: a supported model, `transformers.Mamba2ForCausalLM` for example.
-        plasticity: kappa, from 0 to 1; sources that subtract no prediction accept more.
-        gate: "head", the default, for one importance vector over keys per head; "value" for one
-            importance per synapse.
-        rank: rank of the importance gate's projection; default a sixteenth of the hidden size, at
-            most 128.
+        model: a supported model.
+        plasticity: kappa.
+        gate: shape of the importance gate.
+        rank: rank of the gate's projection.
         layers: indices of the layers to convert; default all that can be.
         seed: seed of the gate's inner projection.
-        gain: learning rate of a delta rule: "first_order", beta k / I, or "exact", that of the
-            posterior for the precision beta / (1 - beta k.k). Both are the source at kappa = 0.
-            Default: "exact" where the family has it.
+        gain: learning rate of a delta rule.
         impl: engine of the scan, as in `glazoo.attention`.
 
     Returns:
@@ -62,13 +54,11 @@ def metaplasticize_model(
     Raises:
         ConversionError: the model has no mixer that calls a known scan function, is converted
             already, or an argument is out of its domain.
-
-    Reference: arXiv:2602.09075, MetaMamba2.
     """
     from glazoo.models.metaplastic import convert_in_place
 
     family = _family_of(model)
-    config = model.config
+    config: Any = model.config
     found = family.examine(model)
     settings = Settings.make(
         base_model_type=family.model_type,
@@ -93,7 +83,10 @@ def metaplasticize_model(
 def _family_of(model: nn.Module) -> Family:
     config = getattr(model, "config", None)
     if config is None:
-        raise ConversionError(f"model: got {type(model).__name__}, expected a transformers model")
+        raise ConversionError(
+            f"model: got {type(model).__name__}, expected a layer of any spec, or a model in "
+            "transformers' conventions"
+        )
     if next(gates(model), None) is not None:
         raise ConversionError(f"model: this {type(model).__name__} is converted already")
     cls, model_type = type(model), getattr(config, "model_type", None)
@@ -110,19 +103,14 @@ def _family_of(model: nn.Module) -> Family:
     return LiveFamily(model)
 
 
-def gates(model: nn.Module) -> Iterator[tuple[str, ImportanceGate]]:
-    """Gives the importance gates of a converted model with their names."""
-    for name, module in model.named_modules():
-        if isinstance(module, ImportanceGate):
-            yield name, module
-
-
-def set_impl(model: nn.Module, impl: str) -> nn.Module:
-    """Chooses the engine of a converted model's scans, as `impl` of `glazoo.attention`; gives the
-    model back."""
+def set_impl(model: M, impl: str) -> M:
+    """Chooses the engine of a metaplastic model's recurrences, as `impl` of `glazoo.attention`;
+    gives the model back."""
     for module in model.modules():
-        if isinstance(getattr(module, "metaplastic", None), ImportanceGate):
-            module.metaplastic_impl = impl  # type: ignore[assignment]
+        if isinstance(module, MetaplasticMixer):
+            module.metaplastic_impl = impl
+        elif isinstance(module, GatedLinearAttention):
+            module.impl = impl
     return model
 
 
@@ -132,8 +120,9 @@ def source_limit(model: nn.Module) -> Iterator[None]:
     afterwards."""
     kept: list[tuple[torch.Tensor, torch.Tensor]] = []
     with torch.no_grad():
-        for _, gate in gates(model):
+        for gate in (gate for _, gate in gates(model) if gate.added):
             for held in (gate.b_scale, gate.ip_log):
+                assert held is not None
                 kept.append((held, held.detach().clone()))
                 held.zero_()
     try:

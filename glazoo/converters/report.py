@@ -472,7 +472,7 @@ class LayerUse:
 
 @dataclass(frozen=True, slots=True)
 class InspectReport(Report):
-    """Where a converted model sits between its source and the full metaplastic form."""
+    """Where a metaplastic model sits between its source and the full metaplastic form."""
 
     folder: str
     family: str

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 from glazoo.converters.errors import ConversionError
-from glazoo.layers.plasticity import refused_plasticity
-from glazoo.spec import Spec, metaplasticize
+from glazoo.layers.plasticity import default_rank, refused_plasticity
+from glazoo.spec import Spec, SpecError, metaplasticize
 from glazoo.zoo import load
 
-__all__ = ["FORMAT_VERSION", "READABLE", "Gain", "GateShape", "Settings", "default_rank"]
+__all__ = ["FORMAT_VERSION", "READABLE", "Gain", "GateShape", "Settings"]
 
 FORMAT_VERSION = 2
 """Version of the converted format; raised whenever an older reader would misread a newer folder.
@@ -21,11 +21,7 @@ READABLE = range(1, FORMAT_VERSION + 1)
 
 GateShape = Literal["head", "value"]
 Gain = Literal["first_order", "exact"]
-
-
-def default_rank(hidden_size: int) -> int:
-    """Gives the rank of the importance gate's projection: a sixteenth of the width, 128 at most."""
-    return max(1, min(128, hidden_size // 16))
+Tie = Literal["write", "precision"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +48,7 @@ class Settings:
     """Learning rate of a delta rule."""
     beta: Literal["precision", "rate"] = "precision"
     """What the write gate is to the exact gain."""
-    tie: Literal["write", "precision"] = "write"
+    tie: Tie = "write"
     """What the importance gate multiplies."""
     format_version: int = FORMAT_VERSION
 
@@ -81,9 +77,9 @@ class Settings:
             gate = "head"
         if gate not in ("head", "value"):
             raise ConversionError(f"gate: got {gate!r}, accepted are 'head' and 'value'")
-        if gain is None:
-            gain = "exact" if no_exact_gain is None else "first_order"
-        if gain not in ("first_order", "exact"):
+        if gain is None and no_exact_gain is not None:
+            gain = "first_order"
+        if gain not in (None, "first_order", "exact"):
             raise ConversionError(f"gain: got {gain!r}, accepted are 'first_order' and 'exact'")
         if gain == "exact" and no_exact_gain is not None:
             raise ConversionError(f"gain: 'exact' is not possible here: {no_exact_gain}")
@@ -93,6 +89,11 @@ class Settings:
             raise ConversionError(
                 f"rank: got {rank!r}, accepted are 1 to {hidden_size} (the hidden size)"
             )
+        try:
+            made = metaplasticize(source, gate=gate, gain=gain, rank=rank)  # type: ignore[arg-type]
+        except SpecError as e:
+            raise ConversionError(str(e)) from e
+        assert made.importance is not None
         chosen = tuple(convertible) if layers is None else tuple(sorted(set(layers)))
         if strangers := sorted(set(chosen) - set(convertible)):
             raise ConversionError(
@@ -110,15 +111,15 @@ class Settings:
             plasticity=float(plasticity),
             layers=chosen,
             seed=seed,
-            gain=cast(Gain, gain),
-            beta="rate" if gain == "exact" else "precision",
-            tie="precision" if gain == "exact" else "write",
+            gain=made.posterior.gain,
+            beta=made.posterior.beta,
+            tie=cast(Tie, made.importance.gate.tie),
         )
 
     def metaplastic_spec(self, source: Spec) -> Spec:
         """Gives the spec that the converted mixers follow, from that of the source's."""
-        spec = metaplasticize(source, gate=self.gate, gain="first_order", rank=self.rank)
-        data = spec.model_dump()
+        gain: Gain | None = "first_order" if source.posterior.gain == "first_order" else None
+        data = metaplasticize(source, gate=self.gate, gain=gain, rank=self.rank).model_dump()
         data["posterior"] |= {"gain": self.gain, "beta": self.beta}
         data["importance"]["gate"]["tie"] = self.tie
         return Spec.model_validate(data)

@@ -1,4 +1,4 @@
-"""Fine-tuning converted checkpoints on text files and data sets."""
+"""Fine-tuning metaplastic checkpoints on text files and data sets."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ from torch import nn
 from glazoo.converters.checkpoint import (
     CONFIG,
     INDEX,
+    OWN,
     _other_files,
-    _read_json,
     _read_shards,
 )
 from glazoo.converters.errors import ConversionError
 from glazoo.converters.examine import _vocabulary, gate_summaries, load_converted
 from glazoo.converters.files import Staging, leftover_warnings, one_line
-from glazoo.converters.module import gates
 from glazoo.converters.report import TuneReport
-from glazoo.converters.settings import Settings
 from glazoo.converters.tensors import NewTensor, write_shard
 from glazoo.converters.texts import read_splits
+from glazoo.layers import gates
 
 if TYPE_CHECKING:
     from glazoo.models.training import Blocks
@@ -54,7 +53,6 @@ def save_gates(
         ConversionError: `folder` keeps its gates together with other tensors, or lacks some.
     """
     source, destination = Path(folder), Path(os.path.abspath(dst))
-    Settings.from_block(_read_json(source / CONFIG, CONFIG).get("metaplastic"))
     here = {gate.layer: gate for _, gate in gates(model)}
     _, shards = _read_shards(source)
     values: dict[str, list[NewTensor]] = {}
@@ -88,11 +86,14 @@ def save_gates(
 def _gates_apart(folder: Path) -> bool:
     """Says whether a folder keeps its gates in files of their own, as conversions write them."""
     _, shards = _read_shards(folder)
-    return all(len({".metaplastic." in key for key in shard.tensors}) <= 1 for shard in shards)
+    kinds = [{".metaplastic." in key for key in shard.tensors} for shard in shards]
+    return {True} in kinds and {True, False} not in kinds
 
 
 def _save_all(source: Path, dst: Path, model: Any, *, force: bool) -> None:
     """Writes a whole model, with the source's further files."""
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
     destination = Path(os.path.abspath(dst))
     _, shards = _read_shards(source)
     taken = {CONFIG, INDEX, *(s.path.name for s in shards)}
@@ -101,15 +102,11 @@ def _save_all(source: Path, dst: Path, model: Any, *, force: bool) -> None:
         model.save_pretrained(stage.folder)
         made = {p.name for p in stage.folder.iterdir()}
         for other in others:
-            # Bytes of the source are no longer in the weights: there is nothing to revert to.
-            if other.parts[0] != "glazoo" and other.as_posix() not in made:
+            # Bytes of the source are no longer in the weights: there is nothing to revert to. And
+            # checkpoints of the run that made the source are not this one's.
+            gone = other.parts[0] == OWN or other.parts[0].startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+            if not gone and other.as_posix() not in made:
                 stage.take(source / other, other.as_posix(), link=False)
-
-
-def _only_gates(model: nn.Module) -> None:
-    model.requires_grad_(False)
-    for _, gate in gates(model):
-        gate.requires_grad_(True)
 
 
 def _examples(
@@ -172,10 +169,11 @@ def tune_checkpoint(
     force: bool = False,
     quiet: bool = False,
 ) -> TuneReport:
-    """Trains the importance gates of a converted folder, or all of it, on texts.
+    """Trains the importance gates of a metaplastic model's folder, or all of it, on texts.
 
     Args:
-        folder: a folder that `convert_checkpoint` wrote; it is not changed.
+        folder: a converted folder, or one of a model that is metaplastic by its specs, as `glazoo
+            train` writes; it is not changed.
         dst: the folder to make. It appears complete or not at all; checkpoints of the training are
             in `dst` + ".checkpoints" meanwhile.
         texts: UTF-8 text files, or one folder with a Hugging Face data set: written by
@@ -212,6 +210,7 @@ def tune_checkpoint(
     from transformers.trainer_utils import get_last_checkpoint
 
     from glazoo.models.rates import RateTrainer, check_rate
+    from glazoo.models.training import freeze_all_but_importance
 
     begun = time.monotonic()
     source, destination = Path(folder), Path(os.path.abspath(dst))
@@ -242,7 +241,7 @@ def tune_checkpoint(
         raise ConversionError(f"{work} has no checkpoint to resume from")
     if not resume and last is not None:
         raise ConversionError(f"{work} has checkpoints: --resume continues, or remove the folder")
-    model, _ = load_converted(source, dtype=getattr(torch, dtype))
+    model = load_converted(source, dtype=getattr(torch, dtype))
     apart = _gates_apart(source)
     if getattr(model, "_hf_peft_config_loaded", False) and (everything or not apart):
         raise ConversionError(
@@ -263,7 +262,7 @@ def tune_checkpoint(
     if everything:
         model.requires_grad_(True)
     else:
-        _only_gates(model)
+        freeze_all_but_importance(model)
     learned = sum(p.numel() for p in model.parameters() if p.requires_grad)
     set_seed(seed)
     try:

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from glazoo.converters.errors import ConversionError
 from glazoo.converters.families import CACHES, Family, find_family
-from glazoo.converters.module import gates, set_impl, source_limit
+from glazoo.converters.module import set_impl, source_limit
 from glazoo.converters.report import Check, VerifyReport
 from glazoo.converters.settings import Settings
 from glazoo.converters.tokenizers import TEXTS, difference, source_tokenizer
+from glazoo.layers import gates, layers_of
+from glazoo.layers.conversion import update_configurations
 
 __all__ = ["clean_float64_model", "verify_checkpoint", "verify_models"]
 
@@ -258,7 +260,7 @@ def verify_models(
     ):
         if value < least:
             raise ConversionError(f"{name}: got {value}, expected at least {least}")
-    if next(gates(source), None) is not None:
+    if any(gate.added for _, gate in gates(source)):
         raise ConversionError("source: this model is converted itself")
     if not getattr(source, "can_generate", bool)():
         raise ConversionError(
@@ -311,7 +313,9 @@ def verify_models(
 
 def _gate_range(model: nn.Module) -> tuple[float, float, bool]:
     scales, at_source = [], True
-    for _, gate in gates(model):
+    for gate in (gate for _, gate in gates(model) if gate.added):
+        assert gate.b_scale is not None
+        assert gate.ip_log is not None
         kappa = gate.b_scale.detach().clamp(min=0)
         scales += [float(kappa.min()), float(kappa.max())]
         at_source = at_source and not bool(kappa.any()) and not bool(gate.ip_log.detach().any())
@@ -387,7 +391,7 @@ def verify_checkpoint(
     rounded = _check_cast(source, destination, dtype)
     # What is to be equal is the source with these weights.
     with tempfile.TemporaryDirectory() as scratch:
-        _cast_source(destination, Path(scratch))
+        _cast_source(source, destination, Path(scratch))
         report = _verify(
             source,
             destination,
@@ -460,15 +464,16 @@ def _check_cast(source: Path, destination: Path, dtype: str) -> Check:
     return Check("cast", strange is None, None, None, None, None, detail)
 
 
-def _cast_source(converted: Path, scratch: Path) -> None:
+def _cast_source(source: Path, converted: Path, scratch: Path) -> None:
     """Makes a folder that holds the source with the weights that a conversion cast: links, and its
     own configuration and index."""
     from glazoo.converters.checkpoint import CONFIG, INDEX, KEPT, _dump, _read_json, _read_shards
 
+    own = {key for shard in _read_shards(source)[1] for key in shard.tensors}
     _, shards = _read_shards(converted)
     weight_map: dict[str, str] = {}
     for shard in shards:
-        keys = [key for key in shard.tensors if ".metaplastic." not in key]
+        keys = [key for key in shard.tensors if key in own]
         if keys:
             (scratch / shard.path.name).symlink_to(shard.path.resolve())
             weight_map |= dict.fromkeys(keys, shard.path.name)
@@ -505,7 +510,7 @@ def _verify(
     weights: Path,
     family: Family,
     architecture: str,
-    settings: Settings,
+    settings: Settings | None,
     *,
     batch: int,
     tokens: int,
@@ -552,9 +557,9 @@ def _verify(
     )
 
 
-def _pair(source: Path, destination: Path) -> tuple[Family, str, Settings]:
+def _pair(source: Path, destination: Path) -> tuple[Family, str, Settings | None]:
     """Reads both configurations; gives the family, the source's class and the conversion's
-    settings."""
+    settings, which models that are metaplastic by their specs do not need."""
     from glazoo.converters.checkpoint import CONFIG, _read_json
 
     for folder in (source, destination):
@@ -562,13 +567,18 @@ def _pair(source: Path, destination: Path) -> tuple[Family, str, Settings]:
             raise ConversionError(f"{folder}: there is no such folder")
     raw = _read_json(source / CONFIG, CONFIG)
     family = find_family(raw.get("model_type"))
-    settings = Settings.from_block(_read_json(destination / CONFIG, CONFIG).get("metaplastic"))
-    if settings.base_model_type != family.model_type:
+    converted = _read_json(destination / CONFIG, CONFIG)
+    if family.native and "metaplastic" not in converted:
+        made_from, settings = converted.get("model_type"), None
+    else:
+        settings = Settings.from_block(converted.get("metaplastic"))
+        made_from = settings.base_model_type
+    if made_from != family.model_type:
         raise ConversionError(
-            f"{destination} was made from a {settings.base_model_type!r} model, {source} is "
-            f"{family.model_type!r}"
+            f"{destination} was made from a {made_from!r} model, {source} is {family.model_type!r}"
         )
-    return family, settings.base_architectures[0], settings
+    named = raw.get("architectures") if settings is None else settings.base_architectures
+    return family, (named or family.architectures)[0], settings
 
 
 def _load(cls: type[Any], folder: Path, dtype: torch.dtype) -> nn.Module:
@@ -612,11 +622,20 @@ def _exact(model: nn.Module, family: Family) -> None:
             family.quirks.exact(mixer)
 
 
-def _convert_like(model: nn.Module, like: nn.Module, family: Family, settings: Settings) -> None:
+def _convert_like(
+    model: nn.Module, like: nn.Module, family: Family, settings: Settings | None
+) -> None:
     """Converts a source model and gives it the gates of another converted one."""
     from glazoo.models.metaplastic import convert_in_place
 
-    convert_in_place(model, family, settings)
+    if family.native:
+        for layer, theirs in zip(layers_of(model).values(), layers_of(like).values(), strict=True):
+            if layer.spec != theirs.spec:
+                layer.metaplasticize_(theirs.spec)
+        update_configurations(model)
+    else:
+        assert settings is not None
+        convert_in_place(model, family, settings)
     here = dict(gates(model))
     for name, gate in gates(like):
         here[name].load_state_dict(gate.state_dict())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -33,9 +33,15 @@ from glazoo.layers.parts import (
     wide_dtype,
     wide_parameter,
 )
-from glazoo.layers.plasticity import ImportanceModule, observed_precision, refused_plasticity
+from glazoo.layers.plasticity import (
+    EARLIER_NAMES,
+    ImportanceGate,
+    Observation,
+    observed_precision,
+    refused_plasticity,
+)
 from glazoo.program import lower
-from glazoo.spec import Decay, Gate, Spec, SpecError, Stream, metaplasticize
+from glazoo.spec import Decay, Gate, Spec, SpecError, Stream
 from glazoo.state import Output, OutputWithUncertainty, State
 from glazoo.zoo import load
 
@@ -186,6 +192,9 @@ class GatedLinearAttention(KeepsWide):
     Reference: arXiv:2602.09075, and the reference of the spec.
     """
 
+    observer: Callable[[Observation], None] | None = None
+    """Called after every recurrence that has an importance gate and a prior, for measurements."""
+
     decay: GateModule
     write: GateModule
     erase: GateModule
@@ -333,21 +342,21 @@ class GatedLinearAttention(KeepsWide):
             self.trap_proj = Projection(n.hidden, n.heads)
         if spec.read.bonus:
             self.bonus = wide_parameter(n.heads, self.keys)
-        self.importance: ImportanceModule | None = None
+        self.metaplastic: ImportanceGate | None = None
         if spec.importance is not None:
-            self.importance = self._importance(spec)
+            self.metaplastic = self._importance_gate(spec)
 
-    def _importance(self, spec: Spec) -> ImportanceModule:
+    def _importance_gate(self, spec: Spec, **start: float | None) -> ImportanceGate:
         assert spec.importance is not None
-        n, rank = self.sizes, spec.importance.gate.rank
-        return ImportanceModule(
+        return ImportanceGate(
             spec.importance,
-            in_features=n.hidden,
-            heads=n.heads,
+            in_features=self.sizes.hidden,
+            heads=self.sizes.heads,
             keys=self.keys,
-            values=n.value,
+            values=self.sizes.value,
             steps=self.steps,
-            rank=n.value if rank == "head" else rank,
+            layer=self.layer_idx,
+            **start,  # type: ignore[arg-type]
         )
 
     def _build_output(self) -> None:
@@ -413,28 +422,34 @@ class GatedLinearAttention(KeepsWide):
         }
         return gates | {s: self._stream(s).gate for s in _STREAMS}
 
-    def metaplasticize_(
-        self,
-        *,
-        plasticity: float = 0.0,
-        gate: str | None = None,
-        gain: str | None = None,
-        rank: int | None = None,
-    ) -> None:
-        """Turns the layer into its metaplastic form in place, as `glazoo.layers.metaplasticize`."""
-        rank = max(1, min(128, self.sizes.hidden // 16)) if rank is None else rank
-        spec = metaplasticize(self.spec, gate=gate, gain=gain, rank=rank)  # type: ignore[arg-type]
+    def metaplasticize_(self, spec: Spec, *, plasticity: float = 0.0, seed: int = 0) -> None:
+        """Turns the layer in place into a metaplastic form of its spec.
+
+        Args:
+            spec: what `glazoo.metaplasticize` makes of the layer's own.
+            plasticity: kappa, from 0 to 1; a Hebbian layer accepts more.
+            seed: seed of the gate's inner projection, beside the layer's index.
+
+        Raises:
+            ValueError: `plasticity` is out of its domain.
+        """
         if reason := refused_plasticity(spec, plasticity):
             raise ValueError(reason)
         weight = self.o_proj.weight
-        module = self._importance(spec).to(weight.device)
+        gate = self._importance_gate(spec, plasticity=plasticity, seed=seed).to(weight.device)
         if weight.dtype.itemsize > 4:
-            module.to(weight.dtype)
-        assert module.scale is not None
-        fill(module.scale, float(plasticity))
-        module.train(self.training)
-        self.importance = module
+            gate.to(weight.dtype)
+        self.metaplastic = gate.train(self.training)
         self._take(spec)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for name in [n for n in state_dict if n.startswith(f"{prefix}importance.")]:
+            for old, new in EARLIER_NAMES.items():
+                if name.startswith(prefix + old):
+                    state_dict[name.replace(prefix + old, prefix + new)] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(
         self,
@@ -497,16 +512,24 @@ class GatedLinearAttention(KeepsWide):
         if mask is not None:
             self._hide(operands, mask)
         run: Callable[..., Output | OutputWithUncertainty] = attention
+        # Packed sequences have a state each, and nobody measures them.
+        observed = self.observer is not None and cu_seqlens is None
         result = run(
             self.spec if mask is None else self._masked_spec,
             initial_state=self._recurrent(ctx.state),
-            output_final_state=output_state,
+            output_final_state=output_state or observed,
             output_uncertainty=output_uncertainty,
             cu_seqlens=cu_seqlens,
             impl=self.impl,
             **({"k": None} | operands),
         )
         q, k, v = operands["q"], operands.get("k"), operands["v"]
+        if observed:
+            assert self.observer is not None
+            assert result.final_state is not None
+            g = operands.get("g", v.new_zeros(self.sizes.heads, dtype=wide_dtype(x)))
+            b, prior = operands["b"], operands["prior"]
+            self.observer(Observation(self.layer_idx, g, b, prior, result.final_state))
         if output_state:
             assert result.final_state is not None
             self._keep(result.final_state, k, v, ctx)
@@ -790,18 +813,8 @@ class GatedLinearAttention(KeepsWide):
         if spec.steps.source == "lagged":
             trap = self.trap_proj(inputs.hidden)
             operands["trap"] = torch.sigmoid(trap.to(wide_dtype(trap)))
-        importance = self.importance
-        if importance is not None and spec.importance is not None:
-            if spec.importance.gate.shape != "none":
-                operands["b"] = importance(inputs.hidden, self._observed(operands))
-            prior = importance.prior(wide_dtype(inputs.hidden))
-            if prior is not None:
-                operands["prior"] = prior
-            if importance.center is not None:
-                operands["center"] = importance.center
-            if importance.own_decay is not None:
-                own = importance.own_decay(inputs.hidden).value
-                operands["g_importance"] = self._unstacked(own)
+        if self.metaplastic is not None:
+            operands |= self.metaplastic(inputs.hidden, self._observed(operands))
 
     def _observed(self, operands: dict[str, Tensor]) -> Tensor | None:
         """Gives what the importance gate multiplies."""

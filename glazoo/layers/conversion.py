@@ -1,18 +1,25 @@
-"""Metaplastic forms of live modules, in place."""
+"""Metaplastic forms of layers of any spec, in place, and the gates that they have."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import nn
 
 from glazoo.layers.attention import GatedLinearAttention
-from glazoo.layers.plasticity import refused_plasticity
-from glazoo.spec import SpecError
+from glazoo.layers.plasticity import ImportanceGate, default_rank, refused_plasticity
+from glazoo.spec import Spec, SpecError, metaplasticize
 
-__all__ = ["layers_of", "metaplasticize", "set_plasticity"]
+__all__ = [
+    "gates",
+    "layers_of",
+    "metaplastic_layers",
+    "metaplasticize_layers",
+    "set_plasticity",
+    "update_configurations",
+]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -22,7 +29,23 @@ def layers_of(module: nn.Module) -> dict[str, GatedLinearAttention]:
     return {n: m for n, m in module.named_modules() if isinstance(m, GatedLinearAttention)}
 
 
-def metaplasticize(
+def gates(module: nn.Module) -> Iterator[tuple[str, ImportanceGate]]:
+    """Returns the importance gates of a metaplastic layer or model with their names."""
+    for name, m in module.named_modules():
+        if isinstance(m, ImportanceGate):
+            yield name, m
+
+
+def metaplastic_layers(module: nn.Module) -> Iterator[tuple[nn.Module, ImportanceGate, Spec]]:
+    """Returns the metaplastic layers of a model, our own or converted, each with gate and spec."""
+    for m in module.modules():
+        gate = getattr(m, "metaplastic", None)
+        if isinstance(gate, ImportanceGate):
+            spec = m.spec if isinstance(m, GatedLinearAttention) else m.metaplastic_spec
+            yield m, gate, cast(Spec, spec)
+
+
+def metaplasticize_layers(
     module: M,
     *,
     plasticity: float = 0.0,
@@ -30,23 +53,21 @@ def metaplasticize(
     gain: Literal["first_order", "exact"] | None = None,
     rank: int | None = None,
     layers: Sequence[int] | None = None,
+    seed: int = 0,
+    impl: str | None = None,
 ) -> M:
-    """Turns a layer, or the layers of a model, into their metaplastic form, in place.
-
-        J_t = a_t J_{t-1} + b_t k_t^2 ;   b_t = kappa r_t 2 sigmoid(b_up b_down x_t)
-
-    with r_t the write gate or, for the exact gain, the precision whose rate it is. With kappa = 0
-    and the prior at one the module computes what it did before; the gradient of kappa is alive
-    there. Checkpoints of other families: `glazoo.converters`.
+    """Turns the layers of a module into their metaplastic form, in place: what
+    `glazoo.metaplasticize`, which says more, does with modules that hold layers of any spec.
 
     Args:
-        module: a `GatedLinearAttention`, or a module that holds some, such as `GlazooForCausalLM`,
-            whose configuration then names the new specs.
-        plasticity: kappa, from 0 to 1; a Hebbian layer accepts more.
-        gate: shape of the importance gate, as in `glazoo.metaplasticize`.
-        gain: learning rate of a delta rule, as in `glazoo.metaplasticize`.
-        rank: rank of the gate's projection. Default: a sixteenth of the width, at most 128.
+        module: a `GatedLinearAttention`, or a module that holds some.
+        plasticity: kappa.
+        gate: shape of the importance gate.
+        gain: learning rate of a delta rule.
+        rank: rank of the gate's projection.
         layers: indices of the layers to convert. Default: all that are not metaplastic.
+        seed: seed of the gate's inner projection.
+        impl: engine of the chosen layers. Default: as it is.
 
     Returns:
         The module itself.
@@ -54,14 +75,10 @@ def metaplasticize(
     Raises:
         SpecError: no layer can be converted, or a chosen one is metaplastic already.
         ValueError: an argument is out of its domain.
-
-    Reference: arXiv:2602.09075.
     """
     if rank is not None and rank < 1:
         raise ValueError(f"rank: got {rank}, accepted are integers >= 1")
     found = list(layers_of(module).values())
-    if not found:
-        raise SpecError(f"module: this {type(module).__name__} has no GatedLinearAttention layer")
     if layers is None:
         chosen = [m for m in found if not m.spec.metaplastic]
         if not chosen:
@@ -73,22 +90,31 @@ def metaplasticize(
         chosen = [m for m in found if m.layer_idx in set(layers)]
         if done := [m.layer_idx for m in chosen if m.spec.metaplastic]:
             raise SpecError(f"layers: {done} are metaplastic already")
-    _check_plasticity(chosen, plasticity)
-    for layer in chosen:
-        layer.metaplasticize_(plasticity=plasticity, gate=gate, gain=gain, rank=rank)
+    specs = [
+        metaplasticize(m.spec, gate=gate, gain=gain, rank=rank or default_rank(m.sizes.hidden))
+        for m in chosen
+    ]
+    _check_plasticity(specs, plasticity)
+    for layer, spec in zip(chosen, specs, strict=True):
+        layer.metaplasticize_(spec, plasticity=plasticity, seed=seed)
+        layer.impl = layer.impl if impl is None else impl
+    update_configurations(module)
+    return module
+
+
+def update_configurations(module: nn.Module) -> None:
+    """Takes the specs of layers that changed in place into the configurations of their models."""
     for m in module.modules():
-        # Models keep the specs of their layers in their configuration.
         update = getattr(m, "update_specs", None)
         if callable(update):
             update()
-    return module
 
 
 def set_plasticity(module: M, plasticity: float) -> M:
     """Sets kappa of every layer that was made metaplastic, in place; gives the module back.
 
     Args:
-        module: a layer or a model.
+        module: a layer or a model that `glazoo.metaplasticize` gave gates to.
         plasticity: kappa, from 0, the source, to 1, the full Bayesian form; Hebbian layers accept
             more.
 
@@ -96,25 +122,18 @@ def set_plasticity(module: M, plasticity: float) -> M:
         SpecError: no layer has the factor.
         ValueError: `plasticity` is out of its domain.
     """
-    chosen = [
-        m
-        for m in layers_of(module).values()
-        if m.importance is not None
-        and m.importance.scale is not None
-        and m.importance.spec.scale.parameterization == "clamp"
-    ]
+    chosen = [(gate, spec) for _, gate, spec in metaplastic_layers(module) if gate.added]
     if not chosen:
         raise SpecError("module: no layer was made metaplastic from another")
-    _check_plasticity(chosen, plasticity)
+    _check_plasticity([spec for _, spec in chosen], plasticity)
     with torch.no_grad():
-        for layer in chosen:
-            assert layer.importance is not None
-            assert layer.importance.scale is not None
-            layer.importance.scale.fill_(plasticity)
+        for gate, _ in chosen:
+            assert gate.b_scale is not None
+            gate.b_scale.fill_(plasticity)
     return module
 
 
-def _check_plasticity(layers: Sequence[GatedLinearAttention], plasticity: float) -> None:
-    for layer in layers:
-        if reason := refused_plasticity(layer.spec, plasticity):
+def _check_plasticity(specs: Sequence[Spec], plasticity: float) -> None:
+    for spec in specs:
+        if reason := refused_plasticity(spec, plasticity):
             raise ValueError(reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,15 @@ from glazoo.layers.clamp import live_clamp
 from glazoo.layers.gates import GateModule
 from glazoo.layers.parts import KeepsWide, draw, fill, wide_dtype, wide_parameter
 from glazoo.spec import Gate, Importance, Init, Spec, SpecError
+from glazoo.state import State
 
 __all__ = [
+    "EARLIER_NAMES",
     "MAX_PRECISION",
-    "PLASTICITIES",
-    "ImportanceModule",
+    "PLASTICITY",
+    "ImportanceGate",
+    "Observation",
+    "default_rank",
     "importance_gate",
     "observed_precision",
     "refused_plasticity",
@@ -28,9 +33,8 @@ MAX_PRECISION = math.exp(8)
 it, 1 - beta k.k has lost more than three of float32's seven digits, and a single token would fix
 its channels for the rest of a context. The gain itself needs no such bound."""
 
-PLASTICITIES = ("importance.scale", "metaplastic.b_scale")
-"""Ends of the names of plasticities, the factors of importance gates: of a layer's here, and of a
-converted mixer's."""
+PLASTICITY = "metaplastic.b_scale"
+"""End of the names of plasticities, the factors of importance gates."""
 
 
 def observed_precision(
@@ -87,6 +91,11 @@ def refused_plasticity(spec: Spec, plasticity: object) -> str | None:
     return f"plasticity: got {plasticity!r}, accepted are {accepted}"
 
 
+def default_rank(hidden_size: int) -> int:
+    """Returns the rank of an added gate's projection: a sixteenth of the width, 128 at most."""
+    return max(1, min(128, hidden_size // 16))
+
+
 def importance_gate(
     gate: Gate,
     z: Float[Tensor, "B nT HV D"],
@@ -123,24 +132,41 @@ def importance_gate(
     return opening
 
 
-class ImportanceModule(KeepsWide):
-    """Importance of one layer: its gate, scale, prior, own decay and preconditioner's center.
+class ImportanceGate(KeepsWide):
+    """The importance gate of one layer: what a token adds to importance, the prior, and
+    importance's own decay and preconditioner.
 
-        b_t = scale [write_t] gate(x_t) ;   I_p = exp(prior)  or  softplus(prior) + floor
+        b_t = kappa [r_t] 2 sigmoid(z_t)   or   kappa [r_t] softplus(z_t) ;
+        z_t = b_up b_down x_t + b_bias ;
+        kappa = max(b_scale, 0) with a live gradient   or   softplus(b_scale) ;
+        I_p = exp(ip_log)   or   softplus(ip_log) + floor
 
-    Every parameter here is float32 or wider whatever the layer is cast to, the projection
-    included; the projection's two small products run in the input's dtype.
+    as the spec says, with x_t the layer's input and r_t what `observed_precision` makes of its
+    write gate: the gate itself, or the precision whose rate it is. In the gate that
+    `metaplasticize` adds, `b_up` and `ip_log` start at zero, so that b_t = kappa r_t and I_p = 1:
+    kappa = 0 is the source, kappa = 1 the full metaplastic form.
+
+    The factors are bare parameters rather than linear layers, so that quantisers and adapters that
+    collect linear layers leave them alone. Every parameter is float32 or wider whatever the model
+    is cast to; the two small products run in the input's dtype.
 
     Args:
         spec: the importance of a spec.
-        in_features: channels of the layer's input.
-        heads: value heads.
-        keys: key channels per head, as the recurrence sees them.
-        values: value channels per head.
-        steps: writes per token that are projected.
-        rank: rank of the gate's projection; unset for a full one.
+        in_features: channels of the layer's input, D.
+        heads: value heads, HV.
+        keys: key channels per head, K, as the recurrence sees them.
+        values: value channels per head, V.
+        steps: writes per token, n.
+        plasticity: start of b_scale. Default: the spec's.
+        seed: seed of the start of b_down, which then depends on it and on `layer` alone. Default:
+            torch's generator.
+        layer: index of the layer in its model.
 
-    Reference: arXiv:2602.09075.
+    Raises:
+        SpecError: the spec asks for a gate that does not exist.
+
+    Reference: arXiv:2602.09075, importance gate; the clamp at zero and the zero start of `b_up` are
+    this project's.
     """
 
     def __init__(
@@ -151,32 +177,37 @@ class ImportanceModule(KeepsWide):
         heads: int,
         keys: int,
         values: int,
-        steps: int,
-        rank: int | None,
+        steps: int = 1,
+        plasticity: float | None = None,
+        seed: int | None = None,
+        layer: int = 0,
     ) -> None:
         super().__init__()
         self.spec, self.heads, self.values, self.steps = spec, heads, values, steps
+        self.plasticity = spec.scale.init if plasticity is None else float(plasticity)
+        self.seed, self.layer = seed, layer
         gate = spec.gate
         if gate.shape != "none" and gate.parameterization not in ("sigmoid", "softplus"):
             raise SpecError(
                 f"importance.gate.parameterization: got {gate.parameterization!r}, accepted are "
                 "'sigmoid' and 'softplus'"
             )
-        self.down: nn.Parameter | None = None
-        self.up: nn.Parameter | None = None
-        self.bias: nn.Parameter | None = None
-        self.scale: nn.Parameter | None = None
+        self.b_down: nn.Parameter | None = None
+        self.b_up: nn.Parameter | None = None
+        self.b_bias: nn.Parameter | None = None
+        self.b_scale: nn.Parameter | None = None
         if gate.shape != "none":
             width = steps * heads * (values if gate.shape == "value" else 1)
             if gate.source == "data":
-                self.down = wide_parameter(rank, in_features) if rank is not None else None
-                self.up = wide_parameter(width, in_features if rank is None else rank)
+                rank = values if gate.rank == "head" else gate.rank
+                self.b_down = wide_parameter(rank, in_features) if rank is not None else None
+                self.b_up = wide_parameter(width, in_features if rank is None else rank)
             if gate.bias or gate.source == "static":
-                self.bias = wide_parameter(width)
+                self.b_bias = wide_parameter(width)
             if spec.scale.parameterization != "none":
-                self.scale = wide_parameter(heads)
+                self.b_scale = wide_parameter(heads)
         shape = {"none": None, "head": (heads,), "key": (heads, keys)}[spec.prior.shape]
-        self.prior_raw = (
+        self.ip_log = (
             None if shape is None else wide_parameter(*shape, trainable=spec.prior.trainable)
         )
         self.center = wide_parameter(heads) if spec.preconditioner is not None else None
@@ -186,68 +217,122 @@ class ImportanceModule(KeepsWide):
         )
         self.reset_parameters()
 
+    @property
+    def added(self) -> bool:
+        """Whether the gate was added to a source, which kappa = 0 and I_p = 1 are."""
+        return self.b_scale is not None and self.spec.scale.parameterization == "clamp"
+
     def reset_parameters(self) -> None:
-        """Sets the module's own parameters to their starts."""
-        spec = self.spec
-        for p in (self.down, self.up):
-            if p is not None:
-                fill(p, (2 * torch.rand(p.shape, device="cpu") - 1) / math.sqrt(p.shape[1]))
-        init = spec.gate.weight_init
-        if self.up is not None and init is not None and init.distribution != "default":
-            fill(self.up, draw(init, *self.up.shape))
-        if self.bias is not None:
-            fill(self.bias, draw(spec.gate.bias_init or Init(), *self.bias.shape))
-        if self.scale is not None:
-            fill(self.scale, spec.scale.init)
-        if self.prior_raw is not None:
-            start = spec.prior.init
-            if spec.prior.parameterization == "exp":
-                fill(self.prior_raw, math.log(start))
-            else:
-                fill(self.prior_raw, math.log(math.expm1(start - spec.prior.floor)))
-        if self.center is not None and spec.preconditioner is not None:
-            fill(self.center, spec.preconditioner.center_init)
+        """Sets the module's own parameters to their starts; those that a checkpoint filled stay."""
+        for name, p in self.named_parameters(recurse=False):
+            if not p.is_meta:
+                fill(p, self.start(name))
+
+    def start(self, name: str) -> Tensor:
+        """Returns the start of one of the module's own parameters, float32, on the CPU."""
+        spec, shape = self.spec, tuple(self.get_parameter(name).shape)
+        if name in ("b_down", "b_up"):
+            init = spec.gate.weight_init if name == "b_up" else None
+            if init is not None and init.distribution != "default":
+                return draw(init, *shape)
+            generator = None
+            if self.seed is not None:
+                generator = torch.Generator()
+                generator.manual_seed((self.seed * 1_000_003 + self.layer) % 2**63)
+            # Named dtype and device: models are built under a meta device and a default dtype of
+            # their own.
+            u = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+            return (2 * u - 1) / math.sqrt(shape[1])
+        if name == "b_bias":
+            return draw(spec.gate.bias_init or Init(), *shape)
+        value = self.plasticity
+        if name == "ip_log":
+            exp = spec.prior.parameterization == "exp"
+            at = spec.prior.init
+            value = math.log(at) if exp else math.log(math.expm1(at - spec.prior.floor))
+        elif name == "center":
+            assert spec.preconditioner is not None
+            value = spec.preconditioner.center_init
+        return torch.full(shape, value, dtype=torch.float32, device="cpu")
 
     def forward(
         self, x: Float[Tensor, "B T D"], write: Float[Tensor, "B nT HV *V"] | None
-    ) -> Float[Tensor, "B nT HV *V"]:
-        """Gives the importance gate b >= 0 of every write.
+    ) -> dict[str, Tensor]:
+        """Gives the operands of the recurrence that concern importance, those that the spec has.
 
         Args:
             x: [B, T, D], the layer's input.
             write: what the gate multiplies, from `observed_precision`, [B, n T, HV] or
-                [B, n T, HV, V]; unset means 1.
+                [B, n T, HV, V], float32 or wider; unset means 1.
 
         Returns:
-            [B, n T, HV], or [B, n T, HV, V] for one importance per synapse.
+            `b` >= 0, [B, n T, HV], or [B, n T, HV, V] for one importance per synapse; `prior` > 0,
+            [HV] or [HV, K]; `center`, [HV]; `g_importance` <= 0, [B, n T, HV]. In one call: between
+            calls, an offloading hook takes the parameters away.
         """
         self.refuse_narrow()
-        gate = self.spec.gate
-        dtype = wide_dtype(x)
-        if self.up is None:
-            assert self.bias is not None
-            z = self.bias.to(dtype).expand(*x.shape[:2], -1)
-        else:
-            low = x if self.down is None else F.linear(x, self.down.to(x.dtype))
-            z = F.linear(low, self.up.to(x.dtype)).to(dtype)
-            if self.bias is not None:
-                z = z + self.bias.to(dtype)
-        scale = None
-        if self.scale is not None:
-            clamped = self.spec.scale.parameterization == "clamp"
-            scale = live_clamp(self.scale) if clamped else F.softplus(self.scale)
-        z = z.unflatten(-1, (self.steps, self.heads, -1)).flatten(1, 2)
-        return importance_gate(gate, z, write, scale)
+        dtype = wide_dtype(x if write is None else write)
+        operands: dict[str, Tensor] = {}
+        if self.spec.gate.shape != "none":
+            z = self._projected(x, dtype).unflatten(-1, (self.steps, self.heads, -1)).flatten(1, 2)
+            operands["b"] = importance_gate(self.spec.gate, z, write, self.kappa())
+        if (prior := self.prior(dtype)) is not None:
+            operands["prior"] = prior
+        if self.center is not None:
+            operands["center"] = self.center
+        if self.own_decay is not None:
+            g = self.own_decay(x).value
+            operands["g_importance"] = g.unflatten(2, (self.steps, self.heads)).flatten(1, 2)
+        return operands
+
+    def _projected(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.b_up is None:
+            assert self.b_bias is not None
+            return self.b_bias.to(dtype).expand(*x.shape[:2], -1)
+        low = x if self.b_down is None else F.linear(x, self.b_down.to(x.dtype))
+        z = F.linear(low, self.b_up.to(x.dtype)).to(dtype)
+        return z if self.b_bias is None else z + self.b_bias.to(dtype)
+
+    def kappa(self) -> Float[Tensor, "HV"] | None:
+        """Returns the plasticity kappa >= 0 of every head; None where the spec has none."""
+        if self.b_scale is None:
+            return None
+        clamped = self.spec.scale.parameterization == "clamp"
+        return live_clamp(self.b_scale) if clamped else F.softplus(self.b_scale)
 
     def prior(self, dtype: torch.dtype) -> Float[Tensor, "HV *K"] | None:
-        """Gives the prior importance I_p > 0, [HV] or [HV, K]; None where the spec has none."""
-        self.refuse_narrow()
-        if self.prior_raw is None:
+        """Returns the prior importance I_p > 0, [HV] or [HV, K]; None where the spec has none."""
+        if self.ip_log is None:
             return None
         if self.spec.prior.parameterization == "exp":
-            return self.prior_raw.to(dtype).exp()
-        return F.softplus(self.prior_raw.to(dtype)) + self.spec.prior.floor
+            return self.ip_log.to(dtype).exp()
+        return F.softplus(self.ip_log.to(dtype)) + self.spec.prior.floor
 
     def extra_repr(self) -> str:
-        gate = self.spec.gate
-        return f"gate={gate.shape}, prior={self.spec.prior.shape}, heads={self.heads}"
+        gate, prior = self.spec.gate, self.spec.prior
+        return f"gate={gate.shape}, rank={gate.rank}, prior={prior.shape}, heads={self.heads}"
+
+
+class Observation(NamedTuple):
+    """What one call of a layer's recurrence did, for measurements."""
+
+    layer: int
+    g: Tensor
+    """Log decays, [B, T, HV], [B, T, HV, K] or [HV]."""
+    b: Tensor
+    """Importance gate, [B, T, HV] or [B, T, HV, V]."""
+    prior: Float[Tensor, "HV *K"]
+    state: State
+    """After the last token."""
+
+
+EARLIER_NAMES = {
+    "importance.down": "metaplastic.b_down",
+    "importance.up": "metaplastic.b_up",
+    "importance.bias": "metaplastic.b_bias",
+    "importance.scale": "metaplastic.b_scale",
+    "importance.prior_raw": "metaplastic.ip_log",
+    "importance.center": "metaplastic.center",
+    "importance.own_decay": "metaplastic.own_decay",
+}
+"""What the gate's parameters are now called that layers of 0.1 saved, within a layer."""

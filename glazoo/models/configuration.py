@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import strict  # type: ignore[attr-defined]
 
+from glazoo.converters.settings import Settings
 from glazoo.layers import Sizes
 from glazoo.spec import Spec, SpecError
 from glazoo.zoo import load
@@ -91,6 +92,9 @@ class GlazooConfig(PreTrainedConfig):
     check_finite: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # What the file says; the class knows better.
+        kwargs.pop("model_type", None)
+        block = kwargs.pop("metaplastic", None)
         if self.pattern is not None or self.layer_specs is None:
             default = "gated_deltanet" if self.pattern is None else self.pattern
             self.set_pattern(default)
@@ -100,6 +104,11 @@ class GlazooConfig(PreTrainedConfig):
             self.num_attention_heads = max(1, self.hidden_size // 64)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        if block is not None:
+            # A conversion of 0.1 kept the specs of the source, and beside them what it did.
+            settings = Settings.from_block(block)
+            changed = ((i, self.spec(i)) for i in settings.layers)
+            self.take_specs({i: settings.metaplastic_spec(s) for i, s in changed if s is not None})
         # Here rather than in validators, whose exceptions hide what was raised.
         self.check()
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
@@ -131,6 +140,49 @@ class GlazooConfig(PreTrainedConfig):
         self.specs = specs
         self.layer_specs = [names[i % len(names)] for i in range(self.num_hidden_layers)]
         self.pattern = None
+
+    def take_specs(self, changed: Mapping[int, Spec]) -> None:
+        """Takes other specs of layers into `specs` and `layer_specs`; sizes stay as they are."""
+        assert self.layer_specs is not None
+        sizes = dict(self.spec_sizes or {})
+        specs: dict[str, dict[str, Any]] = {}
+        names: list[str] = []
+        for i, old in enumerate(self.layer_specs):
+            spec = changed.get(i) or self.spec(i)
+            if spec is None:
+                names.append(old)
+                continue
+            data = spec.model_dump(mode="json")
+            # Layers may differ in the shape or rank of their gates under one spec name.
+            key, n = spec.name, 2
+            while specs.setdefault(key, data) != data:
+                key, n = f"{spec.name}.{n}", n + 1
+            names.append(key)
+            if old in sizes:
+                sizes[key] = sizes[old]
+        self.specs, self.layer_specs = specs, names
+        if sizes:
+            self.spec_sizes = {name: x for name, x in sizes.items() if name in specs}
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Reads a configuration; conversions of 0.1 had a `model_type` of their own."""
+        found, rest = super().get_config_dict(*args, **kwargs)
+        if found.get("model_type") == f"metaplastic_{cls.model_type}":
+            found["model_type"] = cls.model_type
+        return found, rest
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Does nothing: transformers would save this module's file with every model."""
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Saves the configuration, and the module that its `auto_map` names."""
+        from glazoo.converters.card import carry_code
+        from glazoo.converters.families.own import OWN
+
+        carry_code(self, OWN, Path(save_directory))
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def spec(self, layer: int) -> Spec | None:
         """Gives the spec of a layer, or None for softmax attention."""

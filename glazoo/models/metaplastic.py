@@ -20,16 +20,16 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from glazoo.converters.card import REMOTE_CODE, REMOTE_MODULE, remote_map, without_model_code
+from glazoo.converters.card import carry_code, remote_map, without_model_code
 from glazoo.converters.errors import ConversionError
 from glazoo.converters.families import CACHES, Family, Found, families
 from glazoo.converters.families.interception import current_packing, once, packing
 from glazoo.converters.families.mixer import MetaplasticMixer
-from glazoo.converters.gate import ImportanceGate
 from glazoo.converters.packing import Packed, find_packed
 from glazoo.converters.settings import Settings
+from glazoo.layers import ImportanceGate
 from glazoo.models.decay import teach_trainer
-from glazoo.models.saving import SavesWhole
+from glazoo.models.saving import SavesWhole, refuse_incomplete_gates
 from glazoo.models.sharding import teach_accelerate
 from glazoo.spec import Spec
 from glazoo.strictjson import dumps, loads
@@ -87,12 +87,7 @@ class _ConvertedConfig:
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Saves the configuration, and the module that its `auto_map` names."""
-        if mapped := getattr(self, "auto_map", None):
-            # A hub's name may stand before the module's: from now on it is in this folder.
-            self.auto_map = {**mapped, **remote_map(self.glazoo_family)}
-            folder = Path(save_directory)
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / REMOTE_CODE).write_text(REMOTE_MODULE, "utf-8")
+        carry_code(self, self.glazoo_family, Path(save_directory))
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
 
@@ -100,6 +95,8 @@ class _ConvertedConfig:
 def config_class(family: Family) -> type[Any]:
     """Gives the configuration class of a family's converted checkpoints."""
     base = family.source_config()
+    if family.native:
+        return base
     name = f"Metaplastic{base.__name__}"
     return type(
         name,
@@ -168,20 +165,8 @@ class _ConvertedModel(SavesWhole):
         # A head that the files were saved without starts anew, as it does on the source.
         whole = cls.__name__ in (model.config.architectures or ()) or model.base_model is model
         body = "" if whole else f"{model.base_model_prefix}."
-        missing = sorted(k for k in info["missing_keys"] if k.startswith(body))
-        unknown = sorted(k for k in info["unexpected_keys"] if ".metaplastic." in k)
-        mismatched = sorted(str(k) for k in info["mismatched_keys"])
-        for kind, keys in (
-            ("lacks", missing),
-            ("has unknown", unknown),
-            ("has misshapen", mismatched),
-        ):
-            if keys:
-                more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-                raise ConversionError(
-                    f"{pretrained_model_name_or_path} {kind} tensors: {', '.join(keys[:3])}{more}; "
-                    "it is not a complete converted checkpoint"
-                )
+        missing = (k for k in info["missing_keys"] if k.startswith(body))
+        refuse_incomplete_gates(pretrained_model_name_or_path, info, missing)
         return (model, info) if output_loading_info else model
 
 
@@ -211,10 +196,6 @@ def _keeping_apart(source: Callable[..., Any], *, apart: bool) -> Callable[..., 
             return source(self, **given)
 
     return forward
-
-
-def _forward(base: type[Any], family: Family) -> Callable[..., Any]:
-    return _keeping_apart(base.forward, apart=family.quirks.apart)
 
 
 def _without_cache(given: dict[str, Any]) -> dict[str, Any]:
@@ -337,6 +318,8 @@ def model_class(base: type[Any], family: Family) -> type[Any]:
 
     There is one only of each: pickles and `isinstance` rely on it.
     """
+    if family.native:
+        return base
     name = family.converted_architecture(base.__name__)
     wide = {*(base._keep_in_fp32_modules_strict or ()), "metaplastic"}
     return type(
@@ -348,7 +331,7 @@ def model_class(base: type[Any], family: Family) -> type[Any]:
             "__doc__": f"{base.__name__} converted to metaplastic form.",
             "glazoo_family": family,
             "config_class": config_class(family),
-            **({} if family.separates else {"forward": _forward(base, family)}),
+            "forward": _keeping_apart(base.forward, apart=family.quirks.apart),
             "_keep_in_fp32_modules_strict": sorted(wide),
             # Engines choose by shape and device in Python; nobody has traced that in one graph with
             # the cache.
@@ -416,8 +399,6 @@ def attach(
     spec = settings.metaplastic_spec(family.source_spec(model.config, found))
     for layer in settings.layers:
         convert_mixer(mixers[layer], family, settings, spec, found[layer])
-    if family.separates:
-        return
     for inner in model.modules():
         if inner is model or not hasattr(inner, "get_input_embeddings"):
             continue
@@ -431,29 +412,16 @@ def convert_mixer(
 ) -> None:
     """Turn one source mixer into its metaplastic form, with the spec that it gets."""
     weight = next(mixer.parameters())
-    gate = ImportanceGate(
-        hidden=sizes.hidden,
-        heads=sizes.heads,
-        value=sizes.value,
-        rank=settings.rank,
-        gate=settings.gate,
-        plasticity=settings.plasticity,
-        seed=settings.seed,
-        layer=sizes.layer,
-        device=weight.device,
-    )
-    gate.train(mixer.training)
+    gate = sizes.gate(spec, plasticity=settings.plasticity, seed=settings.seed).to(weight.device)
     if weight.dtype.itemsize > 4:
         gate.to(weight.dtype)
-    mixer.metaplastic = gate
+    mixer.metaplastic = gate.train(mixer.training)
     mixer.metaplastic_spec = spec  # type: ignore[assignment]
     mixer.metaplastic_impl = "auto"  # type: ignore[assignment]
     mixer.metaplastic_apart = family.quirks.apart  # type: ignore[assignment]
     form = family.metaplastic_class(type(mixer))
     assert form is not None
     mixer.__class__ = form
-    assert isinstance(mixer, MetaplasticMixer)
-    mixer.attached()
 
 
 def convert_in_place(
@@ -561,7 +529,7 @@ def register() -> None:
             # reason.
             continue
         # Not by AutoConfig.register, which demands that memory and files agree on the type.
-        CONFIG_MAPPING.register(family.converted_model_type, cls, exist_ok=True)
+        CONFIG_MAPPING.register(f"metaplastic_{family.model_type}", cls, exist_ok=True)
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from glazoo.layers import GatedLinearAttention, LayerState
+from glazoo.layers import GatedLinearAttention, LayerState, layers_of
 from glazoo.layers.parts import (
     KeepsWide,
     Projection,
@@ -26,13 +27,16 @@ from glazoo.layers.parts import (
     wide_dtype,
     wide_parameter,
 )
+from glazoo.layers.plasticity import EARLIER_NAMES
 from glazoo.models.cache import CACHE, recurrent_layer
 from glazoo.models.configuration import GlazooConfig
 from glazoo.models.decay import teach_trainer
-from glazoo.models.saving import SavesWhole
+from glazoo.models.saving import SavesWhole, refuse_incomplete_gates
 from glazoo.models.sharding import teach_accelerate
 
 __all__ = ["GlazooForCausalLM", "GlazooModel", "GlazooPreTrainedModel"]
+
+_EARLIER = {rf"\.{old}": f".{new}" for old, new in EARLIER_NAMES.items()}
 
 
 class SoftmaxAttention(nn.Module):
@@ -209,6 +213,35 @@ class GlazooPreTrainedModel(SavesWhole, PreTrainedModel):
         teach_trainer()
         teach_accelerate()
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Does nothing: transformers would save this module's file with every model."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        key_mapping: Mapping[str, str] | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Loads a checkpoint, of 0.1 too; absent or unknown tensors of importance gates are an
+        error, not a log line."""
+        loaded: Any = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *args,
+            key_mapping={**_EARLIER, **(key_mapping or {})},
+            output_loading_info=True,
+            **kwargs,
+        )
+        model, info = loaded
+        # Saved again, tensors have the names of today.
+        used = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [c for c in used if not set(c.source_patterns) & set(_EARLIER)]
+        refuse_incomplete_gates(pretrained_model_name_or_path, info)
+        return (model, info) if output_loading_info else model
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Projection) and module.published:
@@ -258,26 +291,7 @@ class GlazooModel(GlazooPreTrainedModel):
 
     def update_specs(self) -> None:
         """Takes the specs of the layers into the configuration, after they changed in place."""
-        config = self.config
-        assert config.layer_specs is not None
-        sizes = dict(config.spec_sizes or {})
-        specs: dict[str, dict[str, Any]] = {}
-        for i, block in enumerate(self.layers):
-            assert isinstance(block, GlazooBlock)
-            if not isinstance(block.mixer, GatedLinearAttention):
-                continue
-            spec, old = block.mixer.spec, config.layer_specs[i]
-            data = spec.model_dump(mode="json")
-            # Layers may differ in the shape or rank of their gates under one spec name.
-            key, n = spec.name, 2
-            while specs.setdefault(key, data) != data:
-                key, n = f"{spec.name}.{n}", n + 1
-            config.layer_specs[i] = key
-            if old in sizes:
-                sizes[key] = sizes[old]
-        config.specs = specs
-        if sizes:
-            config.spec_sizes = {name: x for name, x in sizes.items() if name in specs}
+        self.config.take_specs({m.layer_idx: m.spec for m in layers_of(self).values()})
         self._keep_in_fp32_modules_strict = set(wide_names(self))
 
     def forward(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from glazoo.layers.plasticity import PLASTICITIES
+from glazoo.layers.plasticity import PLASTICITY
 
 __all__ = ["RateTrainer", "apart", "check_rate"]
 
@@ -35,7 +35,7 @@ def apart(model: nn.Module, groups: list[dict[str, Any]], rate: float) -> list[d
     Returns:
         The groups, those of the plasticities last.
     """
-    own = {id(p) for n, p in model.named_parameters() if n.endswith(PLASTICITIES)}
+    own = {id(p) for n, p in model.named_parameters() if n.endswith(PLASTICITY)}
     rest: list[dict[str, Any]] = []
     moved: list[dict[str, Any]] = []
     for group in groups:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SavesWhole"]
+from glazoo.converters.errors import ConversionError
+
+__all__ = ["SavesWhole", "refuse_incomplete_gates"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -16,6 +19,35 @@ def _mark(path: Path) -> tuple[int, int, int] | None:
         return None
     found = path.stat()
     return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def refuse_incomplete_gates(
+    folder: object, info: Mapping[str, Any], missing: Iterable[str] | None = None
+) -> None:
+    """Refuses a checkpoint that lacks tensors of importance gates, or has some that the model has
+    no place for.
+
+    Args:
+        folder: where it was loaded from.
+        info: what transformers says of the loading.
+        missing: names of the tensors that must not be absent. Default: those of gates.
+
+    Raises:
+        ConversionError: it is not complete.
+    """
+    if missing is None:
+        missing = (k for k in info["missing_keys"] if ".metaplastic." in k)
+    for kind, keys in (
+        ("lacks", sorted(missing)),
+        ("has unknown", sorted(k for k in info["unexpected_keys"] if ".metaplastic." in k)),
+        ("has misshapen", sorted(str(k) for k in info["mismatched_keys"])),
+    ):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise ConversionError(
+                f"{folder} {kind} tensors: {', '.join(keys[:3])}{more}; it is not a complete "
+                "metaplastic checkpoint"
+            )
 
 
 class SavesWhole:

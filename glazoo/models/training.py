@@ -29,7 +29,8 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from glazoo.layers import layers_of, metaplasticize
+from glazoo.layers import gates
+from glazoo.metaplastic import metaplasticize
 from glazoo.models.causal_lm import GlazooConfig, GlazooForCausalLM
 from glazoo.models.rates import RateTrainer
 
@@ -75,6 +76,8 @@ class Metaplastic(_Section):
     """Learning rate of a delta rule."""
     rank: int | None = Field(default=None, ge=1)
     """Rank of the importance gate's projection."""
+    seed: int = 0
+    """Seed of the importance gate's inner projection."""
 
 
 class TrainConfig(_Section):
@@ -281,12 +284,10 @@ def freeze_all_but_importance(model: nn.Module) -> None:
     Raises:
         ValueError: no layer has any.
     """
-    modules = [m.importance for m in layers_of(model).values() if m.importance is not None]
-    # Converted checkpoints of other families keep theirs under this name.
-    modules += [m for name, m in model.named_modules() if name.endswith(".metaplastic")]
-    if not modules:
+    found = [gate for _, gate in gates(model)]
+    if not found:
         raise ValueError("trainable: the model has no importance gates; add a [metaplastic] table")
-    learned = [p for m in modules for p in m.parameters() if p.requires_grad]
+    learned = [p for gate in found for p in gate.parameters() if p.requires_grad]
     model.requires_grad_(False)
     for p in learned:
         p.requires_grad_(True)

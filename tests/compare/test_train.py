@@ -253,7 +253,7 @@ def test_the_plasticity_may_learn_more_slowly_than_the_rest() -> None:
         run = run_of("x", spec=spec, training=training, plasticity_rate=share)
         torch.manual_seed(0)
         model = Model(run.spec, run.model, run.task.interface)
-        scale = model.attention[0].importance.scale
+        scale = model.attention[0].metaplastic.b_scale
         with torch.no_grad():
             scale.fill_(0.5)
         fit(model, run)
@@ -390,12 +390,12 @@ def test_the_start_that_a_config_asks_for() -> None:
         rates = getattr(getattr(layer, "decay", None), "A_log", None)
         if rates is not None:
             assert torch.allclose(rates.exp(), torch.tensor([0.01, 0.06, 0.11, 0.16]))
-        if layer.importance is not None:
-            assert layer.importance.prior_raw is not None
-            assert not layer.importance.prior_raw.requires_grad
+        if layer.metaplastic is not None:
+            assert layer.metaplastic.ip_log is not None
+            assert not layer.metaplastic.ip_log.requires_grad
             beta = torch.ones(1, 1, 4)
             x = torch.zeros(1, 1, 16)
-            opened = layer.importance(x, beta).detach()
+            opened = layer.metaplastic(x, beta)["b"].detach()
             # Both start near two thirds of the write gate: softplus(1) / 2 is 0.657.
             assert torch.allclose(opened, torch.tensor(0.66), atol=0.005)
 

@@ -23,13 +23,12 @@ from transformers import AutoModelForCausalLM, Mamba2ForCausalLM
 from typer.testing import CliRunner
 
 import glazoo.models  # noqa: F401 - registers the converted architectures
-from glazoo import versions
+from glazoo import metaplasticize, versions
 from glazoo.cli import app
 from glazoo.converters import (
     ConversionError,
     convert_checkpoint,
     inspect_checkpoint,
-    metaplasticize_model,
     revert_checkpoint,
 )
 from glazoo.converters.files import Terminated, leftovers, remove_leftovers
@@ -67,7 +66,7 @@ def test_versions_that_nobody_tested_are_named(
     warnings = convert_checkpoint(source, tmp_path / "converted").warnings
     assert sum(w.startswith(expected) for w in warnings) == 1
     with pytest.warns(UserWarning, match=expected):
-        metaplasticize_model(make_model())
+        metaplasticize(make_model())
 
 
 @torch.no_grad()
@@ -98,7 +97,7 @@ def test_converted_folder_is_the_source_with_gates(
     assert read_shard(dst / files[-1]).metadata == {"format": "pt"}
 
     # Converted in memory and on disk, with the same seed: the same model.
-    live: Any = metaplasticize_model(Mamba2ForCausalLM.from_pretrained(src).eval(), gate=gate)
+    live: Any = metaplasticize(Mamba2ForCausalLM.from_pretrained(src).eval(), gate=gate)
     loaded = load(dst)
     assert type(loaded) is type(live)
     configs = [m.config.to_dict() for m in (loaded, live)]

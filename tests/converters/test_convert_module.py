@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Mamba2ForCausalLM
 
 import glazoo.models
-from glazoo.converters import ConversionError, metaplasticize_model
-from glazoo.converters.module import gates, set_impl, source_limit
+from glazoo import metaplasticize
+from glazoo.converters import ConversionError
+from glazoo.converters.module import set_impl, source_limit
 from glazoo.converters.verify import clean_float64_model
+from glazoo.layers import gates
 
 EPS = torch.finfo(torch.float32).eps
 
 
 def convert(model: nn.Module, plasticity: float = 0.0, **options: Any) -> Any:
-    return metaplasticize_model(copy.deepcopy(model), plasticity, **options)
+    return metaplasticize(copy.deepcopy(model), plasticity, **options)
 
 
 def budget(source: Any, ids: Tensor) -> float:
@@ -138,7 +140,8 @@ def by_hand(source: Any, model: Any, hidden: Tensor) -> Tensor:
                 dt = step[n, t, head]
                 a = torch.exp(-torch.exp(w["A_log"][head]) * dt)
                 k, v = key[n, t, theirs], x[n, t, mine]
-                z_b = low[n, t, mine] if gate.gate == "value" else low[n, t, head].expand(value)
+                by_value = gate.spec.gate.shape == "value"
+                z_b = low[n, t, mine] if by_value else low[n, t, head].expand(value)
                 b = scale[head] * dt * 2 * torch.sigmoid(z_b)
                 h = a * h + dt * torch.outer(v, k)
                 importance = a * importance + torch.outer(b, k * k)
@@ -299,7 +302,7 @@ def test_conversion_keeps_parameters_ties_and_other_models() -> None:
     sibling = Mamba2ForCausalLM(source.config)
     before = dict(source.named_parameters())
     mode, config = source.training, source.config
-    model: Any = metaplasticize_model(source)
+    model: Any = metaplasticize(source)
     after = dict(model.named_parameters())
     assert model is source
     assert model.training == mode
@@ -381,7 +384,7 @@ def test_offloaded_models_compute_the_same() -> None:
     assert torch.equal(decode(model, ids, 30), expected)
     accelerate.cpu_offload(source, execution_device=torch.device("cpu"))
     with pytest.raises(ConversionError, match="carry hooks that replace `forward`"):
-        metaplasticize_model(source)
+        metaplasticize(source)
     assert type(source) is Mamba2ForCausalLM
 
 
@@ -406,23 +409,23 @@ def test_packed_sequences_are_refused() -> None:
 def test_bad_options_are_refused_and_change_nothing(options: dict[str, Any], message: str) -> None:
     model = make_model()
     with pytest.raises(ConversionError, match=message) as caught:
-        metaplasticize_model(model, **options)
+        metaplasticize(model, **options)
     assert "\n" not in str(caught.value)
     assert type(model) is Mamba2ForCausalLM
     assert next(gates(model), None) is None
 
 
 def test_models_that_cannot_be_converted_are_refused() -> None:
-    with pytest.raises(ConversionError, match="expected a transformers model"):
-        metaplasticize_model(nn.Linear(2, 2))
+    with pytest.raises(ConversionError, match="got Linear, expected a layer"):
+        metaplasticize(nn.Linear(2, 2))
     with pytest.raises(ConversionError, match="converted already"):
-        metaplasticize_model(convert(make_model()))
+        metaplasticize(convert(make_model()))
     other = make_model()
     other.config.model_type = "gpt_neo"  # type: ignore[misc]
     with pytest.raises(
         ConversionError, match="'gpt_neo' is not supported: its layers call no scan function"
     ):
-        metaplasticize_model(other)
+        metaplasticize(other)
 
 
 def test_a_class_of_another_package_behind_the_same_name_converts_in_memory_only(
@@ -434,7 +437,7 @@ def test_a_class_of_another_package_behind_the_same_name_converts_in_memory_only
     ids, mask = prompts()
     with torch.no_grad():
         before = model(input_ids=ids, attention_mask=mask).logits
-        metaplasticize_model(model)
+        metaplasticize(model)
         after = model(input_ids=ids, attention_mask=mask).logits
     torch.testing.assert_close(after, before)
     assert isinstance(model, stranger)
@@ -443,4 +446,4 @@ def test_a_class_of_another_package_behind_the_same_name_converts_in_memory_only
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConversionError, match="converted already"):
-        metaplasticize_model(model)
+        metaplasticize(model)

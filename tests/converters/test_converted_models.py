@@ -32,12 +32,8 @@ from transformers import (
 
 import glazoo
 import glazoo.models
-from glazoo.converters import (
-    ConversionError,
-    convert_checkpoint,
-    metaplasticize_model,
-    verify_checkpoint,
-)
+from glazoo import metaplasticize
+from glazoo.converters import ConversionError, convert_checkpoint, verify_checkpoint
 from glazoo.converters.families import families, find_family
 from glazoo.converters.settings import Settings, default_rank
 
@@ -204,14 +200,14 @@ def test_models_without_a_head_convert_and_say_that_verify_needs_one(tmp_path: P
     assert float((got - expected).abs().max()) <= tolerance
     with pytest.raises(ConversionError, match="Mamba2Model generates no text, and verification"):
         verify_checkpoint(tmp_path / "source", tmp_path / "converted")
-    assert type(metaplasticize_model(source)) is type(model)
+    assert type(metaplasticize(source)) is type(model)
 
 
 @torch.no_grad()
 def test_models_converted_in_place_record_what_their_source_records() -> None:
     source = tiny_model("bamba").eval().base_model
     converted = copy.deepcopy(source)
-    metaplasticize_model(converted)
+    metaplasticize(converted)
     options = {"input_ids": prompts()[0] % VOCABULARY, "output_hidden_states": True}
     ours, theirs = converted(**options).hidden_states, source(**options).hidden_states
     assert len(theirs) > 2

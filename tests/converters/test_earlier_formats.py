@@ -11,12 +11,12 @@ import pytest
 import torch
 from converters.converting import contents, edit_json, open_gates
 from converters.tiny import VOCABULARY, tiny_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import glazoo
 import glazoo.models
-from glazoo.converters import convert_checkpoint, revert_checkpoint
+from glazoo.converters import convert_checkpoint, inspect_model, revert_checkpoint
 from glazoo.converters.families import mixer
 from glazoo.converters.settings import Settings
 
@@ -164,5 +164,9 @@ def test_models_of_our_own(name: str, tmp_path: Path) -> None:
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float64)
     for loaded in (model, again):
         assert float((loaded.eval()(TOKENS).logits[:, -1] - expected).abs().max()) <= budget
+    # Whichever form it was, its gates have one name now, and one place.
+    names = (key.split(".") for key in load_file(tmp_path / "new" / "model.safetensors"))
+    plastic = {int(part[2]) for part in names if part[-2:] == ["metaplastic", "b_scale"]}
+    assert plastic == {gate.layer for gate in inspect_model(tmp_path / "old").gates}
     kept = again.state_dict()
     assert all(torch.equal(x, kept[key]) for key, x in model.state_dict().items())

@@ -16,11 +16,11 @@ from converters.converting import open_gates
 from converters.tiny import VOCABULARY, tiny_model
 from torch import Tensor
 
-from glazoo.converters import metaplasticize_model
+from glazoo import metaplasticize
 
 
 def converted(name: str = "mamba2") -> Any:
-    model = metaplasticize_model(tiny_model(name))
+    model = metaplasticize(tiny_model(name))
     open_gates(model)
     return model
 
@@ -38,7 +38,7 @@ def tokens(rows: int = 2, length: int = 21, seed: int = 0) -> Tensor:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_models_compute_the_same() -> None:
-    model, ids = metaplasticize_model(tiny_model("mamba2", num_hidden_layers=1)), tokens()
+    model, ids = metaplasticize(tiny_model("mamba2", num_hidden_layers=1)), tokens()
     open_gates(model)
     compiled: Any = torch.compile(model)
     expected = model(ids, use_cache=False).logits
@@ -57,7 +57,7 @@ def test_int8_weights_move_logits_as_on_the_source(name: str) -> None:
         "torchao.quantization", reason="quantising needs torchao (pip install torchao)"
     )
     source, ids = tiny_model(name), tokens()
-    model = metaplasticize_model(copy.deepcopy(source))
+    model = metaplasticize(copy.deepcopy(source))
     moved = []
     for m in (source, model):
         before = m(ids, use_cache=False).logits

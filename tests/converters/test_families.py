@@ -17,11 +17,11 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 
 import glazoo.models  # noqa: F401 - registers the converted architectures
+from glazoo import metaplasticize
 from glazoo.converters import (
     ConversionError,
     convert_checkpoint,
     inspect_checkpoint,
-    metaplasticize_model,
     revert_checkpoint,
     verify_checkpoint,
     verify_models,
@@ -29,7 +29,7 @@ from glazoo.converters import (
 from glazoo.converters.families import NOT_CONVERTIBLE, Family, find_family
 from glazoo.converters.families import families as all_families
 from glazoo.converters.families.calls import CALLS
-from glazoo.converters.module import gates
+from glazoo.layers import gates
 
 # Their text models are tested under their own names; the rest adds a vision tower only.
 WRAPPED = {"qwen3_5", "qwen3_5_moe", "qwen4_exp"}
@@ -159,7 +159,7 @@ def test_open_gates_agree_in_every_path(name: str, gate: str) -> None:
     """Importance must survive caches, continuation, padding and reordering as the memory does."""
     family = family_of(name)
     source = tiny_model(name)
-    model: Any = metaplasticize_model(copy.deepcopy(source), gate=gate)
+    model: Any = metaplasticize(copy.deepcopy(source), gate=gate)
     open_gates(model)
     ids, mask = ids_and_mask()
     for m in (source, model):
@@ -216,7 +216,7 @@ def test_open_gates_agree_in_every_path(name: str, gate: str) -> None:
 @pytest.mark.parametrize("name", ["bamba", "qwen3_next", "kimi_linear", "minimax"])
 def test_bfloat16_models_agree_within_their_rounding(name: str) -> None:
     source = tiny_model(name).to(torch.bfloat16)
-    model = metaplasticize_model(copy.deepcopy(source))
+    model = metaplasticize(copy.deepcopy(source))
     report = verify_models(source, model, batch=2, tokens=21, new_tokens=4)
     assert all(c.passed for c in report.checks if c.max_difference is not None)
     wide = {p.dtype for _, gate in gates(model) for p in gate.parameters()}
@@ -235,7 +235,7 @@ def test_both_gains_start_at_the_source(name: str, gate: str, gain: str, tmp_pat
     )
     assert not [c for c in verified.checks if not c.passed]
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "c").eval()
-    default: Any = metaplasticize_model(source, gate=gate)
+    default: Any = metaplasticize(source, gate=gate)
     for m in (model, default):
         open_gates(m)
     ids, _ = ids_and_mask()
@@ -252,19 +252,19 @@ def test_the_exact_gain_is_refused_where_there_is_none() -> None:
         ("olmo_hybrid", "linear_allow_neg_eigval lets the write gate exceed 1"),
     ):
         with pytest.raises(ConversionError, match=f"gain: 'exact' is not possible here: {message}"):
-            metaplasticize_model(tiny_model(name), gain="exact")
+            metaplasticize(tiny_model(name), gain="exact")
     tame = tiny_model("olmo_hybrid", linear_allow_neg_eigval=False)
-    assert metaplasticize_model(tame, gain="exact") is tame
+    assert metaplasticize(tame, gain="exact") is tame
     with pytest.raises(ConversionError, match="gain: got 'half'"):
-        metaplasticize_model(tiny_model("qwen3_next"), gain="half")
+        metaplasticize(tiny_model("qwen3_next"), gain="half")
 
 
 def test_how_far_a_conversion_may_start_from_the_source() -> None:
     message = r"got 1\.5, accepted are numbers in \[0, 1\] for 'gated_deltanet'"
     for gain in ("first_order", "exact"):
         with pytest.raises(ConversionError, match=message):
-            metaplasticize_model(tiny_model("qwen3_next"), 1.5, gain=gain)
-    model = metaplasticize_model(tiny_model("mamba2"), 1.5)
+            metaplasticize(tiny_model("qwen3_next"), 1.5, gain=gain)
+    model = metaplasticize(tiny_model("mamba2"), 1.5)
     assert {x for _, gate in gates(model) for x in gate.b_scale.tolist()} == {1.5}
 
 

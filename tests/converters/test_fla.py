@@ -604,7 +604,7 @@ def test_convert_verify_save_reload_generate(kind: str, tmp_path: Path) -> None:
     )
     assert not [check for check in verified.checks if not check.passed]
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float64)
-    assert type(model).__name__ == "MetaplasticGlazooForCausalLM"
+    assert type(model) is GlazooForCausalLM
     expected = forward(c, w, prompts())
     with torch.no_grad():
         assert (model(prompts()).logits - expected).abs().max() < 1e-10

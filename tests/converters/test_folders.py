@@ -13,12 +13,8 @@ from converters.converting import contents, edit_json, make_model, prompts
 from converters.tiny import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from glazoo.converters import (
-    convert_checkpoint,
-    metaplasticize_model,
-    revert_checkpoint,
-    verify_checkpoint,
-)
+from glazoo import metaplasticize
+from glazoo.converters import convert_checkpoint, revert_checkpoint, verify_checkpoint
 from glazoo.models import GlazooConfig, GlazooForCausalLM
 
 INDEX = "model.safetensors.index.json"
@@ -182,7 +178,7 @@ def test_a_model_converted_in_memory_names_no_code_that_is_not_saved_with_it(
     model = tiny_model("nemotron_h")
     named = {"AutoConfig": "code.C", "AutoModelForSequenceClassification": "code.S"}
     model.config.auto_map = {**named, "AutoTokenizer": ["tokens.T", None]}
-    metaplasticize_model(model).save_pretrained(tmp_path)  # type: ignore[operator]
+    metaplasticize(model).save_pretrained(tmp_path)  # type: ignore[operator]
     found = json.loads((tmp_path / "config.json").read_text())["auto_map"]
     assert found.pop("AutoTokenizer") == ["tokens.T", None]
     assert {name.partition(".")[0] for name in found.values()} == {"modeling_glazoo"}

@@ -1,25 +1,39 @@
-"""The importance gate on its own."""
+"""The importance gate that `metaplasticize` adds, on its own."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from glazoo.converters.gate import GATE_TENSORS, ImportanceGate, gate_shapes
+import glazoo
 from glazoo.converters.settings import GateShape
+from glazoo.layers import ImportanceGate
 from glazoo.layers.clamp import live_clamp
 
-SIZES = {"hidden": 12, "heads": 3, "value": 4, "rank": 2}
+SIZES = {"in_features": 12, "heads": 3, "keys": 5, "values": 4}
 
 
-def make(gate: GateShape = "value", **changes: object) -> ImportanceGate:
-    return ImportanceGate(**{**SIZES, "gate": gate, **changes})  # type: ignore[arg-type]
+def make(gate: GateShape = "value", **changes: Any) -> ImportanceGate:
+    spec = glazoo.metaplasticize(glazoo.load("mamba2"), gate=gate, rank=2).importance
+    assert spec is not None
+    return ImportanceGate(spec, **SIZES, **changes)
+
+
+def operands(
+    module: ImportanceGate, hidden: torch.Tensor, write: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gate and the prior, which are all that it gives."""
+    found = module(hidden, write)
+    assert set(found) == {"b", "prior"}
+    return found["b"], found["prior"]
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2, 5, SIZES["hidden"], generator=generator).to(dtype)
+    hidden = torch.randn(2, 5, SIZES["in_features"], generator=generator).to(dtype)
     write = torch.rand(2, 5, SIZES["heads"], generator=generator)
     return hidden, write
 
@@ -63,10 +77,10 @@ def test_clamp_gradcheck_away_from_zero() -> None:
 def test_start_is_exactly_kappa_times_the_write_gate(gate: GateShape, kappa: float) -> None:
     module = make(gate, plasticity=kappa)
     hidden, write = inputs()
-    b, prior = module(hidden, write)
+    b, prior = operands(module, hidden, write)
     expected = kappa * write
     if gate == "value":
-        expected = expected[..., None].expand(*write.shape, SIZES["value"])
+        expected = expected[..., None].expand(*write.shape, SIZES["values"])
     assert torch.equal(b, expected)
     assert torch.equal(prior, torch.ones(3))
 
@@ -79,9 +93,9 @@ def test_formula(gate: GateShape) -> None:
     for p in module.parameters():
         p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64))
     hidden, write = (t.double() for t in inputs())
-    b, prior = module(hidden, write)
+    b, prior = operands(module, hidden, write)
     assert torch.equal(prior, module.ip_log.exp())
-    width = SIZES["value"] if gate == "value" else 1
+    width = SIZES["values"] if gate == "value" else 1
     for t in range(5):
         for head in range(3):
             for v in range(width):
@@ -96,7 +110,7 @@ def test_formula(gate: GateShape) -> None:
 @pytest.mark.parametrize("gate", ["head", "value"])
 def test_zero_plasticity_has_a_live_gradient(gate: GateShape) -> None:
     module = make(gate)
-    (-module(*inputs())[0]).sum().backward()
+    (-module(*inputs())["b"]).sum().backward()
     assert module.b_scale.grad is not None
     assert bool((module.b_scale.grad < 0).all())
 
@@ -118,16 +132,19 @@ def test_casts_do_not_narrow_the_parameters(cast: str) -> None:
 def test_narrow_inputs_give_wide_gates(dtype: torch.dtype) -> None:
     module = make(plasticity=0.5)
     hidden, write = inputs(dtype)
-    assert all(t.dtype == torch.float32 for t in module(hidden, write))
+    assert all(t.dtype == torch.float32 for t in operands(module, hidden, write))
 
 
 def test_shapes_and_names() -> None:
     for gate, width in (("head", 3), ("value", 12)):
         module = make(gate)  # type: ignore[arg-type]
-        shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-        assert tuple(shapes) == GATE_TENSORS
-        assert shapes == gate_shapes(**SIZES, gate=gate)  # type: ignore[arg-type]
-        assert shapes["b_up"] == (width, 2)
+        # In this order, in which conversions write them.
+        assert [(name, tuple(p.shape)) for name, p in module.named_parameters()] == [
+            ("b_down", (2, 12)),
+            ("b_up", (width, 2)),
+            ("b_scale", (3,)),
+            ("ip_log", (3,)),
+        ]
     assert not any(isinstance(m, nn.Linear) for m in make().modules())
 
 
@@ -140,7 +157,8 @@ def test_start_depends_on_seed_and_layer_only() -> None:
         b = make(seed=4, layer=1)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(a.b_down, b.b_down)
+    assert torch.equal(a.start("b_down"), b.start("b_down"))
+    assert torch.equal(a.b_down.double(), b.b_down)
     assert not torch.equal(a.b_down, make(seed=4, layer=2).b_down)
     assert not torch.equal(a.b_down, make(seed=5, layer=1).b_down)
 

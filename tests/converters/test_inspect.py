@@ -29,7 +29,7 @@ def opened(tmp_path: Path) -> Path:
     """A converted folder whose gates are away from their start."""
     tiny_model("mamba2", vocab_size=258).save_pretrained(tmp_path / "s", max_shard_size="40KB")
     convert_checkpoint(tmp_path / "s", tmp_path / "c")
-    model, _ = load_converted(tmp_path / "c")
+    model = load_converted(tmp_path / "c")
     open_gates(model, kappa=0.8)
     save_gates(tmp_path / "c", tmp_path / "o", model)
     return tmp_path / "o"

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from converters.converting import VOCABULARY, open_gates, prompts
 from torch import Tensor, nn
 
-from glazoo import attention
-from glazoo.converters import ConversionError, import_original, metaplasticize_model
+from glazoo import attention, metaplasticize
+from glazoo.converters import ConversionError, import_original
 from glazoo.converters.families import LiveFamily
 from glazoo.converters.families.calls import CALLS, Recurrence
 from glazoo.models import GlazooForCausalLM
@@ -367,7 +367,7 @@ def test_a_converted_model_computes_the_same(name: str) -> None:
     with torch.no_grad():
         plain, padded = source(ids).logits, source(ids, attention_mask=mask).logits
         base = type(source)
-        assert metaplasticize_model(source) is source
+        assert metaplasticize(source) is source
         assert isinstance(source, base)
         assert type(source).__name__ == f"Metaplastic{base.__name__}"
         after = dict(source.named_parameters())
@@ -381,7 +381,7 @@ def test_a_converted_model_computes_the_same(name: str) -> None:
 @quick
 @EVERY
 def test_decoding_and_padding_agree_with_open_gates(name: str) -> None:
-    model = metaplasticize_model(make(name), 0.5)
+    model = metaplasticize(make(name), 0.5)
     open_gates(model)
     ids, mask = (x.to(DEVICE) for x in prompts(2, 9))
     with torch.no_grad():
@@ -399,7 +399,7 @@ def test_decoding_and_padding_agree_with_open_gates(name: str) -> None:
             )
             close(out.logits[:, -1], whole[:, t])
         state = out.past_key_values[0]["recurrent_state"]
-        unchanged = metaplasticize_model(make(name))
+        unchanged = metaplasticize(make(name))
         assert not torch.allclose(unchanged(ids).logits, model(ids).logits, atol=1e-3)
     # Values and the importance that they share, in one tensor.
     assert state.dtype == torch.float32
@@ -420,14 +420,14 @@ def test_generation_goes_on_working(name: str, beams: int) -> None:
         "pad_token_id": 0,
     }
     before = source.generate(ids, **options)
-    after = metaplasticize_model(source).generate(ids, **options)
+    after = metaplasticize(source).generate(ids, **options)
     assert torch.equal(before, after)
 
 
 @quick
 @each("gla", "retnet", "delta_net", "kda")
 def test_packed_sequences_stay_apart(name: str) -> None:
-    model = metaplasticize_model(make(name), 0.5)
+    model = metaplasticize(make(name), 0.5)
     open_gates(model)
     ids = prompts(1, 11)[0].to(DEVICE)
     with torch.no_grad():
@@ -441,7 +441,7 @@ def test_packed_sequences_stay_apart(name: str) -> None:
 @quick
 @each("gla", "gated_deltanet")
 def test_gates_learn(name: str) -> None:
-    model = metaplasticize_model(make(name)).train()
+    model = metaplasticize(make(name)).train()
     ids = prompts(2, 9)[0].to(DEVICE)
     logits = model(ids).logits
     F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
@@ -456,19 +456,19 @@ def test_gates_learn(name: str) -> None:
 def test_a_write_above_one_has_no_exact_gain(name: str) -> None:
     model = make(name)
     with pytest.raises(ConversionError, match="allow_neg_eigval lets the write gate exceed 1"):
-        metaplasticize_model(model, gain="exact")
-    assert metaplasticize_model(model).config.metaplastic["gain"] == "first_order"
+        metaplasticize(model, gain="exact")
+    assert metaplasticize(model).config.metaplastic["gain"] == "first_order"
 
 
 # The refusals.
 
 
 def test_saving_is_refused(tmp_path: Path) -> None:
-    model = metaplasticize_model(make("gla"))
+    model = metaplasticize(make("gla"))
     with pytest.raises(ConversionError, match=r"in memory.*glazoo convert --import"):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    again = metaplasticize_model(make("gla"))
+    again = metaplasticize(make("gla"))
     again.load_state_dict(model.state_dict())
     copy.deepcopy(again)
 
@@ -479,7 +479,7 @@ def test_a_cache_from_before_the_conversion_is_refused() -> None:
     ids = prompts(2, 9)[0].to(DEVICE)
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
-        metaplasticize_model(model)
+        metaplasticize(model)
         with pytest.raises(ValueError, match="or from before the conversion"):
             model(ids[:, :1], past_key_values=cache, use_cache=True)
 
@@ -503,7 +503,7 @@ def test_what_cannot_be_converted_is_refused_by_name(kind: str, message: str) ->
         getattr(models, f"{kind}Config")(**{**COMMON, **options})
     ).to(DEVICE)
     with pytest.raises(ConversionError, match=message) as caught:
-        metaplasticize_model(model)
+        metaplasticize(model)
     assert "\n" not in str(caught.value)
 
 
@@ -512,12 +512,12 @@ def test_layers_that_need_triton_say_so_on_a_cpu() -> None:
     script = (
         "import warnings; warnings.simplefilter('ignore')\n"
         "import fla.models as m\n"
-        "from glazoo.converters import metaplasticize_model\n"
+        "from glazoo.converters import metaplasticize\n"
         "for conv in (False, True):\n"
         "    c = m.GLAConfig(hidden_size=32, num_heads=2, num_hidden_layers=1, vocab_size=61,"
         " use_short_conv=conv)\n"
         "    try:\n"
-        "        metaplasticize_model(m.GLAForCausalLM(c)); print('converted')\n"
+        "        metaplasticize(m.GLAForCausalLM(c)); print('converted')\n"
         "    except Exception as e:\n"
         "        print(type(e).__name__, e)\n"
     )
@@ -621,7 +621,7 @@ def test_mamba2_with_the_functions_of_mamba_ssm(
     with torch.no_grad():
         plain, padded = source(ids).logits, source(ids, attention_mask=mask).logits
         tokens = source.generate(ids, max_new_tokens=4, do_sample=False)
-        metaplasticize_model(source)
+        metaplasticize(source)
         close(source(ids).logits, plain)
         shown = mask.bool()
         close(source(ids, attention_mask=mask).logits[shown], padded[shown])

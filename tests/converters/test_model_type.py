@@ -20,10 +20,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 import glazoo.models
+from glazoo import metaplasticize
 from glazoo.converters import (
     ConversionError,
     convert_checkpoint,
-    metaplasticize_model,
     revert_checkpoint,
     verify_checkpoint,
 )
@@ -194,15 +194,17 @@ def test_memory_has_the_source_s_type_and_files_their_own(
     name: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     family = find_family(TINY[name][0])
-    own, base = f"metaplastic_{family.model_type}", family.source_config()
+    own, base = family.converted_model_type, family.source_config()
     raw = json.loads((folders[name] / "config.json").read_text())
     assert raw["model_type"] == own
+    # Models of our own are metaplastic by their specs.
+    assert (own == family.model_type) == ("metaplastic" not in raw) == family.native
     config = AutoConfig.from_pretrained(folders[name])
     assert isinstance(config, base)
     again = type(config).from_pretrained(folders[name])
     for found in (config, again, type(config).from_dict(config.to_dict())):
         assert found.model_type == found.to_dict()["model_type"] == family.model_type
-        assert found.metaplastic == raw["metaplastic"]
+        assert getattr(found, "metaplastic", None) == raw.get("metaplastic")
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == own
     saved = AutoConfig.from_pretrained(tmp_path)
@@ -237,7 +239,8 @@ def test_every_auto_class_that_loads_the_source_loads_the_converted_model(
         assert type(model) is glazoo.models.metaplastic.model_class(base, family)
         assert isinstance(model, base)
         gates = [n for n, _ in model.named_parameters() if n.endswith(".metaplastic.b_scale")]
-        assert len(gates) == len(model.config.metaplastic["layers"])
+        manifest = json.loads((folder / "glazoo" / "manifest.json").read_text())
+        assert len(gates) == len(manifest["settings"]["layers"])
 
 
 LOAD = """
@@ -276,7 +279,7 @@ def test_no_program_without_glazoo_takes_the_files_for_the_source_s(tmp_path: Pa
     tiny_model("mamba2").save_pretrained(tmp_path / "source")
     convert_checkpoint(tmp_path / "source", tmp_path / "converted")
     convert_checkpoint(tmp_path / "source", tmp_path / "bare", remote_code=False)
-    metaplasticize_model(tiny_model("mamba2")).save_pretrained(tmp_path / "live")
+    metaplasticize(tiny_model("mamba2")).save_pretrained(tmp_path / "live")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "converted")
     model.save_pretrained(tmp_path / "again")
     with_code = [tmp_path / name for name in ("converted", "live", "again")]
@@ -354,7 +357,7 @@ def test_a_type_that_memory_does_not_know_is_no_converted_configuration(tmp_path
 
 @pytest.mark.parametrize("name", ["mamba2", "minimax", "qwen3_next"])
 def test_assisted_generation_is_refused_at_once(name: str) -> None:
-    model = metaplasticize_model(tiny_model(name))
+    model = metaplasticize(tiny_model(name))
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful"):
         model.generate(  # type: ignore[operator]
             torch.arange(12)[None] % 6, prompt_lookup_num_tokens=3, max_new_tokens=4

@@ -11,7 +11,7 @@ from converters.tiny import TINY, VOCABULARY, tiny_config, tiny_model
 from torch import Tensor
 
 import glazoo.models  # noqa: F401 - registers the converted architectures
-from glazoo.converters import metaplasticize_model
+from glazoo import metaplasticize
 from glazoo.converters.families import find_family
 from glazoo.converters.packing import find_packed
 from glazoo.converters.verify import clean_float64_model
@@ -22,7 +22,7 @@ WRAPPED = {"qwen3_5", "qwen3_5_moe", "qwen4_exp"}
 NAMES = [
     pytest.param(name, marks=pytest.mark.slow if name in WRAPPED else ())
     for name in sorted(TINY)
-    if not find_family(TINY[name][0]).separates
+    if not find_family(TINY[name][0]).native
 ]
 
 
@@ -33,7 +33,7 @@ def converted(name: str, **options: Any) -> Any:
     model.load_state_dict(weights)
     # Fused products of experts know no float64.
     model.set_experts_implementation("eager")
-    found: Any = metaplasticize_model(model, **options)
+    found: Any = metaplasticize(model, **options)
     open_gates(found)
     return found.double().eval()
 
@@ -142,7 +142,7 @@ def test_the_model_below_the_head_keeps_documents_apart(name: str) -> None:
 
 
 def test_packed_documents_continue_no_cache() -> None:
-    model = metaplasticize_model(tiny_model("mamba2"))
+    model = metaplasticize(tiny_model("mamba2"))
     ids, bounds = row()
     out: Any = model(ids, use_cache=True)
     with pytest.raises(ValueError, match="packed sequences cannot continue a cache"):

@@ -13,8 +13,8 @@ from converters.converting import open_gates
 from converters.tiny import VOCABULARY, tiny_model
 from transformers import AutoModelForCausalLM
 
-from glazoo.converters import metaplasticize_model
-from glazoo.converters.module import gates
+from glazoo import metaplasticize
+from glazoo.layers import gates
 
 peft = pytest.importorskip("peft", reason="adapters need peft (pip install peft)")
 
@@ -41,7 +41,7 @@ def adapted(model: Any, targets: Any) -> tuple[str, ...] | str:
 )
 def test_targets_and_refusals_are_those_of_the_source(name: str) -> None:
     source = tiny_model(name)
-    model = metaplasticize_model(copy.deepcopy(source))
+    model = metaplasticize(copy.deepcopy(source))
     asked = (None, "all-linear", ["in_proj"], ["out_proj"], ["conv1d"], ["o_proj", "experts"])
     for targets in asked:
         assert adapted(model, targets) == adapted(source, targets), targets
@@ -50,18 +50,18 @@ def test_targets_and_refusals_are_those_of_the_source(name: str) -> None:
 
 
 def test_what_peft_knows_of_a_family_acts() -> None:
-    hybrid = metaplasticize_model(tiny_model("nemotron_h"))
+    hybrid = metaplasticize(tiny_model("nemotron_h"))
     assert all("self_attn" in n or "q_proj" in n or "mixer" in n for n in adapted(hybrid, None))
     assert any("q_proj" in n for n in adapted(hybrid, None))
     for name in ("mamba2", "falcon_h1", "nemotron_h"):
-        refusal = adapted(metaplasticize_model(tiny_model(name)), ["out_proj"])
+        refusal = adapted(metaplasticize(tiny_model(name)), ["out_proj"])
         assert isinstance(refusal, str)
         assert "is incompatible with Mamba-based models" in refusal
 
 
 @torch.no_grad()
 def test_adapters_are_saved_loaded_and_merged(tmp_path: Path) -> None:
-    model = metaplasticize_model(tiny_model("mamba2"))
+    model = metaplasticize(tiny_model("mamba2"))
     open_gates(model)
     model.save_pretrained(tmp_path / "model")
     ids = torch.arange(2 * 21).reshape(2, 21) % VOCABULARY
@@ -86,7 +86,7 @@ def test_gates_train_and_are_saved_beside_adapters(tmp_path: Path) -> None:
     source = tiny_model("mamba2")
     ids = torch.arange(2 * 21).reshape(2, 21) % VOCABULARY
     lora = peft.LoraConfig(target_modules=["in_proj"], modules_to_save=["metaplastic"])
-    found = peft.get_peft_model(metaplasticize_model(copy.deepcopy(source)), lora)
+    found = peft.get_peft_model(metaplasticize(copy.deepcopy(source)), lora)
     trained = [p for n, p in found.named_parameters() if p.requires_grad and "b_scale" in n]
     optimizer = torch.optim.SGD(trained, lr=1.0)
     found(ids, labels=ids).loss.backward()
@@ -95,7 +95,7 @@ def test_gates_train_and_are_saved_beside_adapters(tmp_path: Path) -> None:
     found.save_pretrained(tmp_path)
     with torch.no_grad():
         expected = found.eval()(ids).logits
-        again = peft.PeftModel.from_pretrained(metaplasticize_model(source), tmp_path).eval()
+        again = peft.PeftModel.from_pretrained(metaplasticize(source), tmp_path).eval()
         assert torch.equal(again(ids).logits, expected)
         merged: Any = again.merge_and_unload()
         assert len(list(gates(merged))) == 2

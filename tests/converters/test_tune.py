@@ -15,6 +15,7 @@ from converters.converting import contents, open_gates
 from converters.tiny import tiny_model
 from typer.testing import CliRunner
 
+from glazoo import metaplasticize
 from glazoo.converters import (
     ConversionError,
     convert_checkpoint,
@@ -25,7 +26,9 @@ from glazoo.converters import (
 )
 from glazoo.converters.commands import inspect, tune
 from glazoo.converters.examine import gate_summaries, load_converted, measure_use
-from glazoo.converters.module import gates
+from glazoo.layers import gates
+from glazoo.models import GlazooConfig, GlazooForCausalLM
+from glazoo.models.training import TrainConfig, run
 
 SMALL: dict[str, Any] = {
     "steps": 6,
@@ -73,7 +76,7 @@ def test_gates_are_trained_and_nothing_else(converted: Path, tmp_path: Path, tex
     for name in after:
         linked = (converted / name).samefile(tmp_path / "t" / name)
         assert linked == (name.endswith(".safetensors") and name not in changed)
-    model, _ = load_converted(tmp_path / "t")
+    model = load_converted(tmp_path / "t")
     assert gate_summaries(model) == report.gates
     # The source is still inside, and still agrees at the source's end of the continuum.
     verified = verify_checkpoint(tmp_path / "s", tmp_path / "t", tokens=9, new_tokens=2)
@@ -92,7 +95,7 @@ def test_the_plasticity_has_a_rate_of_its_own(
     tune_checkpoint(
         converted, tmp_path / "t", [text], learning_rate=1e-3, plasticity_rate=rate, **one
     )
-    (old, _), (new, _) = load_converted(converted), load_converted(tmp_path / "t")
+    old, new = load_converted(converted), load_converted(tmp_path / "t")
     names = [n for n, _ in old.named_parameters() if n.endswith("metaplastic.b_scale")]
     moved = torch.cat([(new.get_parameter(n) - old.get_parameter(n)).abs() for n in names])
     torch.testing.assert_close(moved.max(), moved.new_tensor(1e-3 * rate))
@@ -104,8 +107,8 @@ def test_everything_is_trained_if_asked_for(converted: Path, tmp_path: Path, tex
     )
     assert report.loss_after < report.loss_before
     assert report.trained_parameters == report.parameters
-    model, _ = load_converted(tmp_path / "t")
-    old, _ = load_converted(converted)
+    model = load_converted(tmp_path / "t")
+    old = load_converted(converted)
     key = "backbone.layers.0.mixer.in_proj.weight"
     assert not torch.equal(model.get_parameter(key), old.get_parameter(key))
     assert (tmp_path / "t" / "LICENSE").read_text() == "terms"
@@ -116,11 +119,11 @@ def test_everything_is_trained_if_asked_for(converted: Path, tmp_path: Path, tex
 def test_folders_that_were_saved_again_are_tuned_too(
     converted: Path, tmp_path: Path, text: Path
 ) -> None:
-    model, _ = load_converted(converted)
+    model = load_converted(converted)
     model.save_pretrained(tmp_path / "again")  # type: ignore[operator]
     report = tune_checkpoint(tmp_path / "again", tmp_path / "t", [text], **SMALL)
     assert report.trained == "gates"
-    tuned, _ = load_converted(tmp_path / "t")
+    tuned = load_converted(tmp_path / "t")
     assert gate_summaries(tuned) == report.gates
     for key, p in model.named_parameters():
         assert (".metaplastic." in key) or torch.equal(p, tuned.get_parameter(key))
@@ -130,7 +133,7 @@ def test_an_adapter_beside_the_weights_is_not_all_that_is_saved(
     converted: Path, tmp_path: Path, text: Path
 ) -> None:
     peft = pytest.importorskip("peft", reason="adapters are applied where peft is installed only")
-    model: Any = load_converted(converted)[0]
+    model: Any = load_converted(converted)
     model.add_adapter(peft.LoraConfig(target_modules=["in_proj"]))
     model.save_pretrained(converted)
     with pytest.raises(ConversionError, match="holds an adapter beside its weights"):
@@ -204,11 +207,9 @@ def test_bad_folders_and_texts_are_refused(converted: Path, tmp_path: Path, text
 
 
 def test_use_is_measured_on_tokens() -> None:
-    from glazoo.converters import metaplasticize_model
-
     for name in ("mamba2", "qwen3_next", "kimi_linear", "minimax"):
         for gate in ("head", "value"):
-            model: Any = metaplasticize_model(tiny_model(name), gate=gate)
+            model: Any = metaplasticize(tiny_model(name), gate=gate)
             ids = torch.arange(40)[None] % 61
             before = model(ids).logits
             use = measure_use(model, ids)
@@ -232,9 +233,7 @@ def test_use_is_measured_on_tokens() -> None:
 
 
 def test_windows_are_those_of_the_decay() -> None:
-    from glazoo.converters import metaplasticize_model
-
-    model: Any = metaplasticize_model(tiny_model("minimax"))
+    model: Any = metaplasticize(tiny_model("minimax"))
     for u in measure_use(model, torch.arange(10)[None]):
         slope = model.model.layers[u.layer].self_attn.slope_rate.double().flatten()
         expected = 1 / (1 - torch.exp(-slope))
@@ -253,6 +252,105 @@ def test_inspection_of_a_folder(converted: Path, text: Path) -> None:
         inspect_model(converted, tokens=0)
     with pytest.raises(ConversionError, match="has no block 'metaplastic'"):
         inspect_model(converted.parent / "s")
+
+
+@pytest.fixture
+def trained(tmp_path: Path, text: Path) -> Path:
+    """What `glazoo train` makes of a configuration that is metaplastic in two layers of three."""
+    run(
+        TrainConfig(
+            model={
+                "pattern": ["gla", "attention", "gated_deltanet"],
+                "hidden_size": 16,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 2,
+                "num_heads": 2,
+                "head_k_dim": 4,
+                "head_v_dim": 8,
+            },
+            data={"files": [text], "length": 16},  # type: ignore[arg-type]
+            training={
+                "output_dir": str(tmp_path / "trained"),
+                "max_steps": 1,
+                "save_steps": 1,
+                "use_cpu": True,
+                "disable_tqdm": True,
+            },
+            metaplastic={"rank": 2},  # type: ignore[arg-type]
+        )
+    )
+    return tmp_path / "trained"
+
+
+def test_a_model_of_our_own_is_tuned_and_inspected(
+    trained: Path, tmp_path: Path, text: Path
+) -> None:
+    before = contents(trained)
+    options = {name: x for name, x in SMALL.items() if name != "tokenizer"}
+    report = tune_checkpoint(trained, tmp_path / "t", [text], **options)
+    assert contents(trained) == before
+    assert report.trained == "gates"
+    assert report.loss_after < report.loss_before
+    # The checkpoint of the first run stays with it.
+    assert (trained / "checkpoint-1").is_dir()
+    assert not (tmp_path / "t" / "checkpoint-1").exists()
+    old, new = load_converted(trained), load_converted(tmp_path / "t")
+    assert type(new) is type(old) is GlazooForCausalLM
+    moved = {n for n, p in old.named_parameters() if not torch.equal(p, new.get_parameter(n))}
+    assert moved
+    assert all(".metaplastic." in name for name in moved)
+
+    found = inspect_model(tmp_path / "t", [text], tokens=50)
+    assert (found.family, found.gate) == ("glazoo", "head")
+    assert found.spec == "gla, gated_deltanet"
+    assert found.gates == report.gates == gate_summaries(new)
+    assert [u.layer for u in found.use] == [g.layer for g in found.gates] == [0, 2]
+    assert any(any(g.kappa) for g in found.gates)
+    for gate, use in zip(found.gates, found.use, strict=True):
+        # Importance grows above the prior where a head is plastic, and there only.
+        assert [x > 1 for x in use.importance] == [kappa > 0 for kappa in gate.kappa]
+        assert all(w > 1 for w in use.window)
+    # Converted or metaplastic by training, it is one form: it cannot be converted again.
+    with pytest.raises(ConversionError, match="metaplastic already"):
+        convert_checkpoint(tmp_path / "t", tmp_path / "c")
+
+
+def test_a_model_of_our_own_has_one_metaplastic_form(tmp_path: Path) -> None:
+    """By folder or in place, whatever its layers are: several writes per token, an exact gain,
+    metaplastic already."""
+    for pattern in (["gated_deltaproduct", "palimpsa"], ["implicit_delta", "attention"]):
+        sizes = {"num_heads": 2, "head_k_dim": 4, "head_v_dim": 8, "num_attention_heads": 2}
+        config = GlazooConfig(
+            pattern=pattern, hidden_size=16, num_hidden_layers=2, vocab_size=61, **sizes
+        )
+        folder = tmp_path / pattern[0]
+        GlazooForCausalLM(config).save_pretrained(folder / "s")
+        convert_checkpoint(folder / "s", folder / "c", dtype="bfloat16")
+        report = verify_checkpoint(folder / "s", folder / "c", tokens=9, new_tokens=2)
+        assert report.passed, report.to_markdown()
+        by_folder = load_converted(folder / "c", dtype=torch.bfloat16)
+        in_place = metaplasticize(
+            GlazooForCausalLM.from_pretrained(folder / "s", dtype=torch.bfloat16)
+        )
+        assert type(by_folder) is type(in_place)
+        assert by_folder.config.specs == in_place.config.specs
+        assert by_folder.config.layer_specs == in_place.config.layer_specs
+        theirs = in_place.state_dict()
+        assert theirs.keys() == by_folder.state_dict().keys()
+        for name, x in by_folder.state_dict().items():
+            assert x.dtype == theirs[name].dtype, name
+            assert torch.equal(x, theirs[name]), name
+        revert_checkpoint(folder / "c", folder / "back")
+        assert (folder / "back" / "model.safetensors").is_file()
+
+
+def test_a_model_of_our_own_without_gates_is_refused(trained: Path, tmp_path: Path) -> None:
+    model = GlazooForCausalLM(load_converted(trained).config)  # type: ignore[arg-type]
+    for pattern, message in (("gla", "has no importance gates"), ("mesanet", "nothing to inspect")):
+        model.config.set_pattern(pattern)
+        GlazooForCausalLM(model.config).save_pretrained(tmp_path / pattern)
+        with pytest.raises(ConversionError, match=message):
+            inspect_model(tmp_path / pattern)
 
 
 def test_commands(converted: Path, tmp_path: Path, text: Path) -> None:
@@ -281,9 +379,9 @@ def test_commands(converted: Path, tmp_path: Path, text: Path) -> None:
 def test_open_gates_of_a_tuned_model_are_in_the_shard(converted: Path, tmp_path: Path) -> None:
     from glazoo.converters.tune import save_gates
 
-    model, _ = load_converted(converted)
+    model = load_converted(converted)
     open_gates(model)
     save_gates(converted, tmp_path / "t", model)
-    again, _ = load_converted(tmp_path / "t")
+    again = load_converted(tmp_path / "t")
     for (_, a), (_, b) in zip(gates(model), gates(again), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))

@@ -193,15 +193,15 @@ def test_gates_are_tuned_on_a_data_set(converted: Path, folder: Path, tmp_path: 
     parquet(folder, "train", TEXTS, "content")
     parquet(folder, "validation", OTHER, "content")
     report = tune_checkpoint(converted, tmp_path / "t", [folder], column="content", **SMALL)
-    assert report.gates != gate_summaries(load_converted(converted)[0])
+    assert report.gates != gate_summaries(load_converted(converted))
     # At most the share 0.05 of the 4 x 2 examples that the steps use, but one at least.
     assert report.evaluation_tokens == 16
-    model, _ = load_converted(tmp_path / "t")
+    model = load_converted(tmp_path / "t")
     assert gate_summaries(model) == report.gates
 
     # What is held out is of the split for it: the loss before is the model's on those rows.
     first = torch.tensor(ids(OTHER)[:16])[None]
-    source: Any = load_converted(converted)[0]
+    source: Any = load_converted(converted)
     with torch.no_grad():
         loss = float(source(first, labels=first).loss)
     assert report.loss_before == pytest.approx(loss, rel=1e-5)
@@ -224,7 +224,7 @@ def test_the_end_is_held_out_where_there_is_no_split(
     assert report.evaluation_tokens == 16
     # Nine examples are what eight trained ones need with a share of 0.05 held out, and one spare.
     first = torch.tensor(ids(TEXTS)[9 * 16 : 10 * 16])[None]
-    source: Any = load_converted(converted)[0]
+    source: Any = load_converted(converted)
     with torch.no_grad():
         loss = float(source(first, labels=first).loss)
     assert report.loss_before == pytest.approx(loss, rel=1e-5)

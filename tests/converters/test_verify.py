@@ -15,13 +15,8 @@ from converters.converting import edit_json, make_model, open_gates
 from transformers import AutoModelForCausalLM, Mamba2ForCausalLM
 
 import glazoo.models  # noqa: F401 - registers the converted architectures
-from glazoo.converters import (
-    ConversionError,
-    convert_checkpoint,
-    metaplasticize_model,
-    verify_checkpoint,
-    verify_models,
-)
+from glazoo import metaplasticize
+from glazoo.converters import ConversionError, convert_checkpoint, verify_checkpoint, verify_models
 
 NAMES = ["prompt", "padded", "decoded", "continued", "greedy", "beams"]
 
@@ -132,7 +127,7 @@ def damage_nan(model: Any) -> None:
 @torch.no_grad()
 def test_small_faults_are_found(damage: Callable[[Any], None], failing: set[str]) -> None:
     source = make_model()
-    model = metaplasticize_model(copy.deepcopy(source))
+    model = metaplasticize(copy.deepcopy(source))
     damage(model)
     report = verify_models(source, model)
     failed = {c.name for c in report.checks if not c.passed}
@@ -145,7 +140,7 @@ def test_small_faults_are_found(damage: Callable[[Any], None], failing: set[str]
 def test_bfloat16_and_plain_float64_models(source: Path) -> None:
     for dtype in (torch.bfloat16, torch.float64):
         old = Mamba2ForCausalLM.from_pretrained(source, dtype=dtype)
-        new = metaplasticize_model(copy.deepcopy(old))
+        new = metaplasticize(copy.deepcopy(old))
         logits = [c for c in verify_models(old, new).checks if c.max_difference is not None]
         assert all(c.passed for c in logits), dtype
 
@@ -157,7 +152,7 @@ def test_what_cannot_be_compared_is_refused(
     model = make_model()
     with pytest.raises(ConversionError, match="has no importance gates"):
         verify_models(model, model)
-    converted = metaplasticize_model(copy.deepcopy(model))
+    converted = metaplasticize(copy.deepcopy(model))
     with pytest.raises(ConversionError, match="this model is converted itself"):
         verify_models(converted, converted)
     with pytest.raises(ConversionError, match="tokens: got 1, expected at least 2"):

@@ -19,7 +19,8 @@ from layer_cases import (
 )
 
 import glazoo
-from glazoo.layers import GatedLinearAttention, metaplasticize, set_plasticity
+from glazoo import metaplasticize
+from glazoo.layers import GatedLinearAttention, set_plasticity
 from glazoo.layers.parts import KeepsWide
 from glazoo.spec import Spec, SpecError
 
@@ -130,9 +131,9 @@ def test_metaplastic_form_starts_as_its_source(name: str) -> None:
 
 def test_plasticity_is_alive_at_zero() -> None:
     made, x = metaplasticize(layer("gated_deltanet"), rank=2), inputs(2, 8)
-    assert made.importance is not None
-    assert made.importance.scale is not None
-    scale = made.importance.scale
+    assert made.metaplastic is not None
+    assert made.metaplastic.b_scale is not None
+    scale = made.metaplastic.b_scale
     ((made(x).output - inputs(2, 8, seed=3)) ** 2).sum().backward()
     assert scale.grad is not None
     # Heads whose loss falls with importance leave zero; the others are not pushed below it.
@@ -154,8 +155,12 @@ def test_shape_of_the_importance_gate_can_be_chosen(gate: str) -> None:
 def test_metaplasticize_refuses() -> None:
     with pytest.raises(SpecError, match="metaplastic already"):
         metaplasticize(layer("palimpsa"))
-    with pytest.raises(SpecError, match="no GatedLinearAttention"):
+    with pytest.raises(ValueError, match="got Linear, expected a layer of any spec, or a model"):
         metaplasticize(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="plasticity: belongs to modules, and 'gla' is a spec"):
+        metaplasticize(glazoo.load("gla"), plasticity=1.0)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="x: got str, accepted are a Spec"):
+        metaplasticize("gla")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match=r"got 1\.5, accepted are numbers in \[0, 1\]"):
         metaplasticize(layer("kda"), plasticity=1.5)
     with pytest.raises(ValueError, match=r"got -0\.5, accepted are numbers from 0 on"):
@@ -198,14 +203,14 @@ def test_published_starts() -> None:
     assert torch.allclose(mlstm.decay.proj.bias, torch.linspace(3, 6, 4))
     assert not mlstm.decay.proj.weight.any()
     mesa = GatedLinearAttention("mesanet", 64, num_heads=2, head_k_dim=4, head_v_dim=4)
-    assert mesa.importance is not None
-    prior = mesa.importance.prior(torch.float32)
+    assert mesa.metaplastic is not None
+    prior = mesa.metaplastic.prior(torch.float32)
     assert prior is not None
     assert torch.allclose(prior, torch.ones(2, 4))
     palimpsa = GatedLinearAttention("palimpsa", 64, num_heads=2, head_k_dim=4, head_v_dim=4)
-    assert palimpsa.importance is not None
-    assert palimpsa.importance.prior_raw is not None
-    assert not palimpsa.importance.prior_raw.requires_grad
+    assert palimpsa.metaplastic is not None
+    assert palimpsa.metaplastic.ip_log is not None
+    assert not palimpsa.metaplastic.ip_log.requires_grad
 
 
 def test_lower_bound_holds() -> None:

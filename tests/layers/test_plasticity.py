@@ -10,7 +10,8 @@ import torch
 from layer_cases import inputs, layer
 
 import glazoo
-from glazoo.layers import metaplasticize, set_plasticity
+from glazoo import metaplasticize
+from glazoo.layers import set_plasticity
 from glazoo.layers.plasticity import MAX_PRECISION, observed_precision, refused_plasticity
 from glazoo.spec import Gate
 from glazoo.theory.catalogue.axes import changed
@@ -119,9 +120,9 @@ def test_where_a_plasticity_may_start(name: str, plasticity: Any, accepted: bool
 
 def test_a_hebbian_layer_may_be_more_plastic_than_one() -> None:
     made = metaplasticize(layer("gla"), plasticity=3.0)
-    assert made.importance is not None
-    assert set(made.importance.scale.tolist()) == {3.0}
+    assert made.metaplastic is not None
+    assert set(made.metaplastic.b_scale.tolist()) == {3.0}
     set_plasticity(made, 5.0)
-    assert set(made.importance.scale.tolist()) == {5.0}
+    assert set(made.metaplastic.b_scale.tolist()) == {5.0}
     with pytest.raises(ValueError, match=r"got 1\.5, accepted are numbers in \[0, 1\] for"):
         set_plasticity(metaplasticize(layer("kda")), 1.5)

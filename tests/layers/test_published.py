@@ -76,18 +76,18 @@ def test_comba() -> None:
 @torch.no_grad()
 def test_palimpsa() -> None:
     made, x = layer("palimpsa"), inputs(2, 6)
-    assert made.importance is not None
-    assert made.importance.bias is not None
-    for p in (made.skip, made.importance.bias):
+    assert made.metaplastic is not None
+    assert made.metaplastic.b_bias is not None
+    for p in (made.skip, made.metaplastic.b_bias):
         p.normal_()
     w, n = made.state_dict(), made.sizes
     q, k, v = (conv(x @ w[f"{s}_proj.weight"].T, w[f"{s}_conv.weight"]) for s in "qkv")
     q, k, v = l2(heads(q, n.key)), l2(heads(k, n.key)), heads(v, n.value)
     a, beta = mamba_decay(w, x), torch.sigmoid(x @ w["write.proj.weight"].T)
-    low = x @ w["importance.down"].T @ w["importance.up"].T + w["importance.bias"]
+    low = x @ w["metaplastic.b_down"].T @ w["metaplastic.b_up"].T + w["metaplastic.b_bias"]
     b = beta[..., None] * torch.sigmoid(heads(low, n.value))
-    b = b * F.softplus(w["importance.scale"])[:, None]
-    prior = w["importance.prior_raw"].exp()[:, None, None]
+    b = b * F.softplus(w["metaplastic.b_scale"])[:, None]
+    prior = w["metaplastic.ip_log"].exp()[:, None, None]
     shape = (2, n.heads, n.key, n.value)
     mean, total = torch.zeros(shape, dtype=x.dtype), prior.expand(shape)
     out = []

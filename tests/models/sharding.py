@@ -24,8 +24,8 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from glazoo.converters import metaplasticize_model
-from glazoo.converters.gate import ImportanceGate
+from glazoo import metaplasticize
+from glazoo.layers import ImportanceGate
 from glazoo.models import fully_shard
 
 NAMES = ("mamba2", "qwen3_next", "layers")
@@ -38,10 +38,10 @@ def build(name: str, kappa: float = 0.5) -> Any:
         made: Any = spec_model(["metaplastic_hgrn2", "palimpsa", "attention"])
         with torch.no_grad():
             for key, p in made.named_parameters():
-                if key.endswith("importance.scale"):
+                if key.endswith("metaplastic.b_scale"):
                     p.fill_(kappa)
         return made.train()
-    made = metaplasticize_model(tiny_model(name))
+    made = metaplasticize(tiny_model(name))
     open_gates(made)
     with torch.no_grad():
         for key, p in made.named_parameters():
@@ -59,7 +59,7 @@ def gates(model: Any) -> dict[str, Tensor]:
     """Gradients of the importance gates, whole and in float32."""
     found = {}
     for key, p in model.named_parameters():
-        if p.grad is not None and (".metaplastic." in key or ".importance." in key):
+        if p.grad is not None and ".metaplastic." in key:
             grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
             found[key] = grad.float()
     return found

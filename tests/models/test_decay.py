@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Mamba2ForCausalLM, Trainer, TrainingArguments
 
 import glazoo
-from glazoo.converters import metaplasticize_model
+from glazoo import metaplasticize
 from glazoo.models import GlazooConfig, GlazooForCausalLM
 from glazoo.models.decay import no_weight_decay
 
@@ -36,7 +36,7 @@ def own(name: str) -> str:
 def test_gates_priors_and_decay_rates_of_converted_models(name: str, tmp_path: Path) -> None:
     source = tiny_model(name)
     before = decayed(source, tmp_path)
-    layers = {n.rpartition(".metaplastic.")[0] for n in gates(metaplasticize_model(source))}
+    layers = {n.rpartition(".metaplastic.")[0] for n in gates(metaplasticize(source))}
     after = decayed(source, tmp_path)
     assert layers
     assert not {n for n in after if ".metaplastic." in n}

@@ -11,7 +11,8 @@ from layer_cases import HIDDEN, VARIANTS, VOCABULARY, config, model, tiny, token
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 import glazoo
-from glazoo.layers import GatedLinearAttention, layers_of, metaplasticize
+from glazoo import metaplasticize
+from glazoo.layers import GatedLinearAttention, layers_of
 from glazoo.models.causal_lm import GlazooConfig, GlazooForCausalLM
 from glazoo.models.modeling import wide_names
 

@@ -18,7 +18,7 @@ from layer_cases import model as spec_model
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 
-from glazoo.converters import metaplasticize_model
+from glazoo import metaplasticize
 from glazoo.models import fully_shard
 
 NARROW = torch.bfloat16
@@ -26,7 +26,7 @@ POLICY = MixedPrecisionPolicy(param_dtype=NARROW)
 
 
 def converted() -> Any:
-    return metaplasticize_model(tiny_model("mamba2"))
+    return metaplasticize(tiny_model("mamba2"))
 
 
 def of_layers() -> Any:

@@ -220,10 +220,10 @@ def test_importance_gates_can_be_trained_alone(tmp_path: Path) -> None:
     base, gates = weights(tmp_path / "base"), weights(tmp_path / "gates")
     new = gates.keys() - base.keys()
     assert new
-    assert all(".importance." in key for key in new)
+    assert all(".metaplastic." in key for key in new)
     for key, value in base.items():
         assert torch.equal(gates[key], value), key
-    scale = gates["model.layers.0.mixer.importance.scale"]
+    scale = gates["model.layers.0.mixer.metaplastic.b_scale"]
     assert (scale != 0.1).any()
 
 
@@ -232,7 +232,7 @@ def test_the_plasticity_has_a_rate_of_its_own(tmp_path: Path, rate: float) -> No
     data = tables(tmp_path, "m", max_steps=1, save_strategy="no", learning_rate=1e-3)
     data |= {"metaplastic": {"plasticity": 0.1}, "plasticity_rate": rate}
     run(read_config(write(tmp_path, data)))
-    scale = weights(tmp_path / "m")["model.layers.0.mixer.importance.scale"]
+    scale = weights(tmp_path / "m")["model.layers.0.mixer.metaplastic.b_scale"]
     # Adam's first step is the rate, whatever the gradient.
     torch.testing.assert_close((scale - 0.1).abs(), torch.full_like(scale, 1e-3 * rate))
 

@@ -58,7 +58,7 @@ def find_family(model_type: object) -> Family:
     known = families()
     if isinstance(model_type, str) and model_type in known:
         return known[model_type]
-    if any(model_type == f.converted_model_type for f in known.values()):
+    if model_type in {f"metaplastic_{name}" for name in known}:
         raise ConversionError(f"model_type {model_type!r}: this model is converted already")
     from transformers.models.auto import configuration_auto as auto
 

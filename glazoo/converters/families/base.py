@@ -19,6 +19,8 @@ from glazoo.converters.families.mixer import (
     metaplastic_class,
     twin_class,
 )
+from glazoo.converters.settings import Settings
+from glazoo.layers import ImportanceGate
 from glazoo.spec import Spec, no_exact_gain
 from glazoo.zoo import load
 
@@ -71,6 +73,27 @@ class Found:
     """Key channels per head, K."""
     value: int
     """Value channels per head, V."""
+
+    def gate(self, spec: Spec, *, plasticity: float, seed: int) -> ImportanceGate:
+        """Return the importance gate that conversion adds to the mixer.
+
+        Args:
+            spec: the metaplastic spec that the mixer gets.
+            plasticity: kappa at the start.
+            seed: seed of the gate's inner projection.
+        """
+        assert spec.importance is not None
+        return ImportanceGate(
+            spec.importance,
+            in_features=self.hidden,
+            heads=self.heads,
+            keys=self.key,
+            values=self.value,
+            steps=spec.substeps,
+            plasticity=plasticity,
+            seed=seed,
+            layer=self.layer,
+        )
 
 
 class _Seen(Exception):
@@ -145,8 +168,9 @@ _GENERATIVE = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
 class Family:
     """The models of one `model_type` of transformers: how they are built, and what is in them."""
 
-    separates = False
-    """Whether the models keep packed sequences apart by themselves."""
+    native = False
+    """Whether the models are metaplastic by their own configuration and layers, in which nothing
+    needs to be replaced."""
     saves = True
     """Whether converted models can be saved, and loaded again through transformers' classes."""
     lengths: tuple[int, ...] = (2,)
@@ -174,6 +198,24 @@ class Family:
     def converted_architecture(self, architecture: str) -> str:
         """Return the class name of the converted form of one of the family's models."""
         return f"Metaplastic{architecture}"
+
+    def converted_config(
+        self, raw: Mapping[str, Any], config: Any, architecture: str, settings: Settings
+    ) -> dict[str, Any]:
+        """Return the content of a converted folder's config.json.
+
+        Args:
+            raw: that of the source's.
+            config: the source's configuration.
+            architecture: the source's model class.
+            settings: what to convert.
+        """
+        return {
+            **raw,
+            "architectures": [self.converted_architecture(architecture)],
+            "model_type": self.converted_model_type,
+            "metaplastic": settings.to_block(),
+        }
 
     def source_config(self) -> type[Any]:
         """Import the configuration class.

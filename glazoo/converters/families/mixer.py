@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,16 +14,14 @@ from torch import Tensor, nn
 from glazoo.api import attention
 from glazoo.converters.families.calls import Recurrence
 from glazoo.converters.families.interception import once, running, twin_methods
-from glazoo.converters.gate import ImportanceGate
 from glazoo.converters.packing import Packed
-from glazoo.layers.plasticity import observed_precision
+from glazoo.layers.plasticity import ImportanceGate, Observation, observed_precision
 from glazoo.spec import Spec
 from glazoo.state import State
 
 __all__ = [
     "InterceptedMixer",
     "MetaplasticMixer",
-    "Observation",
     "metaplastic_class",
     "pack_state",
     "twin_class",
@@ -58,19 +56,6 @@ def _full_precision(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
-class Observation(NamedTuple):
-    """What one call of a mixer's recurrence did."""
-
-    layer: int
-    g: Tensor
-    """Log decays, [B, T, HV], [B, T, HV, K] or [HV]."""
-    b: Tensor
-    """Importance gate, [B, T, HV] or [B, T, HV, V]."""
-    prior: Float[Tensor, " HV"]
-    state: State
-    """After the last token."""
-
-
 class MetaplasticMixer(nn.Module):
     """Base of the mixers' metaplastic forms.
 
@@ -91,9 +76,6 @@ class MetaplasticMixer(nn.Module):
 
     # What the source's class gives.
     layer_idx: int
-
-    def attached(self) -> None:
-        """Called once, when the mixer has its gate and spec."""
 
     def scan(
         self,
@@ -117,7 +99,8 @@ class MetaplasticMixer(nn.Module):
             hidden = self._without_padding(x, hidden, mask)
             mask = None
         write = x.v.new_ones(x.v.shape[:3]) if x.beta is None else x.beta
-        b, prior = self.metaplastic(hidden, observed_precision(self.metaplastic_spec, write, x.k))
+        made = self.metaplastic(hidden, observed_precision(self.metaplastic_spec, write, x.k))
+        b, prior = made["b"], made["prior"]
         if mask is not None and mask.dim() == 2 and mask.shape[1] >= b.shape[1]:
             # Some sources let keys stand at padding, and set values and decays to zero.
             b = b * mask[:, -b.shape[1] :].to(b.dtype).view(*b.shape[:2], *[1] * (b.dim() - 2))
@@ -136,7 +119,7 @@ class MetaplasticMixer(nn.Module):
             }
         initial = None
         if x.initial is not None:
-            shared = self.metaplastic.gate == "head"
+            shared = self.metaplastic.spec.gate.shape == "head"
             if x.initial.shape[-1] != v.shape[-1] + (1 if shared else v.shape[-1]):
                 raise ValueError(
                     "the state at the start is not a converted mixer's: its cache comes from "

@@ -1,79 +1,46 @@
-"""Models built from specs: their mixers as a family, and the metaplastic forward pass."""
+"""Models built from specs as a family: what is metaplastic in them is their specs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from glazoo.converters.errors import ConversionError
 from glazoo.converters.families.base import Family, Found
 from glazoo.converters.families.calls import Call
-from glazoo.converters.families.mixer import MetaplasticMixer, Observation, metaplastic_class
-from glazoo.layers import GatedLinearAttention
-from glazoo.layers.attention import LayerOutput
-from glazoo.layers.parts import wide_dtype
+from glazoo.converters.settings import Settings
+from glazoo.layers import GatedLinearAttention, layers_of
 from glazoo.spec import Spec
-from glazoo.state import State
 
-__all__ = ["OWN", "OwnFamily", "OwnMixer"]
-
-
-class OwnMixer(MetaplasticMixer):
-    """Forward pass of a layer of any spec whose scan carries an importance state.
-
-        J_t = a_t J_{t-1} + b_t k_t^2 ;   I_t = J_t + I_p
-
-    with b_t and I_p of `ImportanceGate`. Everything else is the layer's own. States are float32, or
-    float64 in a float64 model.
-    """
-
-    # What the layer's class gives.
-    impl: str
-    _take: Callable[[Spec], None]
-    _observed: Callable[[dict[str, Tensor]], Tensor | None]
-
-    _seen: tuple[Tensor, Tensor, Tensor]
-
-    def attached(self) -> None:
-        """Makes the layer follow the metaplastic spec."""
-        self.metaplastic_impl = self.impl
-        self._take(self.metaplastic_spec)
-
-    def forward(self, *args: Any, **kwargs: Any) -> LayerOutput:
-        """Runs the layer, with the arguments of `GatedLinearAttention.forward`."""
-        self.impl = self.metaplastic_impl
-        observed = self.observer is not None and kwargs.get("cu_seqlens") is None
-        keep = bool(kwargs.pop("output_state", False))
-        result: LayerOutput = super().forward(*args, output_state=keep or observed, **kwargs)
-        if observed:
-            assert self.observer is not None
-            assert result.state is not None
-            g, b, prior = self._seen
-            state = State(result.state["memory"], result.state["importance"])
-            self.observer(Observation(self.layer_idx, g, b, prior, state))
-        return result if keep else result._replace(state=None)
-
-    def _gate_operands(self, operands: dict[str, Tensor], inputs: Any, *rest: Any) -> None:
-        super()._gate_operands(operands, inputs, *rest)  # type: ignore[misc]
-        hidden = inputs.hidden
-        dtype, heads = wide_dtype(hidden), self.metaplastic.heads
-        write = self._observed(operands)
-        if write is None:
-            write = hidden.new_ones(*hidden.shape[:2], heads, dtype=dtype)
-        b, prior = self.metaplastic(hidden, write)
-        operands["b"], operands["prior"] = b, prior
-        if self.observer is not None:
-            g = operands.get("g", hidden.new_zeros(heads, dtype=dtype))
-            self._seen = (g, b, prior)
+__all__ = ["OWN", "OwnFamily"]
 
 
 class OwnFamily(Family):
     """The models of `glazoo.models`: their configuration holds the spec of every layer."""
 
-    separates = True
+    native = True
     modeling = "glazoo.models.modeling"
+
+    @property
+    def converted_model_type(self) -> str:
+        """`model_type` of a converted checkpoint: the specs say what it is."""
+        return self.model_type
+
+    def converted_architecture(self, architecture: str) -> str:
+        """Return the class of a converted model, which is the source's."""
+        return architecture
+
+    def converted_config(
+        self, raw: Mapping[str, Any], config: Any, architecture: str, settings: Settings
+    ) -> dict[str, Any]:
+        """Return the content of a converted folder's config.json."""
+        new = copy.deepcopy(config)
+        new.take_specs({i: settings.metaplastic_spec(config.spec(i)) for i in settings.layers})
+        own = {name: getattr(new, name) for name in ("specs", "layer_specs", "spec_sizes")}
+        return {**raw, **{name: x for name, x in own.items() if x is not None}}
 
     def source_config(self) -> type[Any]:
         """Import the configuration class."""
@@ -90,32 +57,26 @@ class OwnFamily(Family):
         return ("GlazooForCausalLM",)
 
     def mixers(self, model: nn.Module) -> dict[int, nn.Module]:
-        """Return the recurrent layers."""
-        layers = (m for m in model.modules() if isinstance(m, GatedLinearAttention))
-        return {m.layer_idx: m for m in layers}
+        """Return the recurrent layers that are not metaplastic."""
+        layers = layers_of(model).values()
+        return {m.layer_idx: m for m in layers if not m.spec.metaplastic}
 
     def calls(self, mixer: nn.Module) -> tuple[Call, ...]:
         """Return nothing: the layers call `glazoo.attention` themselves."""
         return ()
 
-    def metaplastic_class(self, cls: type[nn.Module]) -> type[nn.Module] | None:
-        """Return the class that a layer gets, None for other modules."""
-        return metaplastic_class(cls, OwnMixer) if issubclass(cls, GatedLinearAttention) else None
+    def examine(self, model: nn.Module) -> dict[int, Found]:
+        """Say what a model's layers are."""
+        if (layers := layers_of(model)) and not self.mixers(model):
+            names = sorted({m.spec.name for m in layers.values()})
+            raise ConversionError(f"layer_specs: {', '.join(names)}: metaplastic already")
+        return super().examine(model)
 
     def _examine(self, mixer: nn.Module, path: str, layer: int, hidden: int) -> Found:
         assert isinstance(mixer, GatedLinearAttention)
-        spec, n = mixer.spec, mixer.sizes
-        projected = spec.steps.source == "projected" and spec.steps.count > 1
-        for reason, present in (
-            ("it is metaplastic already", spec.metaplastic),
-            ("its gain is exact", spec.posterior.gain == "exact"),
-            ("its write gate has one number per value channel", spec.write.shape == "value"),
-            ("it writes several times per token", projected),
-        ):
-            if present:
-                raise ConversionError(f"layer_specs: {spec.name!r} cannot be converted: {reason}")
+        n = mixer.sizes
         sizes = n.heads, n.key_heads, mixer.keys, n.value
-        return Found(path, layer, type(mixer).__name__, (), spec.name, n.hidden, *sizes)
+        return Found(path, layer, type(mixer).__name__, (), mixer.spec.name, n.hidden, *sizes)
 
     def source_spec(self, config: Any, found: Mapping[int, Found]) -> Spec:
         """Return the spec of the recurrent layers, as the configuration holds it."""
@@ -128,4 +89,4 @@ class OwnFamily(Family):
 
 
 OWN = OwnFamily("glazoo")
-"""Models of `glazoo.models` whose recurrent layers share one spec."""
+"""Models of `glazoo.models` whose recurrent layers that are not metaplastic share one spec."""

@@ -214,7 +214,7 @@ def test_unknown_mixers_and_options_are_refused() -> None:
 
 
 def test_converted_mixer_can_be_made_metaplastic() -> None:
-    from glazoo.layers import metaplasticize
+    from glazoo import metaplasticize
 
     mixer = transformers_mixer("transformers.qwen3_next")
     layer = exchange.from_mixer(mixer, impl="reference")
