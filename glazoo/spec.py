@@ -690,22 +690,17 @@ def metaplasticize(
     gain: Literal["first_order", "exact"] | None = None,
     rank: int = 16,
 ) -> Spec:
-    """Gives the metaplastic counterpart of a spec: it gains an importance gate and a prior, and
-    nothing else changes.
+    """Returns the metaplastic counterpart of a spec: it gains an importance gate and a prior, and
+    nothing else changes. What `glazoo.metaplasticize`, which says more, does with specs.
 
         precision frozen -> diagonal;  correction none -> diagonal;  J_t = a_t J_{t-1} + b_t k_t^2,
         I_t = J_t + I_p
 
     Args:
         spec: a spec with `posterior.precision = "frozen"`.
-        gate: shape of the importance gate b. `"head"`, the default, gives one importance vector
-            over keys and keeps the source's matmul kernel; `"value"` gives one importance per
-            synapse: the published form of Hebbian sources, at twice their state, and without a
-            matmul kernel for those that subtract a prediction.
-        gain: learning rate of a source that subtracts its prediction: `"first_order"`, beta k / I,
-            or `"exact"`, that of the posterior for the precision beta / (1 - beta k.k), which also
-            multiplies the importance gate. Default: `"exact"` where `no_exact_gain` knows no
-            reason against it.
+        gate: shape of the importance gate b. Default: "head".
+        gain: learning rate of a source that subtracts its prediction. Default: "exact" where
+            `no_exact_gain` knows no reason against it.
         rank: rank of the projection that makes the gate depend on the token.
 
     Returns:

@@ -445,10 +445,10 @@ class GatedLinearAttention(KeepsWide):
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        for name in [n for n in state_dict if n.startswith(f"{prefix}importance.")]:
-            for old, new in EARLIER_NAMES.items():
-                if name.startswith(prefix + old):
-                    state_dict[name.replace(prefix + old, prefix + new)] = state_dict.pop(name)
+        for old, new in EARLIER_NAMES.items():
+            for name in [n for n in state_dict if n.startswith(prefix + old)]:
+                rest = name.removeprefix(prefix + old)
+                state_dict[prefix + new + rest] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(

@@ -19,7 +19,7 @@ from glazoo import metaplasticize
 from glazoo.converters import ConversionError
 from glazoo.converters.module import set_impl, source_limit
 from glazoo.converters.verify import clean_float64_model
-from glazoo.layers import gates
+from glazoo.layers import gates, set_plasticity
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -328,6 +328,15 @@ def test_some_layers_only() -> None:
     assert torch.equal(a[1], b[1])
     assert not torch.allclose(a[2], b[2])
     assert decode(model, ids, 30).shape == (3, 37, 61)
+
+
+@torch.no_grad()
+def test_set_plasticity() -> None:
+    model = convert(make_model())
+    assert set_plasticity(model, 0.5) is model
+    assert all(set(gate.b_scale.tolist()) == {0.5} for _, gate in gates(model))
+    with pytest.raises(ValueError, match="accepted are numbers from 0 on"):
+        set_plasticity(model, -1.0)
 
 
 @torch.no_grad()

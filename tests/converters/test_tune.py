@@ -351,6 +351,10 @@ def test_a_model_of_our_own_without_gates_is_refused(trained: Path, tmp_path: Pa
         GlazooForCausalLM(model.config).save_pretrained(tmp_path / pattern)
         with pytest.raises(ConversionError, match=message):
             inspect_model(tmp_path / pattern)
+    model.config.set_pattern(["gla", "retnet"])
+    GlazooForCausalLM(model.config).save_pretrained(tmp_path / "two")
+    with pytest.raises(ConversionError, match="from one spec, and this has gla, retnet: load the"):
+        convert_checkpoint(tmp_path / "two", tmp_path / "c")
 
 
 def test_commands(converted: Path, tmp_path: Path, text: Path) -> None:

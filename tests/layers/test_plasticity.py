@@ -12,7 +12,12 @@ from layer_cases import inputs, layer
 import glazoo
 from glazoo import metaplasticize
 from glazoo.layers import set_plasticity
-from glazoo.layers.plasticity import MAX_PRECISION, observed_precision, refused_plasticity
+from glazoo.layers.plasticity import (
+    EARLIER_NAMES,
+    MAX_PRECISION,
+    observed_precision,
+    refused_plasticity,
+)
 from glazoo.spec import Gate
 from glazoo.theory.catalogue.axes import changed
 
@@ -116,6 +121,21 @@ def test_where_a_plasticity_may_start(name: str, plasticity: Any, accepted: bool
         reason = refused_plasticity(spec, plasticity)
         assert (reason is None) == accepted
         assert accepted or f"plasticity: got {plasticity!r}, accepted are numbers" in str(reason)
+
+
+@pytest.mark.parametrize("name", ["metaplastic_gla", "palimpsa", "mesanet", "precond_kda"])
+def test_state_dicts_of_before_load(name: str) -> None:
+    made, other = layer(name), layer(name, seed=1)
+    state = made.state_dict()
+    before = dict(state)
+    for old, new in EARLIER_NAMES.items():
+        for key in [k for k in state if k.startswith(new)]:
+            before[old + key.removeprefix(new)] = before.pop(key)
+    assert any(key.startswith("importance.") for key in before)
+    assert not any(key.startswith("metaplastic.") for key in before)
+    # As a part of a module, too.
+    torch.nn.ModuleDict({"x": other}).load_state_dict({f"x.{k}": p for k, p in before.items()})
+    assert all(torch.equal(p, state[key]) for key, p in other.state_dict().items())
 
 
 def test_a_hebbian_layer_may_be_more_plastic_than_one() -> None:

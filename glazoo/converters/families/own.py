@@ -70,6 +70,12 @@ class OwnFamily(Family):
         if (layers := layers_of(model)) and not self.mixers(model):
             names = sorted({m.spec.name for m in layers.values()})
             raise ConversionError(f"layer_specs: {', '.join(names)}: metaplastic already")
+        names = sorted({m.spec.name for m in layers.values() if not m.spec.metaplastic})
+        if len(names) > 1:
+            raise ConversionError(
+                f"layer_specs: folders are converted from one spec, and this has "
+                f"{', '.join(names)}: load the model, call glazoo.metaplasticize(model) and save it"
+            )
         return super().examine(model)
 
     def _examine(self, mixer: nn.Module, path: str, layer: int, hidden: int) -> Found:
