@@ -1141,7 +1141,7 @@ def chunk_dkey(
     B, T, HV, V = w.shape
     HQ, K = q.shape[2:]
     name = "chunk_dkey_keyed_kernel" if gate.kind == 2 else "chunk_dkey_kernel"
-    tiles = chunk_tiles(name, K, V, w.dtype)
+    tiles = chunk_tiles(name, K, V, w.dtype, gate.kind)
     blocks = -(-K // tiles.BK)
     dq = w.new_empty(B, T, HV, K)
     dk = torch.empty_like(dq)

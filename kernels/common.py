@@ -244,7 +244,7 @@ class Tiles:
     num_stages: int
 
 
-def chunk_tiles(kernel: str, K: int, V: int, dtype: torch.dtype) -> Tiles:
+def chunk_tiles(kernel: str, K: int, V: int, dtype: torch.dtype, gate: int = 0) -> Tiles:
     """Configuration of a chunk-parallel kernel."""
     BK, BV = min(64, power_of_two(K)), min(64, power_of_two(V))
     hopper = current_target() in ("sm_90", "sm_100") and dtype != torch.float32
@@ -256,7 +256,11 @@ def chunk_tiles(kernel: str, K: int, V: int, dtype: torch.dtype) -> Tiles:
     if kernel == "chunk_dkey_keyed_kernel":
         return Tiles(min(BK, 32 if hopper else 16), BV, 8, 1)
     if kernel == "chunk_dkey_kernel":
-        return Tiles(BK, BV, 8, 2) if hopper else Tiles(min(BK, 32), min(BV, 32), 8, 2)
+        if not hopper:
+            return Tiles(min(BK, 32), min(BV, 32), 8, 2)
+        # With a gate, threads read the states that the products read. Triton has one buffer for
+        # these, and copies the next states into it while products of sm_90 still read it.
+        return Tiles(BK, BV, 8, 1 if gate and current_target() == "sm_90" else 2)
     if kernel == "chunk_dscore_kernel" and V <= 64 and current_target().startswith("sm_10"):
         # Likewise; more threads cost less than narrower tiles.
         return Tiles(BK, BV, 8, 2)
