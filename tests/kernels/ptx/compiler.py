@@ -39,6 +39,7 @@ class Request:
     arguments: tuple[tuple[str, Any], ...]
     num_warps: int
     num_stages: int
+    target: str = "sm_80"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +51,16 @@ class Compiled:
     parameters: tuple[str, ...]
 
 
-def request(launch: Any) -> Request:
-    """What to ask for a launch, a `glazoo.kernels.common.Launch`."""
+def request(launch: Any, target: str) -> Request:
+    """What to ask for a launch, a `glazoo.kernels.common.Launch`, on "sm_80" or "sm_90"."""
     arguments = tuple(
         (name, Operand(x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x)
         for name, x in sorted(launch.arguments.items())
     )
     kernel = launch.kernel.fn
     tiles = launch.tiles
-    return Request(kernel.__module__, kernel.__name__, arguments, tiles.num_warps, tiles.num_stages)
+    warps, stages = tiles.num_warps, tiles.num_stages
+    return Request(kernel.__module__, kernel.__name__, arguments, warps, stages, target)
 
 
 class Compiler:
@@ -92,7 +94,7 @@ class Compiler:
         return answer
 
     def compile(self, asked: Request) -> Compiled:
-        """Compile a launch for sm_80.
+        """Compile a launch for its target.
 
         Raises:
             RuntimeError: it does not compile; the message is Triton's.
@@ -141,7 +143,7 @@ def _answer(asked: Request) -> Compiled:
     arguments = {k: tensor(x) if isinstance(x, Operand) else x for k, x in asked.arguments}
     tiles = Tiles(0, 0, asked.num_warps, asked.num_stages)
     launch = Launch(kernel, (1,), arguments, tiles)
-    compiled = census.compile_launch(launch, "sm_80")
+    compiled = census.compile_launch(launch, asked.target)
     constants = compiled.src.constants
     runtime = tuple(x.name for i, x in enumerate(kernel.params) if (i,) not in constants)
     return Compiled(compiled.asm["ptx"], compiled.metadata.shared, runtime)

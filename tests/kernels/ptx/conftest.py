@@ -28,3 +28,9 @@ def compiler(cache: pathlib.Path) -> Iterator[Compiler]:
 def executor(compiler: Compiler) -> Executor:
     """Runs every launch once."""
     return Executor(compiler)
+
+
+@pytest.fixture
+def hopper(compiler: Compiler) -> Executor:
+    """Runs every launch once, compiled for sm_90."""
+    return Executor(compiler, target="sm_90")

@@ -15,8 +15,6 @@ from .compiler import Compiler, request
 from .machine import Kernel
 from .memory import Global, flat
 
-TARGET = "sm_80"
-
 
 @functools.lru_cache(maxsize=512)
 def kernel_of(ptx: str) -> Kernel:
@@ -34,6 +32,7 @@ class Executor:
         compiler: where PTX comes from.
         schedules: of `machine.SCHEDULES`.
         change: PTX to PTX, to see whether a mistake in it is found.
+        target: what is compiled for, "sm_80" or "sm_90".
     """
 
     def __init__(
@@ -41,10 +40,12 @@ class Executor:
         compiler: Compiler,
         schedules: Sequence[str] = ("lockstep",),
         change: Callable[[str], str] = lambda ptx: ptx,
+        target: str = "sm_80",
     ) -> None:
         self.compiler = compiler
         self.schedules = schedules
         self.change = change
+        self.target = target
         self.kernels: list[str] = []
         self.instructions = 0
 
@@ -52,7 +53,7 @@ class Executor:
         """Run a launch."""
         if 0 in launch.grid:
             return
-        compiled = self.compiler.compile(request(launch))
+        compiled = self.compiler.compile(request(launch, self.target))
         kernel = kernel_of(self.change(compiled.ptx))
         tensors = {k: x for k, x in launch.arguments.items() if isinstance(x, Tensor)}
         self.kernels.append(launch.kernel.__name__)
@@ -80,9 +81,9 @@ class Executor:
 
 @contextlib.contextmanager
 def executing(executor: Executor) -> Iterator[None]:
-    """Inside, the host code of the kernels runs them compiled for sm_80, on tensors on the CPU."""
+    """Inside, the host code of the kernels runs them compiled, on tensors on the CPU."""
     assert common._recording is None
-    common._recording = common._Recording(TARGET, executor)  # type: ignore[arg-type]
+    common._recording = common._Recording(executor.target, executor)  # type: ignore[arg-type]
     try:
         yield
     finally:

@@ -4,7 +4,8 @@ Threads that are at the same instruction execute it together, of as many blocks 
 A branch that warps take differently splits them up; a branch inside a warp is refused. A group of
 warps runs until it ends or waits at a barrier; when all wait, all go on. In which order the groups
 run between barriers is the schedule: "lockstep" starts with all warps as one group, "forward" and
-"backward" with one group a warp, first to last or last to first.
+"backward" with one group a warp, first to last or last to first; of a kernel with wgmma, which four
+warps execute together, with one group for each four.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from typing import Any
 
 import numpy as np
 
+from .matrices import fragments, places, split, sums
 from .memory import POISON, Access, Array, Global, Shared
 from .semantics import DTYPES, F32, OPERATIONS, U16, U32, from_bf16
 from .text import Instruction, Program, PtxError, read
 
 BATCH = 1 << 14
 LANES = 32
+# Threads that execute a wgmma together.
+WARPGROUP = 128
 SCHEDULES = ("lockstep", "forward", "backward")
 # More than any kernel here executes in one group: a loop without end is an error.
 LIMIT = 1 << 24
@@ -32,15 +36,18 @@ Step = Callable[["Group"], Any]
 Reader = Callable[["Group"], Array]
 
 
-class _Unset:
-    """A register before its first value."""
+class _Absent:
+    """A register that cannot be read."""
 
-    @property
-    def dtype(self) -> Any:
-        raise PtxError("reads a register that has no value")
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+    def __getattr__(self, name: str) -> Any:
+        raise PtxError(self.why)
 
 
-UNSET: Any = _Unset()
+UNSET: Any = _Absent("reads a register that has no value")
+PENDING: Any = _Absent("reads a register that wgmma still writes")
 
 
 @dataclasses.dataclass
@@ -64,6 +71,15 @@ def spread(x: Array, size: int) -> Array:
     return x if x.size == size else np.repeat(x, size)
 
 
+@dataclasses.dataclass
+class Products:
+    """What a wgmma reads and writes until it is waited for: memory, and registers by slot."""
+
+    reads: list[Access]
+    operands: dict[int, Array]
+    sums: tuple[int, ...]
+
+
 class Group:
     """Warps that are at the same instruction, and the registers of their threads."""
 
@@ -79,9 +95,16 @@ class Group:
         # cp.async: what was begun since the last commit, and what was committed.
         self.begun: list[tuple[Access, Array]] = []
         self.committed: list[list[tuple[Access, Array]]] = []
+        # wgmma: likewise, sums by slot that are not waited for, and values at its fence.
+        self.products: list[Products] = []
+        self.multiplied: list[list[Products]] = []
+        self.hidden: dict[int, Array] = {}
+        self.fenced: dict[int, Array] = {}
 
     def part(self, chosen: Array) -> Group:
         """The group of some of the threads."""
+        if self.hidden:
+            raise PtxError("threads go different ways while wgmma multiplies")
         other = Group(
             self.run,
             [x if x is UNSET else x[chosen] for x in self.registers],
@@ -115,7 +138,7 @@ class Kernel:
     """A kernel that can be run.
 
     Args:
-        ptx: source as Triton emits it for sm_80.
+        ptx: source as Triton emits it for sm_80 or sm_90.
 
     Raises:
         PtxError: an instruction is unknown; the message holds it.
@@ -126,6 +149,9 @@ class Kernel:
         self.slots: dict[str, int] = {}
         self.steps = [self._decode(x) for x in self.program.instructions]
         self.written = self._written()
+        self.together = LANES
+        if any(x.opcode.startswith("wgmma") for x in self.program.instructions):
+            self.together = WARPGROUP
         self.units = {space: self._narrowest(space) for space in ("shared", "global")}
 
     def _written(self) -> set[str]:
@@ -337,8 +363,9 @@ class Kernel:
             group = Group(run, [UNSET] * len(self.slots), agents, special)
             groups = [group]
             if schedule != "lockstep":
-                order = range(warps) if schedule == "forward" else reversed(range(warps))
-                groups = [group.part(np.flatnonzero(agents["warp"] == w)) for w in order]
+                order = range(threads // self.together)
+                groups = [group.part(np.flatnonzero(thread // self.together == i)) for i in order]
+                groups = groups if schedule == "forward" else groups[::-1]
             # Overflow and division by zero have results, here as there.
             with np.errstate(all="ignore"):
                 count += self._batch(run, groups)
@@ -689,15 +716,11 @@ def _matrices(kernel: Kernel, x: Instruction, parts: int, *, transposed: bool) -
     return step
 
 
-def _fragments(registers: list[Array], rows: int, columns: int, each: int) -> Array:
-    """Matrices [warps, rows, columns] of registers that hold `each` columns of a row.
-
-    Lane 4 i + j holds row i and columns j * each ..; registers go down by 8 rows, then right by
-    4 * each columns.
-    """
-    down, right = rows // 8, columns // (4 * each)
-    whole = np.stack(registers).reshape(right, down, -1, 8, 4, each)
-    return whole.transpose(2, 1, 3, 0, 4, 5).reshape(-1, rows, columns)
+def numbers(x: Array, kind: str) -> Array:
+    """The factors of products that 32 bits hold: one or two."""
+    if kind == "tf32":
+        return (x.view(U32) & U32.type(0xFFFFE000)).view(F32)
+    return from_bf16(x.view(U16)) if kind == "bf16" else x.view(np.float16).astype(F32)
 
 
 def _multiply(kernel: Kernel, x: Instruction, depth: int, kind: str) -> Step:
@@ -712,23 +735,167 @@ def _multiply(kernel: Kernel, x: Instruction, depth: int, kind: str) -> Step:
     a, b = ([kernel.reader(y, "b32") for y in of] for of in names[1:3])
     c = [kernel.reader(y, "f32") for y in names[3]]
 
-    def numbers(y: Array) -> Array:
-        if kind == "tf32":
-            return (y & U32.type(0xFFFFE000)).view(F32)
-        return from_bf16(y.view(U16)) if kind == "bf16" else y.view(np.float16).astype(F32)
-
     def whole(g: Group, reads: list[Reader]) -> list[Array]:
         return [spread(y(g), g.size) for y in reads]
 
     def step(g: Group) -> None:
-        left = _fragments([numbers(y) for y in whole(g, a)], 16, depth, each)
+        left = fragments([numbers(y, kind) for y in whole(g, a)], 16, depth, each)
         # B is held as A is, transposed.
-        right = _fragments([numbers(y) for y in whole(g, b)], 8, depth, each)
-        parts = np.stack(whole(g, c)).reshape(2, 2, -1, 8, 4)
-        total = parts.transpose(2, 0, 3, 4, 1).reshape(-1, 16, 8) + left @ right.swapaxes(1, 2)
-        found = total.reshape(-1, 2, 8, 4, 2).transpose(1, 4, 0, 2, 3).reshape(4, -1)
-        for write, value in zip(writes, np.ascontiguousarray(found), strict=True):
+        right = fragments([numbers(y, kind) for y in whole(g, b)], 8, depth, each)
+        total = sums(whole(g, c)) + left @ right.swapaxes(1, 2)
+        for write, value in zip(writes, split(total), strict=True):
             write(g, value)
+
+    return step
+
+
+def _store_matrices(kernel: Kernel, x: Instruction, parts: int, *, transposed: bool) -> Step:
+    """stmatrix: what ldmatrix does, the other way."""
+    _unguarded(x)
+    names = kernel.names(x.operands[1])
+    if len(names) != parts:
+        raise PtxError(f"expected {parts} registers")
+    reads = [kernel.reader(y, "b32") for y in names]
+    address = kernel.address(x.operands[0], "u32")
+
+    def step(g: Group) -> None:
+        chosen = np.flatnonzero(np.arange(g.size) % LANES < 8 * parts)
+        agents = {k: y[chosen] for k, y in g.agents.items()}
+        memory = g.run.shared
+        whole = np.stack([spread(read(g), g.size) for read in reads])
+        # [warps, matrix, row, column]
+        whole = whole.reshape(parts, -1, 8, 4).swapaxes(0, 1).copy().view(U16)
+        if transposed:
+            whole = whole.swapaxes(2, 3)
+        rows = np.ascontiguousarray(whole.reshape(-1, 8).T)
+        memory.store(memory.access(address(g)[chosen], 16, agents), rows, g.run.epochs)
+
+    return step
+
+
+def _fence(kernel: Kernel, x: Instruction) -> Step:
+    """fence.proxy.async: wgmma sees what these threads wrote or could have read."""
+    _unguarded(x)
+    return lambda g: g.run.shared.fence(g.agents, g.run.epoch)
+
+
+def _where(x: Array) -> int:
+    """What registers of one value share."""
+    return id(x) if isinstance(x, _Absent) else x.__array_interface__["data"][0]
+
+
+def _registers_fence(kernel: Kernel, x: Instruction) -> Step:
+    """wgmma.fence: wgmma sees the registers, and what is only moved from one to another later."""
+    _unguarded(x)
+
+    def step(g: Group) -> None:
+        g.fenced = {_where(y): y for y in g.registers}
+
+    return step
+
+
+def _warpgroups(kernel: Kernel, x: Instruction, n: int, depth: int, kind: str) -> Step:
+    """wgmma m64n`n`k`depth`: D = A B + C, A of registers or shared memory, B of shared memory.
+
+    What it reads is read now, what it writes is there when it is waited for.
+    """
+    _unguarded(x)
+    d, a, b, accumulate, *flags = x.operands
+    each = 1 if kind == "tf32" else 2
+    in_registers = a.startswith("{")
+    transposes = [False] * (each == 1 or in_registers)
+    transposes += [bool(int(y)) for y in flags[2:]]
+    if each == 1:
+        transposes += [False]
+    if flags[:2] != ["1", "1"] or len(transposes) != 2:
+        raise PtxError("unknown signs or transposes")
+    results = [kernel.slot(y)[0] for y in kernel.names(d)]
+    left = [kernel.slot(y)[0] for y in kernel.names(a)] if in_registers else []
+    if len(results) != n // 2 or (in_registers and len(left) != 4):
+        raise PtxError("unknown number of registers")
+    further = kernel.reader(accumulate, "pred")
+    descriptors = [None if in_registers else kernel.reader(a, "b64"), kernel.reader(b, "b64")]
+
+    def uniform(g: Group, read: Reader) -> Array:
+        """A value of each warpgroup."""
+        whole = spread(read(g), g.size).reshape(-1, WARPGROUP)
+        if (whole != whole[:, :1]).any():
+            raise PtxError("threads of a warpgroup differ in what they multiply")
+        return whole[:, 0]
+
+    def operand(g: Group, read: Reader, rows: int, transposed: bool, reads: list[Access]) -> Array:
+        """A matrix of each warpgroup, [warpgroups, rows, columns]."""
+        at = places(uniform(g, read), rows, major=not transposed)
+        memory = g.run.shared
+        # As if each of the four warps read all.
+        for warp in range(4):
+            agents = {k: y[LANES * warp :: WARPGROUP] for k, y in g.agents.items()}
+            agents = {k: np.repeat(y, at.shape[1]) for k, y in agents.items()}
+            reads.append(memory.access(at.ravel(), 16, agents))
+        for access in reads[-4:]:
+            found = memory.multiply(access, g.run.epochs)
+        found = numbers(found.T.copy(), kind).reshape(len(at), -1, 16 // 4 * each)
+        if transposed:
+            found = found.reshape(len(at), depth, rows).swapaxes(1, 2)
+        return found.reshape(len(at), rows, depth)
+
+    def step(g: Group) -> None:
+        fours = g.agents["warp"][::LANES]
+        if fours.size % 4 or (fours.reshape(-1, 4) % 4 != np.arange(4)).any():
+            raise PtxError("wgmma without all four warps of a warpgroup")
+        used = [g.registers[i] for i in (*results, *left) if g.registers[i] is not PENDING]
+        if not {_where(y) for y in used} <= g.fenced.keys():
+            raise PtxError("no wgmma.fence after a register was computed that wgmma uses")
+        reads: list[Access] = []
+        if in_registers:
+            registers = [numbers(spread(g.registers[i], g.size), kind) for i in left]
+            of_a = fragments(registers, 16, depth, each).reshape(-1, 64, depth)
+        else:
+            of_a = operand(g, descriptors[0], 64, transposes[0], reads)
+        of_b = operand(g, descriptors[1], n, transposes[1], reads)
+        total = of_a @ of_b.swapaxes(1, 2)
+        further_ = uniform(g, further)
+        if further_.any():
+            old = [g.hidden.get(i, g.registers[i]).view(F32) for i in results]
+            old = sums([spread(y, g.size) for y in old]).reshape(-1, 64, n)
+            total = np.where(further_[:, None, None], total + old, total)
+        for i, value in zip(results, split(total.reshape(-1, 16, n)), strict=True):
+            g.hidden[i] = value
+            g.registers[i] = PENDING
+        g.products.append(Products(reads, {i: g.registers[i] for i in left}, tuple(results)))
+
+    return step
+
+
+def _commit_products(kernel: Kernel, x: Instruction) -> Step:
+    _unguarded(x)
+
+    def step(g: Group) -> None:
+        g.multiplied.append(g.products)
+        g.products = []
+
+    return step
+
+
+def _wait_products(kernel: Kernel, x: Instruction) -> Step:
+    _unguarded(x)
+    left = int(x.operands[0], 0)
+
+    def step(g: Group) -> None:
+        done: list[Products] = []
+        while len(g.multiplied) > left:
+            done += g.multiplied.pop(0)
+        later = {i for y in (*itertools.chain(*g.multiplied), *g.products) for i in y.sums}
+        for product in done:
+            for access in product.reads:
+                g.run.shared.multiplied(access, g.run.epochs)
+            if any(g.registers[i] is not y for i, y in product.operands.items()):
+                raise PtxError("a register was written that wgmma still reads")
+            for i in product.sums:
+                if i in g.hidden and i not in later:
+                    if g.registers[i] is not PENDING:
+                        raise PtxError("a register was written that wgmma still writes")
+                    g.registers[i] = g.hidden.pop(i)
 
     return step
 
@@ -772,6 +939,10 @@ def _special() -> dict[str, Callable[[Kernel, Instruction], Step]]:
         "cp.async.cg.shared.global": _copy,
         "cp.async.commit_group": _commit,
         "cp.async.wait_group": _wait,
+        "fence.proxy.async.shared::cta": _fence,
+        "wgmma.fence.sync.aligned": _registers_fence,
+        "wgmma.commit_group.sync.aligned": _commit_products,
+        "wgmma.wait_group.sync.aligned": _wait_products,
     }
 
     def add(opcode: str, build: Callable[..., Step], *arguments: Any, **options: Any) -> None:
@@ -779,10 +950,10 @@ def _special() -> dict[str, Callable[[Kernel, Instruction], Step]]:
 
     for kind in ("b32", "b64", "u32", "u64", "s32", "s64", "f32"):
         add(f"ld.param.{kind}", _parameter, kind)
-    places = {"global": False, "shared": True, "shared::cta": True}
+    spaces = {"global": False, "shared": True, "shared::cta": True}
     vectors = {"": 1, ".v2": 2, ".v4": 4}
     for (space, shared), (vector, parts), kind in itertools.product(
-        places.items(), vectors.items(), ("b16", "b32", "b64")
+        spaces.items(), vectors.items(), ("b8", "b16", "b32", "b64")
     ):
         if parts * DTYPES[kind].itemsize <= 16:
             add(f"ld.{space}{vector}.{kind}", _load, parts, kind, shared)
@@ -797,9 +968,13 @@ def _special() -> dict[str, Callable[[Kernel, Instruction], Step]]:
         trans = ".trans" if transposed else ""
         opcode = f"ldmatrix.sync.aligned.m8n8.x{parts}{trans}.shared.b16"
         add(opcode, _matrices, parts, transposed=transposed)
+        add(f"st{opcode[2:]}", _store_matrices, parts, transposed=transposed)
     for kind, depth in (("bf16", 16), ("f16", 16), ("tf32", 8)):
         opcode = f"mma.sync.aligned.m16n8k{depth}.row.col.f32.{kind}.{kind}.f32"
         add(opcode, _multiply, depth, kind)
+        for n in (8, 16, 32, 64, 128, 256):
+            opcode = f"wgmma.mma_async.sync.aligned.m64n{n}k{depth}.f32.{kind}.{kind}"
+            add(opcode, _warpgroups, n, depth, kind)
     for kind in ("b32", "b64"):
         add(f"mov.{kind}", _pack, kind)
     return found

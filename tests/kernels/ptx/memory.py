@@ -206,6 +206,13 @@ class Shared:
         self.data = np.full(blocks * self.stride, POISON, np.uint8)
         self.warps = Shadow(self.data.size, unit, "warp", warps, "bar.sync")
         self.threads = Shadow(self.data.size, unit, "thread", warps * 32, "bar.warp.sync")
+        # Of 16 bytes, how many wgmma read them that nobody waited for.
+        self.multiplying = np.zeros(self.data.size // WIDEST, np.int32)
+        # The store of every entry that wgmma cannot see yet, 0 where it can, and these stores by
+        # number, each with its epoch.
+        self.unseen = np.zeros(self.data.size // unit, np.int32)
+        self.stores: dict[int, tuple[Access, int]] = {}
+        self.count = 0
 
     def access(self, address: Array, size: int, agents: Mapping[str, Array]) -> Access:
         """The access of `size` bytes at an address in each thread's block."""
@@ -226,13 +233,26 @@ class Shared:
         self.threads.read(access, epochs[1])
         return take(self.data, access, dtype)
 
+    def _unread(self, access: Access) -> None:
+        if self.multiplying[access.rows * access.size // WIDEST].any():
+            raise PtxError("writes what wgmma still reads")
+
     def store(self, access: Access, values: Array, epochs: tuple[int, int]) -> None:
+        self._unread(access)
+        self.count += 1
+        self.unseen.reshape(-1, access.size // self.warps.unit)[access.rows] = self.count
+        self.stores[self.count] = access, epochs[0]
         warps = self.warps.write(access, epochs[0])
         lanes = self.threads.write(access, epochs[1])
         put(self.data, access, values, Clash(warps.before | lanes.before, warps.now))
 
     def begin(self, access: Access, epochs: tuple[int, int]) -> None:
-        """A copy to here begins: until it ends nobody may touch the bytes."""
+        """A copy to here begins: until it ends nobody may touch the bytes.
+
+        wgmma sees what it writes without a fence: compilers rely on that.
+        """
+        self._unread(access)
+        self.unseen.reshape(-1, access.size // self.warps.unit)[access.rows] = 0
         self.warps.begin(access, epochs[0])
         self.threads.begin(access, epochs[1])
 
@@ -242,6 +262,38 @@ class Shared:
         self.threads.finish(access, epochs[1])
         none = np.zeros(access.rows.size, bool)
         put(self.data, access, values, Clash(none, none))
+
+    def fence(self, agents: Mapping[str, Array], epoch: int) -> None:
+        """Let wgmma see what threads wrote, and what others of their blocks wrote before."""
+        mine = agents["place"] * (1 << 16) + agents["thread"]
+        for number, (access, written) in list(self.stores.items()):
+            of = access.agents
+            if written < epoch:
+                seen = np.isin(of["place"], agents["place"])
+            else:
+                seen = np.isin(of["place"] * (1 << 16) + of["thread"], mine)
+            unseen = self.unseen.reshape(-1, access.size // self.warps.unit)
+            rows = access.rows[seen]
+            unseen[rows] = np.where(unseen[rows] == number, 0, unseen[rows])
+            if seen.all():
+                del self.stores[number]
+            else:
+                left = {k: x[~seen] for k, x in of.items()}
+                self.stores[number] = Access(access.rows[~seen], access.size, left), written
+
+    def multiply(self, access: Access, epochs: tuple[int, int]) -> Array:
+        """wgmma begins to read: until it is waited for nobody may write to the bytes."""
+        found = self.load(access, np.dtype(np.uint32), epochs)
+        if self.unseen.reshape(-1, access.size // self.warps.unit)[access.rows].any():
+            raise PtxError("wgmma reads what was stored, and no fence.proxy.async lies between")
+        np.add.at(self.multiplying, access.rows, 1)
+        return found
+
+    def multiplied(self, access: Access, epochs: tuple[int, int]) -> None:
+        """wgmma has read."""
+        np.subtract.at(self.multiplying, access.rows, 1)
+        self.warps.read(access, epochs[0])
+        self.threads.read(access, epochs[1])
 
 
 class Buffer:

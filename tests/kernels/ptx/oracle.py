@@ -251,3 +251,41 @@ def evaluate(opcode: str, operands: tuple[str, ...], result: str, xs: list[int])
     if kind in FLOATS:
         return _float(name, kind, xs)
     return wrap(_integer(name, kind, xs), result)
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """What a matrix descriptor of wgmma says, in bytes."""
+
+    start: int
+    leading: int
+    stride: int
+    swizzle: int
+
+    def encoded(self) -> int:
+        """The 64 bits."""
+        mode = {0: 0, 128: 1, 64: 2, 32: 3}[self.swizzle]
+        return self.start >> 4 | self.leading >> 4 << 16 | self.stride >> 4 << 32 | mode << 62
+
+
+def place(matrix: Matrix, row: int, column: int, item: int, transposed: bool) -> int:
+    """Where an entry of a matrix is whose rows, or columns if transposed, lie along memory.
+
+    Matrices are made of cores of 8 lines of 16 bytes. Without a swizzle a core's lines follow each
+    other; with one, lines are as long as the swizzle and hold several cores' side by side.
+    """
+    along, across = (row, column) if transposed else (column, row)
+    core, byte = divmod(along * item, 16)
+    line, group = across % 8, across // 8
+    if not matrix.swizzle:
+        # The strides change places: leading is always that along K.
+        steps = (matrix.stride, matrix.leading) if transposed else (matrix.leading, matrix.stride)
+        return matrix.start + core * steps[0] + group * steps[1] + line * 16 + byte
+    block, core = divmod(core, matrix.swizzle // 16)
+    assert transposed or not block
+    at = matrix.start + block * matrix.leading + group * matrix.stride
+    at += line * matrix.swizzle + core * 16
+    # Of 128 bytes, bits 7 to 9 turn bits 4 to 6; of 64, two bits; of 32, one.
+    for i in range({128: 3, 64: 2, 32: 1}[matrix.swizzle]):
+        at ^= (at >> (7 + i) & 1) << (4 + i)
+    return at + byte

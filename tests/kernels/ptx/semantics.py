@@ -19,6 +19,7 @@ DTYPES = {
     name: np.dtype(kind)
     for name, kind in {
         "pred": np.bool_,
+        "b8": np.uint8,
         **dict.fromkeys(("b16", "u16", "bf16"), np.uint16),
         **dict.fromkeys(("b32", "u32", "f16x2", "bf16x2", "tf32"), np.uint32),
         **dict.fromkeys(("b64", "u64"), np.uint64),
@@ -179,7 +180,9 @@ def _fma_bf16(a: Array, b: Array, c: Array) -> Array:
     even = (total.view(U64) & U64.type(1)) == 0
     odd = np.nextafter(total, np.copysign(np.inf, lost))
     exact = np.where(np.isfinite(total) & (lost != 0) & even, odd, total)
-    return to_bf16(_round(exact, 45).view(F64).astype(F32))
+    # To whole units of the last place, which below the smallest normal number is always the same.
+    place = np.maximum(np.frexp(exact)[1] - 1, -126) - 7
+    return to_bf16(np.ldexp(np.rint(np.ldexp(exact, -place)), place).astype(F32))
 
 
 def _pairwise(function: Callable[..., Array], view: np.dtype[Any]) -> Callable[..., Array]:
@@ -305,6 +308,13 @@ _add("neg.f32", "f32", "f32", np.negative)
 _add("abs.f32", "f32", "f32", np.abs)
 _add("neg.bf16", "bf16", "bf16", lambda a: a ^ U16.type(0x8000))
 _add("neg.f16", "f16", "f16", np.negative)
+# In bfloat16 too, and with its signs of zeros: 1, -1, -0.
+for name, function in {
+    "add": lambda a, b: _fma_bf16(a, np.full_like(a, 0x3F80), b),
+    "sub": lambda a, b: _fma_bf16(b, np.full_like(b, 0xBF80), a),
+    "mul": lambda a, b: _fma_bf16(a, b, np.full_like(a, 0x8000)),
+}.items():
+    _add(f"{name}.bf16x2", "bf16x2", "bf16x2 bf16x2", _pairwise(function, U16))
 _add("fma.rn.bf16x2", "bf16x2", "bf16x2 bf16x2 bf16x2", _pairwise(_fma_bf16, U16))
 _add("div.full.f32", "f32", "f32 f32", np.divide)
 _add("ex2.approx.f32", "f32", "f32", np.exp2)

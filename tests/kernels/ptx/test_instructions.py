@@ -15,7 +15,7 @@ from ptx.semantics import OPERATIONS
 from ptx.text import PtxError
 
 THREADS = 256
-PREFIX = {1: "p", 16: "rs", 32: "r", 64: "rd"}
+PREFIX = {1: "p", 8: "rs", 16: "rs", 32: "r", 64: "rd"}
 # Patterns at which something happens: ends of ranges, zeros, infinities, subnormal numbers, ties.
 EDGES = {
     bits: [int(x, 16) for x in text.split()]
@@ -168,7 +168,7 @@ def test_loads_and_stores(load):
         mul.wide.u32 %rd9, %r0, {size}; add.s64 %rd10, %rd0, %rd9; add.s64 %rd11, %rd1, %rd9;
         ld.global{"." + vector[0] if vector else ""}.{kind} {held}, [ %rd10 + 0 ];"""
     if space != "global":
-        forget = "".join(f"mov.b{bits} %{PREFIX[bits]}{40 + i}, 0;" for i in range(parts))
+        forget = "".join(f"mov.b{max(bits, 16)} %{PREFIX[bits]}{40 + i}, 0;" for i in range(parts))
         body += f"""mul.lo.u32 %r9, %r0, {size};
             {store} [%r9+{size}], {held}; {forget} {load} {held}, [%r9+{size}];"""
     body += f"st.global{'.' + vector[0] if vector else ''}.{kind} [ %rd11 + 0 ], {held};"
@@ -409,4 +409,6 @@ def test_every_special_instruction_has_a_test():
     }
     tested |= {"bra", "bra.uni", "ret", "bar.sync", "bar.warp.sync", "mov.b32", "mov.b64"}
     tested |= {x for x in SPECIAL if x.startswith("cp.async") or "add.f32" in x}
+    # In test_warpgroups.
+    tested |= {x for x in SPECIAL if x.startswith(("stmatrix", "wgmma", "fence.proxy"))}
     assert tested == set(SPECIAL)

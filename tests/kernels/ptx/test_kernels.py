@@ -1,4 +1,4 @@
-"""Every kernel, compiled for sm_80 and run here, against float64 loops per token.
+"""Every kernel, compiled for sm_80 or sm_90 and run here, against float64 loops per token.
 
 Value heads share queries and keys two by two throughout, and lengths are no multiple of a chunk.
 """
@@ -69,6 +69,24 @@ def compare(executor, name, gate, place, options=None, change=lambda x: x, loop=
 )
 def test_a_class(executor, name, gate, place):
     compare(executor, name, gate, place, resets=gate != "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "gate", "place"),
+    choices(
+        # Two tiles of values: a loop that copies the second while the first is multiplied.
+        [("linear", "head", at(BF16, 20, 16, 64))],
+        [
+            *((*x, at(BF16, 70, 64)) for x in EVERY),
+            *((name, "head", at(dtype, 70, 64)) for name in CLASSES for dtype in (F16, F32)),
+            ("delta", "head", at(BF16, 150, 256, 40)),
+        ],
+    ),
+    ids=str,
+)
+def test_a_class_on_hopper(hopper, name, gate, place):
+    """Products of warp groups, which read shared memory by themselves while threads go on."""
+    compare(hopper, name, gate, place, resets=gate != "none")
 
 
 @pytest.mark.slow

@@ -58,10 +58,26 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), MISTAKES, ids=range(len(MISTAKES)))
-def test_a_mistake_fails_the_test_of_the_class(compiler, change, message):
-    executor = Executor(compiler, change=change)
-    place = Place("cpu", torch.bfloat16, 70, 32, 32)
+# On sm_90, where the first product of the kernel reads both operands from shared memory.
+HOPPER = [
+    (r"fence\.proxy\.async\.shared::cta;", "", "no fence.proxy.async"),
+    (r"(fence\.proxy(?:.|\n)*?)\tbar\.sync \t0;", r"\1", "race"),
+    (r"wgmma\.fence\.sync\.aligned;", "", "no wgmma.fence"),
+    (r"(wgmma\.wait_group\.sync\.aligned) 0", r"\1 1", "wgmma still"),
+    (r"(wgmma\.mma.*), (\d), (\d);", r"\1, \3, \2;", "budget|nobody wrote|bounds"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "message", "target"),
+    [(*x, "sm_80") for x in MISTAKES]
+    + [(in_kernel("chunk_output_kernel", *x[:2]), x[2], "sm_90") for x in HOPPER],
+    ids=range(len(MISTAKES + HOPPER)),
+)
+def test_a_mistake_fails_the_test_of_the_class(compiler, change, message, target):
+    executor = Executor(compiler, change=change, target=target)
+    size = (70, 32, 32) if target == "sm_80" else (20, 16, 64)
+    place = Place("cpu", torch.bfloat16, *size)
     given = CLASSES["linear"]["operands"](place, "head")
     with executing(executor), pytest.raises((AssertionError, PtxError), match=message):
         CLASSES["linear"]["compare"](given, place, {}, {})
@@ -90,7 +106,7 @@ class Keeping(Executor):
     def append(self, launch):
         before = dataclasses.replace(launch, arguments=copied(launch.arguments))
         super().append(launch)
-        ptx = self.compiler.compile(request(launch)).ptx
+        ptx = self.compiler.compile(request(launch, self.target)).ptx
         left = {k: x.clone() for k, x in launch.arguments.items() if isinstance(x, torch.Tensor)}
         self.kept.setdefault(ptx, Kept(before, ptx, left))
 
