@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from glazoo.converters.files import leftovers, one_line, remove_leftovers
+from glazoo.converters.files import leftovers, remove_leftovers
+from glazoo.errors import one_line
 from glazoo.versions import TESTED, installed, numbers, untested
 
 __all__ = ["Finding", "Report", "examine"]

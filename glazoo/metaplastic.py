@@ -112,6 +112,6 @@ def metaplasticize(
 
     if layers_of(x):
         return metaplasticize_layers(x, gate=gate, gain=gain, rank=rank, **start)
-    from glazoo.converters.module import metaplasticize_mixers
+    from glazoo.models.conversion import metaplasticize_mixers
 
     return metaplasticize_mixers(x, gate=gate, gain=gain, rank=rank, **start)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from glazoo.errors import one_line
 from glazoo.strictjson import dumps
 
 __all__ = ["AsJson", "bytes_progress", "console", "print_json", "refusals"]
@@ -35,8 +36,6 @@ def refusals() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as e:
-        from glazoo.converters.files import one_line
-
         # Only the operating system's own errors have a number.
         reason = one_line(e) if isinstance(e, OSError) and e.errno is not None else str(e)
         Console(stderr=True).print(Text(f"glazoo: {reason}"), style="red", soft_wrap=True)

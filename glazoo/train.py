@@ -19,7 +19,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a language model; run it under torchrun or accelerate launch for several devices."""
-    from glazoo.models.training import read_config, run
+    from glazoo.training import read_config, run
 
     metrics = run(read_config(config), resume=resume)
     if os.environ.get("RANK", "0") != "0":

@@ -1,6 +1,6 @@
 """Converters into metaplastic form: live models in place, and checkpoint folders.
 
-Importing this package imports neither torch nor transformers; its functions import what they need.
+Importing this package does not import transformers; its functions import what they need.
 """
 
 from __future__ import annotations
@@ -8,16 +8,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+# The name of 0.1 stays for one release.
+from glazoo.metaplastic import metaplasticize as metaplasticize_model
+
 if TYPE_CHECKING:
     from glazoo.converters.checkpoint import (
         convert_checkpoint,
         inspect_checkpoint,
         revert_checkpoint,
     )
-    from glazoo.converters.errors import ConversionError
     from glazoo.converters.examine import inspect_model
     from glazoo.converters.imports.folder import import_original
-    from glazoo.converters.module import metaplasticize_model
     from glazoo.converters.report import (
         ConversionReport,
         InspectReport,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     )
     from glazoo.converters.tune import tune_checkpoint
     from glazoo.converters.verify import verify_checkpoint, verify_models
+    from glazoo.errors import ConversionError
 
 __all__ = [
     "ConversionError",
@@ -47,27 +49,25 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ConversionError": "errors",
-    "ConversionReport": "report",
-    "InspectReport": "report",
-    "RevertReport": "report",
-    "TuneReport": "report",
-    "VerifyReport": "report",
-    "convert_checkpoint": "checkpoint",
-    "import_original": "imports.folder",
-    "inspect_checkpoint": "checkpoint",
-    "inspect_model": "examine",
-    "metaplasticize_model": "module",
-    "revert_checkpoint": "checkpoint",
-    "tune_checkpoint": "tune",
-    "verify_checkpoint": "verify",
-    "verify_models": "verify",
+    "ConversionError": "glazoo.errors",
+    "ConversionReport": "glazoo.converters.report",
+    "InspectReport": "glazoo.converters.report",
+    "RevertReport": "glazoo.converters.report",
+    "TuneReport": "glazoo.converters.report",
+    "VerifyReport": "glazoo.converters.report",
+    "convert_checkpoint": "glazoo.converters.checkpoint",
+    "import_original": "glazoo.converters.imports.folder",
+    "inspect_checkpoint": "glazoo.converters.checkpoint",
+    "inspect_model": "glazoo.converters.examine",
+    "revert_checkpoint": "glazoo.converters.checkpoint",
+    "tune_checkpoint": "glazoo.converters.tune",
+    "verify_checkpoint": "glazoo.converters.verify",
+    "verify_models": "glazoo.converters.verify",
 }
 
 
 def __getattr__(name: str) -> Any:
-    # glazoo.models needs the families, and the converters need glazoo.models: resolving names late
-    # breaks the circle.
+    # What these names stand for imports transformers.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(_HOMES[name]), name)

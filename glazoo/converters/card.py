@@ -1,38 +1,16 @@
-"""What a converted folder says about itself: the model card, and code for loaders that do not know
-glazoo."""
+"""What a converted folder says about itself: the model card."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from glazoo.converters.families import Family
-from glazoo.converters.settings import Settings
+from glazoo.families import Family
+from glazoo.families.settings import Settings
 
-__all__ = [
-    "CARD",
-    "REMOTE_CODE",
-    "REMOTE_MODULE",
-    "base_model",
-    "carry_code",
-    "model_card",
-    "remote_map",
-    "without_model_code",
-]
+__all__ = ["CARD", "base_model", "model_card"]
 
 CARD = "README.md"
-REMOTE_CODE = "modeling_glazoo.py"
-"""File of the module that loaders with `trust_remote_code` import."""
-REMOTE_MODULE = '''"""Loads the converted model without `import glazoo.models`; needs glazoo."""
-
-from glazoo import models
-
-
-def __getattr__(name):
-    return getattr(models, name)
-'''
 
 
 def base_model(folder: Path) -> str:
@@ -130,33 +108,3 @@ def model_card(
         "Models, arXiv:2602.09075.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def remote_map(family: Family) -> dict[str, str]:
-    """Gives the entry `auto_map` of config.json that names the classes of `REMOTE_CODE`."""
-    from glazoo.models.metaplastic import auto_models, config_class
-
-    module = REMOTE_CODE.removesuffix(".py")
-    models = {
-        auto: f"{module}.{family.converted_architecture(cls.__name__)}"
-        for auto, cls in auto_models(family).items()
-    }
-    return {"AutoConfig": f"{module}.{config_class(family).__name__}"} | models
-
-
-def carry_code(config: Any, family: Family, folder: Path) -> None:
-    """Writes the module `REMOTE_CODE` into the folder that a configuration is saved to, if its
-    `auto_map` names such a module."""
-    if mapped := getattr(config, "auto_map", None):
-        # A hub's name may stand before the module's: from now on it is in this folder.
-        config.auto_map = {**mapped, **remote_map(family)}
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / REMOTE_CODE).write_text(REMOTE_MODULE, "utf-8")
-
-
-def without_model_code(named: Any) -> Any:
-    """Gives an entry `auto_map` without the code that a folder brings for its model: the converted
-    model has classes of its own, and that file does not come along."""
-    if not isinstance(named, Mapping):
-        return named
-    return {k: v for k, v in named.items() if not k.startswith(("AutoConfig", "AutoModel"))}

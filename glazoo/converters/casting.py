@@ -13,9 +13,9 @@ from typing import Any, BinaryIO, Literal, get_args
 import torch
 from torch import Tensor
 
-from glazoo.converters.errors import ConversionError
-from glazoo.converters.families import Family
 from glazoo.converters.tensors import Shard, TensorInfo
+from glazoo.errors import ConversionError
+from glazoo.families import Family
 
 __all__ = ["Cast", "Dtype", "is_cast_of", "plan_cast", "with_dtype"]
 

@@ -21,23 +21,17 @@ from typing import Any, Literal
 
 import torch
 
-from glazoo.converters.card import (
-    CARD,
-    REMOTE_CODE,
-    REMOTE_MODULE,
-    model_card,
-    remote_map,
-    without_model_code,
-)
+from glazoo.converters.card import CARD, model_card
 from glazoo.converters.casting import Cast, Dtype, plan_cast, with_dtype
-from glazoo.converters.errors import ConversionError
-from glazoo.converters.families import Family, Found, families, find_family
-from glazoo.converters.files import Progress, Staging, checksum, leftover_warnings, one_line
+from glazoo.converters.files import Progress, Staging, checksum, leftover_warnings
 from glazoo.converters.imports.layouts import layout_of
 from glazoo.converters.report import AddedTensor, ConversionReport, FileRecord, RevertReport
-from glazoo.converters.settings import FORMAT_VERSION, READABLE, Settings
 from glazoo.converters.tensors import NewTensor, Shard, read_shard, write_shard
 from glazoo.converters.tokenizers import TOKENIZER_CONFIG, settled
+from glazoo.errors import ConversionError, one_line
+from glazoo.families import Family, Found, families, find_family
+from glazoo.families.settings import FORMAT_VERSION, READABLE, Settings
+from glazoo.models.remote import REMOTE_CODE, REMOTE_MODULE, remote_map, without_model_code
 from glazoo.program import lower
 from glazoo.strictjson import dumps, loads
 from glazoo.versions import installed, untested

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.text import Text
 
-from glazoo.converters.errors import ConversionError
 from glazoo.converters.report import Report
+from glazoo.errors import ConversionError
 from glazoo.terminal import AsJson, bytes_progress, console, print_json
 
 __all__ = ["convert", "inspect", "tune"]

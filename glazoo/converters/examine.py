@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glazoo.converters.errors import ConversionError
-from glazoo.converters.families import families, find_family
 from glazoo.converters.report import GateSummary, InspectReport, LayerUse
-from glazoo.converters.settings import Settings
+from glazoo.errors import ConversionError
+from glazoo.families import families, find_family
+from glazoo.families.settings import Settings
 from glazoo.layers import ImportanceGate, gates
 from glazoo.layers.conversion import metaplastic_layers
 from glazoo.layers.plasticity import Observation

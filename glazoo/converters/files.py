@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, BinaryIO, Literal
 
-from glazoo.converters.errors import ConversionError
+from glazoo.errors import ConversionError, one_line
 
 __all__ = [
     "Leftover",
@@ -27,7 +27,6 @@ __all__ = [
     "checksum",
     "leftover_warnings",
     "leftovers",
-    "one_line",
     "remove_leftovers",
     "size_text",
 ]
@@ -42,12 +41,6 @@ _CANNOT_LINK = {errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.ENOT
 
 class Terminated(SystemExit):
     """SIGTERM, as an exception, so that what was begun is cleaned up."""
-
-
-def one_line(error: OSError) -> str:
-    """Gives an operating system's refusal in one line."""
-    reason = error.strerror or type(error).__name__
-    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def checksum(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:

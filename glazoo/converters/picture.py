@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glazoo.converters.errors import ConversionError
 from glazoo.converters.report import InspectReport
+from glazoo.errors import ConversionError
 from glazoo.plotting import MISSING, can_plot, png, style
 
 __all__ = ["check_plot", "draw", "numbers", "write_plot"]

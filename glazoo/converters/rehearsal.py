@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glazoo.converters.errors import ConversionError
-from glazoo.converters.families import Family, Found
-from glazoo.converters.module import source_limit
-from glazoo.converters.settings import Settings
+from glazoo.errors import ConversionError
+from glazoo.families import Family, Found
+from glazoo.families.settings import Settings
+from glazoo.models.conversion import source_limit
 
 __all__ = ["rehearse"]
 

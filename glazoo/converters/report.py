@@ -11,9 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from glazoo.converters.errors import ConversionError
-from glazoo.converters.families import Found
 from glazoo.converters.files import size_text
+from glazoo.errors import ConversionError
+from glazoo.families import Found
 from glazoo.strictjson import dumps, plain
 
 __all__ = [

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from glazoo.converters.errors import ConversionError
+from glazoo.errors import ConversionError
 
 __all__ = ["NewTensor", "Shard", "TensorInfo", "read_shard", "write_shard"]
 

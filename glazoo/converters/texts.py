@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glazoo.converters.errors import ConversionError
-from glazoo.converters.files import one_line
+from glazoo.errors import ConversionError, one_line
 
 __all__ = ["read_splits", "read_tokens"]
 
@@ -114,7 +113,7 @@ def _folder(texts: Sequence[str | Path]) -> Path | None:
 def _tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
-    from glazoo.models.training import byte_tokenizer
+    from glazoo.training import byte_tokenizer
 
     try:
         if name == "bytes":
@@ -137,7 +136,7 @@ def _checked(ids: NDArray[Any], vocabulary: int | None) -> NDArray[Any]:
 def _file_tokens(
     texts: Sequence[str | Path], tokenizer: str, made: Any, split: str | None
 ) -> NDArray[Any]:
-    from glazoo.models.training import Data, tokens_of
+    from glazoo.training import Data, tokens_of
 
     if split is not None:
         raise ConversionError(f"split: text files have none, got {split!r}")

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from glazoo.converters.errors import ConversionError
+from glazoo.errors import ConversionError
 from glazoo.strictjson import dumps, loads
 
 __all__ = ["TEXTS", "TOKENIZER_CONFIG", "difference", "settled", "source_tokenizer"]

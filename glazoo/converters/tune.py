@@ -21,16 +21,16 @@ from glazoo.converters.checkpoint import (
     _other_files,
     _read_shards,
 )
-from glazoo.converters.errors import ConversionError
 from glazoo.converters.examine import _vocabulary, gate_summaries, load_converted
-from glazoo.converters.files import Staging, leftover_warnings, one_line
+from glazoo.converters.files import Staging, leftover_warnings
 from glazoo.converters.report import TuneReport
 from glazoo.converters.tensors import NewTensor, write_shard
 from glazoo.converters.texts import read_splits
+from glazoo.errors import ConversionError, one_line
 from glazoo.layers import gates
 
 if TYPE_CHECKING:
-    from glazoo.models.training import Blocks
+    from glazoo.training import Blocks
 
 __all__ = ["save_gates", "tune_checkpoint"]
 
@@ -119,7 +119,7 @@ def _examples(
     **options: Any,
 ) -> tuple[Blocks, Blocks]:
     """Gives the examples for training and for evaluation, which are apart."""
-    from glazoo.models.training import Blocks
+    from glazoo.training import Blocks
 
     # The end of the text is kept for evaluation: so much more is to be read.
     most = math.ceil(needed / (1 - validation)) + 1
@@ -210,7 +210,7 @@ def tune_checkpoint(
     from transformers.trainer_utils import get_last_checkpoint
 
     from glazoo.models.rates import RateTrainer, check_rate
-    from glazoo.models.training import freeze_all_but_importance
+    from glazoo.training import freeze_all_but_importance
 
     begun = time.monotonic()
     source, destination = Path(folder), Path(os.path.abspath(dst))

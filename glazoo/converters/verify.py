@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glazoo.converters.errors import ConversionError
-from glazoo.converters.families import CACHES, Family, find_family
-from glazoo.converters.module import set_impl, source_limit
 from glazoo.converters.report import Check, VerifyReport
-from glazoo.converters.settings import Settings
 from glazoo.converters.tokenizers import TEXTS, difference, source_tokenizer
+from glazoo.errors import ConversionError
+from glazoo.families import CACHES, Family, find_family
+from glazoo.families.settings import Settings
 from glazoo.layers import gates, layers_of
 from glazoo.layers.conversion import update_configurations
+from glazoo.models.conversion import set_impl, source_limit
 
 __all__ = ["clean_float64_model", "verify_checkpoint", "verify_models"]
 

@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from glazoo.converters.card import carry_code, remote_map, without_model_code
-from glazoo.converters.errors import ConversionError
-from glazoo.converters.families import CACHES, Family, Found, families
-from glazoo.converters.families.interception import current_packing, once, packing
-from glazoo.converters.families.mixer import MetaplasticMixer
-from glazoo.converters.packing import Packed, find_packed
-from glazoo.converters.settings import Settings
+from glazoo.errors import ConversionError
+from glazoo.families import CACHES, Family, Found, families
+from glazoo.families.interception import current_packing, once, packing
+from glazoo.families.mixer import MetaplasticMixer
+from glazoo.families.packing import Packed, find_packed
+from glazoo.families.settings import Settings
 from glazoo.layers import ImportanceGate
 from glazoo.models.decay import teach_trainer
+from glazoo.models.remote import carry_code, remote_map, without_model_code
 from glazoo.models.saving import SavesWhole, refuse_incomplete_gates
 from glazoo.models.sharding import teach_accelerate
 from glazoo.spec import Spec

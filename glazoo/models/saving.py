@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from glazoo.converters.errors import ConversionError
+from glazoo.errors import ConversionError
 
 __all__ = ["SavesWhole", "refuse_incomplete_gates"]
 

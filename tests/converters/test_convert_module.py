@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, Mamba2ForCausalLM
 import glazoo.models
 from glazoo import metaplasticize
 from glazoo.converters import ConversionError
-from glazoo.converters.module import set_impl, source_limit
 from glazoo.converters.verify import clean_float64_model
 from glazoo.layers import gates, set_plasticity
+from glazoo.models.conversion import set_impl, source_limit
 
 EPS = torch.finfo(torch.float32).eps
 

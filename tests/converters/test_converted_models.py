@@ -34,8 +34,8 @@ import glazoo
 import glazoo.models
 from glazoo import metaplasticize
 from glazoo.converters import ConversionError, convert_checkpoint, verify_checkpoint
-from glazoo.converters.families import families, find_family
-from glazoo.converters.settings import Settings, default_rank
+from glazoo.families import families, find_family
+from glazoo.families.settings import Settings, default_rank
 
 INDEX = "model.safetensors.index.json"
 

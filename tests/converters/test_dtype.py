@@ -29,8 +29,8 @@ from glazoo.converters import (
 from glazoo.converters import casting as cast_module
 from glazoo.converters.casting import with_dtype
 from glazoo.converters.commands import convert
-from glazoo.converters.families import find_family
 from glazoo.converters.tensors import read_shard
+from glazoo.families import find_family
 
 DTYPES = {
     "float32": torch.float32,

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 import glazoo
 import glazoo.models
 from glazoo.converters import convert_checkpoint, inspect_model, revert_checkpoint
-from glazoo.converters.families import mixer
-from glazoo.converters.settings import Settings
+from glazoo.families import mixer
+from glazoo.families.settings import Settings
 
 VERSION_1 = (
     "base_model_type", "base_architectures", "spec", "gate", "rank", "plasticity", "layers", "seed",

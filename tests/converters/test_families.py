@@ -26,9 +26,9 @@ from glazoo.converters import (
     verify_checkpoint,
     verify_models,
 )
-from glazoo.converters.families import NOT_CONVERTIBLE, Family, find_family
-from glazoo.converters.families import families as all_families
-from glazoo.converters.families.calls import CALLS
+from glazoo.families import NOT_CONVERTIBLE, Family, find_family
+from glazoo.families import families as all_families
+from glazoo.families.calls import CALLS
 from glazoo.layers import gates
 
 # Their text models are tested under their own names; the rest adds a vision tower only.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import glazoo
-from glazoo.converters.settings import GateShape
+from glazoo.families.settings import GateShape
 from glazoo.layers import ImportanceGate
 from glazoo.layers.clamp import live_clamp
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from glazoo.converters.families import interception
-from glazoo.converters.families.calls import CALLS
+from glazoo.families import interception
+from glazoo.families.calls import CALLS
 
 
 class Seeing:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from glazoo import attention, metaplasticize
 from glazoo.converters import ConversionError, import_original
-from glazoo.converters.families import LiveFamily
-from glazoo.converters.families.calls import CALLS, Recurrence
+from glazoo.families import LiveFamily
+from glazoo.families.calls import CALLS, Recurrence
 from glazoo.models import GlazooForCausalLM
 from glazoo.zoo import load
 

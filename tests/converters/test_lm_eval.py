@@ -14,7 +14,7 @@ from typing import Any
 from converters.tiny import tiny_model
 
 from glazoo.converters import convert_checkpoint, verify_checkpoint
-from glazoo.models.training import byte_tokenizer
+from glazoo.training import byte_tokenizer
 
 TASKS = {
     # The form of piqa, hellaswag, winogrande, arc, social_iqa and boolq ...

@@ -27,8 +27,8 @@ from glazoo.converters import (
     revert_checkpoint,
     verify_checkpoint,
 )
-from glazoo.converters.families import find_family
 from glazoo.converters.tokenizers import TEXTS
+from glazoo.families import find_family
 from glazoo.models.metaplastic import auto_models
 
 # One tiny model of every family.

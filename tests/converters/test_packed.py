@@ -12,9 +12,9 @@ from torch import Tensor
 
 import glazoo.models  # noqa: F401 - registers the converted architectures
 from glazoo import metaplasticize
-from glazoo.converters.families import find_family
-from glazoo.converters.packing import find_packed
 from glazoo.converters.verify import clean_float64_model
+from glazoo.families import find_family
+from glazoo.families.packing import find_packed
 
 # The shortest document is shorter than any convolution's reach, and one has a single token.
 LENGTHS = (5, 1, 2, 9, 4)

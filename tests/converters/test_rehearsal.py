@@ -9,8 +9,8 @@ import pytest
 from converters.tiny import TINY, tiny_model
 
 from glazoo.converters import ConversionError, convert_checkpoint
-from glazoo.converters.families import find_family, interception
-from glazoo.converters.families.calls import Recurrence
+from glazoo.families import find_family, interception
+from glazoo.families.calls import Recurrence
 
 
 @pytest.mark.parametrize("name", sorted(TINY))

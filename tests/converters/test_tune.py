@@ -28,7 +28,7 @@ from glazoo.converters.commands import inspect, tune
 from glazoo.converters.examine import gate_summaries, load_converted, measure_use
 from glazoo.layers import gates
 from glazoo.models import GlazooConfig, GlazooForCausalLM
-from glazoo.models.training import TrainConfig, run
+from glazoo.training import TrainConfig, run
 
 SMALL: dict[str, Any] = {
     "steps": 6,

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import glazoo.models  # noqa: F401 - registers the converted architectures
 from glazoo.converters import convert_checkpoint, revert_checkpoint, verify_checkpoint
-from glazoo.converters.families import find_family
+from glazoo.families import find_family
 
 NAMES = sorted(name for name, (_, values) in TINY.items() if "vision_config" in values)
 VIDEO, START, END, IMAGE = VOCABULARY - 4, VOCABULARY - 3, VOCABULARY - 2, VOCABULARY - 1

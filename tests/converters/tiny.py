@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from packaging.version import Version
 
 from glazoo.converters import ConversionError
-from glazoo.converters.families import find_family
+from glazoo.families import find_family
 
 VOCABULARY = 61
 LINEAR, FULL = "linear_attention", "full_attention"

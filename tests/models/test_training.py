@@ -25,8 +25,8 @@ from transformers import (
 from typer.testing import CliRunner
 
 import glazoo
-from glazoo.models.training import Blocks, byte_tokenizer, read_config, run, tokens_of
 from glazoo.train import train
+from glazoo.training import Blocks, byte_tokenizer, read_config, run, tokens_of
 
 TEXT = "".join(f"the {i}th line of a small text: {i * i}\n" for i in range(120))
 LENGTH = 32

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from glazoo.converters.errors import ConversionError
+from glazoo.errors import ConversionError
 
 __all__ = ["KINDS", "MODELS", "REFUSED", "Config", "Entry", "KeyMap", "Live", "Options", "read"]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glazoo.converters.errors import ConversionError
 from glazoo.converters.exchange.maps import KINDS, Entry, KeyMap, Live, Options, read
+from glazoo.errors import ConversionError
 from glazoo.layers import GatedLinearAttention
 from glazoo.spec import Spec
 from glazoo.zoo import load as load_spec

@@ -20,9 +20,7 @@ from glazoo.converters.checkpoint import (
     _read_json,
     _read_shards,
 )
-from glazoo.converters.errors import ConversionError
-from glazoo.converters.families import find_family
-from glazoo.converters.files import Staging, one_line
+from glazoo.converters.files import Staging
 from glazoo.converters.imports.layouts import (
     FLA,
     STATE_SPACES,
@@ -30,6 +28,8 @@ from glazoo.converters.imports.layouts import (
     read_fla,
     read_state_spaces,
 )
+from glazoo.errors import ConversionError, one_line
+from glazoo.families import find_family
 
 __all__ = ["import_original"]
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glazoo.converters.errors import ConversionError
 from glazoo.converters.exchange.maps import (
     KINDS,
     MODELS,
@@ -21,6 +20,7 @@ from glazoo.converters.exchange.maps import (
     read,
 )
 from glazoo.converters.exchange.transfer import spec_of, translated
+from glazoo.errors import ConversionError
 from glazoo.layers import GatedLinearAttention
 
 __all__ = ["FLA", "STATE_SPACES", "layout_of", "read_fla", "read_state_spaces"]

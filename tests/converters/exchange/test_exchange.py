@@ -32,7 +32,7 @@ from converters.fla_mixers import (
 from torch import Tensor, nn
 
 from glazoo.converters import exchange
-from glazoo.converters.errors import ConversionError
+from glazoo.errors import ConversionError
 from glazoo.layers import GatedLinearAttention
 
 

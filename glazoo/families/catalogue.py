@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from glazoo.converters.families.base import Quirks
-from glazoo.converters.families.lightning import LightningMixer, exact_decays
+from glazoo.families.base import Quirks
+from glazoo.families.lightning import LightningMixer, exact_decays
 
 __all__ = ["NOT_CONVERTIBLE", "OVERRIDES", "QUIRKS"]
 

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from glazoo.converters.errors import ConversionError
-from glazoo.converters.families.calls import Call, Recurrence, known_calls
-from glazoo.converters.families.interception import absent_calls, calls_of, running
-from glazoo.converters.families.mixer import (
+from glazoo.errors import ConversionError
+from glazoo.families.calls import Call, Recurrence, known_calls
+from glazoo.families.interception import absent_calls, calls_of, running
+from glazoo.families.mixer import (
     InterceptedMixer,
     metaplastic_class,
     twin_class,
 )
-from glazoo.converters.settings import Settings
+from glazoo.families.settings import Settings
 from glazoo.layers import ImportanceGate
 from glazoo.spec import Spec, no_exact_gain
 from glazoo.zoo import load

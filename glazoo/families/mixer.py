@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from glazoo.api import attention
-from glazoo.converters.families.calls import Recurrence
-from glazoo.converters.families.interception import once, running, twin_methods
-from glazoo.converters.packing import Packed
+from glazoo.families.calls import Recurrence
+from glazoo.families.interception import once, running, twin_methods
+from glazoo.families.packing import Packed
 from glazoo.layers.plasticity import ImportanceGate, Observation, observed_precision
 from glazoo.spec import Spec
 from glazoo.state import State

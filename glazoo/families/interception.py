@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor, nn
 
-from glazoo.converters.families.calls import CALLS, Call
-from glazoo.converters.packing import Packed, convolve_apart
+from glazoo.families.calls import CALLS, Call
+from glazoo.families.packing import Packed, convolve_apart
 
 if TYPE_CHECKING:
-    from glazoo.converters.families.mixer import MetaplasticMixer
+    from glazoo.families.mixer import MetaplasticMixer
 
 __all__ = [
     "absent_calls",

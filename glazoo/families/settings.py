@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
-from glazoo.converters.errors import ConversionError
+from glazoo.errors import ConversionError
 from glazoo.layers.plasticity import default_rank, refused_plasticity
 from glazoo.spec import Spec, SpecError, metaplasticize
 from glazoo.zoo import load

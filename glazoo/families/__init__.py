@@ -6,11 +6,11 @@ import functools
 import re
 from pathlib import Path
 
-from glazoo.converters.errors import ConversionError
-from glazoo.converters.families.base import CACHES, Family, Found, LiveFamily
-from glazoo.converters.families.calls import CALLS, known_calls
-from glazoo.converters.families.catalogue import NOT_CONVERTIBLE, OVERRIDES, QUIRKS
-from glazoo.converters.families.own import OWN
+from glazoo.errors import ConversionError
+from glazoo.families.base import CACHES, Family, Found, LiveFamily
+from glazoo.families.calls import CALLS, known_calls
+from glazoo.families.catalogue import NOT_CONVERTIBLE, OVERRIDES, QUIRKS
+from glazoo.families.own import OWN
 
 __all__ = [
     "CACHES",

@@ -10,16 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from glazoo.converters.errors import ConversionError
-from glazoo.converters.families import Family, LiveFamily, families, find_family
-from glazoo.converters.families.mixer import MetaplasticMixer
-from glazoo.converters.settings import Settings
+from glazoo.errors import ConversionError
+from glazoo.families import Family, LiveFamily, families, find_family
+from glazoo.families.mixer import MetaplasticMixer
+from glazoo.families.settings import Settings
 from glazoo.layers import GatedLinearAttention, gates
-from glazoo.metaplastic import metaplasticize as metaplasticize_model
 from glazoo.versions import installed, untested
 
-# The name of 0.1 stays for one release.
-__all__ = ["metaplasticize_mixers", "metaplasticize_model", "set_impl", "source_limit"]
+__all__ = ["metaplasticize_mixers", "set_impl", "source_limit"]
 
 M = TypeVar("M", bound=nn.Module)
 

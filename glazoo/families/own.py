@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from glazoo.converters.errors import ConversionError
-from glazoo.converters.families.base import Family, Found
-from glazoo.converters.families.calls import Call
-from glazoo.converters.settings import Settings
+from glazoo.errors import ConversionError
+from glazoo.families.base import Family, Found
+from glazoo.families.calls import Call
+from glazoo.families.settings import Settings
 from glazoo.layers import GatedLinearAttention, layers_of
 from glazoo.spec import Spec
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from glazoo.converters.families.calls import Recurrence
-from glazoo.converters.families.interception import current_packing
-from glazoo.converters.families.mixer import MetaplasticMixer, unpack_state
+from glazoo.families.calls import Recurrence
+from glazoo.families.interception import current_packing
+from glazoo.families.mixer import MetaplasticMixer, unpack_state
 from glazoo.layers.parts import wide_dtype
 
 __all__ = ["LightningMixer", "exact_decays"]

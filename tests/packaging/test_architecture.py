@@ -1,0 +1,68 @@
+"""Imports go along the arrows of ARCHITECTURE.md, and every arrow there is used."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+ROW = re.compile(r"^\| `(\w+)` \| [^|]+ \| ([^|]*) \|$", re.M)
+
+
+def arrows() -> dict[str, set[str]]:
+    """What each unit may import by the document, in its order."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    return {unit: set(re.findall(r"`(\w+)`", names)) for unit, names in ROW.findall(text)}
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its name."""
+    found = {}
+    for path in [*ROOT.glob("glazoo/**/*.py"), *ROOT.glob("kernels/**/*.py")]:
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = parts if parts[0] == "glazoo" else ("glazoo", *parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(module: str, path: Path) -> Iterator[str]:
+    """Names that a module imports anywhere in its text."""
+    package = module.split(".")[: None if path.name == "__init__.py" else -1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (x.name for x in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) + 1 - node.level]] if node.level else []
+            base += [node.module] if node.module else []
+            yield from (".".join([*base, x.name]) for x in node.names)
+
+
+def unit(module: str) -> str:
+    """The part of the package that a module belongs to: its folder, or itself."""
+    return ([*module.split("."), "glazoo"])[1]
+
+
+def found_arrows() -> dict[str, set[str]]:
+    known = modules()
+    found: dict[str, set[str]] = {}
+    for module, path in known.items():
+        targets = found.setdefault(unit(module), set())
+        for name in imported(module, path):
+            while name and name not in known:
+                name = name.rpartition(".")[0]
+            if name and unit(name) != unit(module):
+                targets.add(unit(name))
+    return found
+
+
+def test_imports_are_the_arrows_of_the_document() -> None:
+    assert found_arrows() == arrows()
+
+
+def test_arrows_lead_upwards() -> None:
+    above: set[str] = set()
+    for name, targets in arrows().items():
+        assert targets <= above, f"{name} imports {sorted(targets - above)}, which stand below it"
+        above.add(name)
