@@ -22,6 +22,7 @@ import argparse
 import collections
 import dataclasses
 import functools
+import importlib
 import itertools
 import math
 import os
@@ -43,21 +44,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from glazoo.kernels.common import Launch, interpreting, record_launches
-from glazoo.kernels.delta import run_delta_backward, run_delta_forward
-from glazoo.kernels.full import run_full_solve
-from glazoo.kernels.importance import run_importance_backward, run_importance_forward
-from glazoo.kernels.linear import run_linear_backward, run_linear_forward
+from glazoo.kernels.full import Solve
+from glazoo.kernels.loops import Delta, Importance, Linear, Synapse, SynapseDelta
 from glazoo.kernels.step import (
+    Posterior,
     run_delta_step,
     run_importance_step,
     run_linear_step,
     run_posterior_step,
-)
-from glazoo.kernels.synapse import run_synapse_backward, run_synapse_forward, run_synapse_step
-from glazoo.kernels.synapse_delta import (
-    run_synapse_delta_backward,
-    run_synapse_delta_forward,
-    run_synapse_delta_step,
 )
 
 BUDGETS = pathlib.Path(__file__).with_name("budgets.toml")
@@ -118,26 +112,24 @@ VARIANTS: dict[str, Callable[[str, Mapping[str, Any]], object]] = {
     "{BV}_values": lambda name, x: name in ("delta_state", "delta_dstate"),
     "no_score": lambda name, x: name == "chunk_intra" and not given(x, "score"),
 }
-# Forms of synapse, the default first: read before the write; uncertainty.
-READS = ((False, False), (True, False), (False, True))
-# Forms of synapse_delta, the default first: frozen; exact gain, diagonal correction, base "prev";
-# uncertainty.
+# Forms of synapse, the default first: read, uncertainty.
+READS = (("post", False), ("pre", False), ("post", True))
+# Forms of synapse_delta, the default first: frozen; gain, correction, base; uncertainty.
 RULES = (
-    (False, (False, False, False), False),
-    (False, (False, False, False), True),
-    (False, (False, False, True), False),
-    (False, (True, False, False), False),
-    (False, (True, True, False), False),
-    (True, (True, True, False), False),
+    (False, ("first_order", "full", "decayed"), False),
+    (False, ("first_order", "full", "decayed"), True),
+    (False, ("first_order", "full", "prev"), False),
+    (False, ("exact", "full", "decayed"), False),
+    (False, ("exact", "diagonal", "decayed"), False),
+    (True, ("exact", "diagonal", "decayed"), False),
 )
-# Forms of posterior_step, the default first: delta rule, exact gain, diagonal correction, read
-# before the write, base "prev", erase gate of its own; uncertainty.
+# Forms of posterior_step, the default first: correction, gain, uncertainty.
 POSTERIORS = (
-    (False, False, False, False, False, False, False),
-    (False, False, False, False, False, False, True),
-    (True, False, False, False, False, False, False),
-    (True, True, False, False, False, False, False),
-    (True, True, True, False, False, False, False),
+    ("none", "first_order", False),
+    ("none", "first_order", True),
+    ("full", "first_order", False),
+    ("full", "exact", False),
+    ("diagonal", "exact", False),
 )
 
 
@@ -205,51 +197,47 @@ def _calls(K: int, V: int, gate: str, B: int, T: int) -> Iterator[Callable[[], o
     prior = _meta(HV, K, dtype=torch.float32)
     matrix = _meta(B, HV, K, K, dtype=torch.float32)
 
-    def linear() -> None:
-        o, final = run_linear_forward(q, k, w, g, state, None, False)
-        run_linear_backward(o, final, q, k, w, g, state, None, False)
+    def passes(name: str, x: Any, *read: int) -> Callable[[], None]:
+        """Forward and backward pass, which reads some outputs; or a step of decoding."""
+        of = importlib.import_module(f"glazoo.kernels.{name}")
 
-    def delta() -> None:
-        o, final, inverse = run_delta_forward(q, e, k, w, g, state, None, False)
-        run_delta_backward(o, final, inverse, q, e, k, w, g, state, None, False)
+        def call() -> None:
+            if T == 1:
+                of.step(x)
+                return
+            found = of.forward(x, True)
+            grads = [y if y.numel() else None for y in found]
+            of.gradients(x, grads, x, *(found[i] for i in read))
 
-    def scan() -> None:
-        j, final = run_importance_forward(k, b, g, importance, None)
-        run_importance_backward(j, final, j, k, b, g, importance, None)
-
-    def synapse(pre: bool, uncertainty: bool) -> None:
-        given = (q, k, w, value_b, g, prior, state, state)
-        if T == 1:
-            run_synapse_step(*given, pre, uncertainty, False)
-            return
-        o, h, j, _ = run_synapse_forward(*given, None, pre, uncertainty, False)
-        run_synapse_backward(o, h, j, o if uncertainty else None, *given, None, pre, False)
-
-    def synapse_delta(frozen: bool, rule: tuple[bool, bool, bool], uncertainty: bool) -> None:
-        given = (q, k, e, k, w, value_b, None if frozen else value_b, g, prior, state, state)
-        if T == 1:
-            run_synapse_delta_step(*given, *rule, uncertainty, False)
-            return
-        o, m, j, _ = run_synapse_delta_forward(*given, None, *rule, uncertainty, False)
-        du = o if uncertainty else None
-        run_synapse_delta_backward(o, m, j, du, *given, None, *rule, False)
+        return call
 
     # Other forms than the default: with a gate, which takes more than none.
-    for pre, uncertainty in READS[: 1 if gate == "none" else None]:
-        yield functools.partial(synapse, pre, uncertainty)
-    for frozen, rule, uncertainty in RULES[: 1 if gate == "none" else None]:
-        yield functools.partial(synapse_delta, frozen, rule, uncertainty)
+    forms = 1 if gate == "none" else None
+    for read, uncertainty in READS[:forms]:
+        options = (None, read, uncertainty, False)
+        yield passes("synapse", Synapse(q, k, w, value_b, g, prior, state, state, *options))
+    for frozen, rule, uncertainty in RULES[:forms]:
+        gates = (value_b, None if frozen else value_b, g)
+        rest = (prior, state, state, None, *rule, uncertainty, False)
+        yield passes("synapse_delta", SynapseDelta(q, k, w, *gates, e, k, *rest))
+    linear = Linear(q, k, w, g, state, None, "post")
+    delta = Delta(q, e, k, w, g, state, None, "decayed")
+    scan = Importance(k, b, g, importance, None)
     if T == 1:
-        yield lambda: run_linear_step(q, k, w, g, state, False)
-        yield lambda: run_delta_step(q, e, k, w, g, state, False)
-        yield lambda: run_importance_step(k, b, g, importance)
+        yield lambda: run_linear_step(linear)
+        yield lambda: run_delta_step(delta)
+        yield lambda: run_importance_step(scan)
         given = (q, k, e, w, b, b, g, prior, state, importance)
-        for flags in POSTERIORS[: 1 if gate == "none" else None]:
-            yield functools.partial(run_posterior_step, *given, *flags)
+        for correction, gain, uncertainty in POSTERIORS[:forms]:
+            x = Posterior(*given, correction, gain, "post", "decayed", False, uncertainty)
+            yield functools.partial(run_posterior_step, x)
         return
-    yield from (linear, delta, scan)
+    yield passes("linear", linear)
+    yield passes("delta", delta, 2)
+    yield passes("importance", scan, 0)
     if gate != "key":
-        yield lambda: run_full_solve(q, k, b, g, prior, matrix, None)
+        solve = Solve(q, k, b, g, prior, matrix, None)
+        yield lambda: importlib.import_module("glazoo.kernels.full").forward(solve, False)
 
 
 def _identity(launch: Launch) -> str:

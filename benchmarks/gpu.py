@@ -61,8 +61,8 @@ from glazoo.kernels import (
     synapse_delta_step,
     synapse_step,
 )
-from glazoo.kernels.common import interpreting
-from glazoo.kernels.synapse import reciprocal, reciprocal_kind
+from glazoo.kernels.common import interpreting, reciprocal_kind
+from glazoo.kernels.synapse_kernels import reciprocal
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = pathlib.Path(__file__).with_name("results")

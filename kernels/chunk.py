@@ -11,7 +11,7 @@ prod (j, block end], both products of numbers in [0, 1]. Nothing is divided and 
 summed, so a decay of exactly zero stays exact.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,7 +24,6 @@ from .common import (
     chunk_tiles,
     decay_between,
     decay_from_start,
-    dot_precision,
     launch,
     level_mask,
     level_mask_by_pairs,
@@ -868,13 +867,13 @@ def chunk_tokens(dtype: torch.dtype) -> int:
 class Gate(NamedTuple):
     """A decay as the kernels take it.
 
-    kind: 0 none, 1 one per head, 2 one per key. data, float32: what `chunk_gate_kernel` (kind 1,
-    [B, T, HV, 2]) or `chunk_table_kernel` (kind 2, [chunks, HV, BT, K]) made of g.
+    GATE: 0 none, 1 one per head, 2 one per key. gate, float32: what `chunk_gate_kernel` (GATE 1,
+    [B, T, HV, 2]) or `chunk_table_kernel` (GATE 2, [chunks, HV, BT, K]) made of g.
     """
 
-    kind: int
+    GATE: int
     g: Tensor | None
-    data: Tensor | None
+    gate: Tensor | None
 
 
 def chunk_gate(g: Tensor | None, chunks: Chunks) -> Gate:
@@ -882,36 +881,16 @@ def chunk_gate(g: Tensor | None, chunks: Chunks) -> Gate:
     if g is None:
         return Gate(0, None, None)
     if g.ndim == 3:
-        B, T, HV = g.shape
-        sums = g.new_empty(B, T, HV, 2, dtype=torch.float32)
-        heads = min(16, power_of_two(HV))
-        launch(
-            chunk_gate_kernel,
-            (chunks.count, -(-HV // heads)),
-            Tiles(1, 1, 4, 1),
-            g=g,
-            sums=sums,
-            **chunks.arguments(),
-            T=T,
-            HV=HV,
-            BH=heads,
-        )
+        HV = g.shape[2]
+        sums = g.new_empty(*g.shape, 2, dtype=torch.float32)
+        BH = min(16, power_of_two(HV))
+        grid = (chunks.number, -(-HV // BH))
+        launch(chunk_gate_kernel, grid, Tiles(1, 1, 4, 1), chunks, g=g, sums=sums, BH=BH)
         return Gate(1, g, sums)
-    T, HV, K = g.shape[1:]
+    HV, K = g.shape[2:]
     tiles = chunk_tiles("chunk_table_kernel", K, K, g.dtype)
-    table = g.new_empty(chunks.count, HV, chunks.size, K, dtype=torch.float32)
-    launch(
-        chunk_table_kernel,
-        (chunks.count * HV, -(-K // tiles.BK)),
-        tiles,
-        g=g,
-        table=table,
-        **chunks.arguments(),
-        T=T,
-        HV=HV,
-        K=K,
-        BK=tiles.BK,
-    )
+    table = g.new_empty(chunks.number, HV, chunks.BT, K, dtype=torch.float32)
+    launch(chunk_table_kernel, chunks.number, tiles, chunks, across="K", g=g, table=table)
     return Gate(2, g, table)
 
 
@@ -919,28 +898,19 @@ def chunk_solve(
     e: Tensor, k: Tensor, gate: Gate, matrix: Tensor | None, heads: int, chunks: Chunks, shift: bool
 ) -> Tensor:
     """Triangular inverse of every chunk, for HV `heads` (see `chunk_solve_kernel`)."""
-    B, T, HK, K = k.shape
-    tiles = chunk_tiles("chunk_solve_kernel", K, K, k.dtype)
-    inverse = k.new_empty(B, T, heads, chunks.size)
+    B, T, _, K = k.shape
+    inverse = k.new_empty(B, T, heads, chunks.BT)
     launch(
         chunk_solve_kernel,
-        (chunks.count * heads,),
-        tiles,
+        chunks.number,
+        chunk_tiles("chunk_solve_kernel", K, K, k.dtype),
+        chunks,
+        gate,
         e=e,
         k=k,
-        gate=gate.data,
         matrix=matrix,
         inverse=inverse,
-        **chunks.arguments(),
-        T=T,
-        GATE=gate.kind,
         SHIFT=shift,
-        HE=e.shape[2],
-        HK=HK,
-        HV=heads,
-        K=K,
-        BK=tiles.BK,
-        PREC=dot_precision(k.dtype),
     )
     return inverse
 
@@ -957,32 +927,24 @@ def chunk_intra(
 ) -> tuple[Tensor, Tensor | None]:
     """Fill `score` for reader x; x P and, with `keys`, k R. For a key-shaped gate."""
     assert gate.g is not None
-    B, T, HV, K = gate.g.shape
-    tiles = chunk_tiles("chunk_intra_kernel", K, K, k.dtype)
-    xg = k.new_empty(B, T, HV, K)
+    K = k.shape[3]
+    xg = k.new_empty(gate.g.shape)
     kg = torch.empty_like(xg) if keys else None
     launch(
         chunk_intra_kernel,
-        (chunks.count * HV,),
-        tiles,
+        chunks.number,
+        chunk_tiles("chunk_intra_kernel", K, K, k.dtype),
+        chunks,
+        gate,
         x=x,
         k=k,
-        g=gate.g,
-        table=gate.data,
+        table=gate.gate,
         score=score,
         xg=xg,
         kg=kg,
-        **chunks.arguments(),
-        T=T,
         DIAGONAL=diagonal,
         SHIFT=shift,
-        HX=x.shape[2],
-        HK=k.shape[2],
-        HV=HV,
-        K=K,
-        BK=tiles.BK,
-        LEVELS=chunks.size.bit_length() - 1,
-        PREC=dot_precision(k.dtype),
+        LEVELS=chunks.BT.bit_length() - 1,
     )
     return xg, kg
 
@@ -996,12 +958,12 @@ def chunk_readers(
     shift_q: bool,
     shift_e: bool,
     solve: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Any, Tensor]:
     """Scores of q, the matrix to `solve`, and decayed q, e, k, with a key-shaped gate."""
     assert gate.g is not None
     B, T, HV, _ = gate.g.shape
-    score = k.new_empty(B, T, HV, chunks.size)
-    matrix = k.new_empty(B, T, HV, chunks.size, dtype=torch.float32) if solve else None
+    score = k.new_empty(B, T, HV, chunks.BT)
+    matrix = k.new_empty(B, T, HV, chunks.BT, dtype=torch.float32) if solve else None
     qg, kg = chunk_intra(q, k, gate, score, True, chunks, not shift_q, shift_q)
     assert kg is not None
     eg = None
@@ -1021,33 +983,21 @@ def chunk_output(
     shift: bool,
 ) -> Tensor:
     """o = (q P) h + A w for every chunk (see `chunk_output_kernel`)."""
-    T, HV, V = w.shape[1:]
-    HQ, K = q.shape[2:]
-    tiles = chunk_tiles("chunk_output_kernel", K, V, w.dtype)
     o = torch.empty_like(w)
     launch(
         chunk_output_kernel,
-        (chunks.count * HV, -(-V // tiles.BV)),
-        tiles,
+        chunks.number,
+        chunk_tiles("chunk_output_kernel", q.shape[3], w.shape[3], w.dtype),
+        chunks,
+        gate,
+        across="V",
         q=q,
         k=k,
         w=w,
-        gate=gate.data,
         state=state,
         score=score,
         o=o,
-        **chunks.arguments(),
-        T=T,
-        GATE=gate.kind,
         SHIFT=shift,
-        HQ=HQ,
-        HK=1 if k is None else k.shape[2],
-        HV=HV,
-        K=K,
-        V=V,
-        BK=tiles.BK,
-        BV=tiles.BV,
-        PREC=dot_precision(w.dtype),
     )
     return o
 
@@ -1063,34 +1013,22 @@ def chunk_dvalue(
     shift: bool,
 ) -> Tensor:
     """A^T do, plus (k R) dh_next with `dstate`, for every chunk (see `chunk_dvalue_kernel`)."""
-    T, HV, V = do.shape[1:]
-    HK, K = k.shape[2:]
-    tiles = chunk_tiles("chunk_dvalue_kernel", K, V, do.dtype)
     dw = torch.empty_like(do)
     launch(
         chunk_dvalue_kernel,
-        (chunks.count * HV, -(-V // tiles.BV)),
-        tiles,
+        chunks.number,
+        chunk_tiles("chunk_dvalue_kernel", k.shape[3], do.shape[3], do.dtype),
+        chunks,
+        gate,
+        across="V",
         q=q,
         k=k,
-        gate=gate.data,
         do=do,
         dstate=dstate,
         score=score,
         dw=dw,
-        **chunks.arguments(),
-        T=T,
-        GATE=gate.kind,
         SHIFT=shift,
         HAS_STATE=dstate is not None,
-        HQ=1 if q is None else q.shape[2],
-        HK=HK,
-        HV=HV,
-        K=K,
-        V=V,
-        BK=tiles.BK,
-        BV=tiles.BV,
-        PREC=dot_precision(do.dtype),
     )
     return dw
 
@@ -1100,25 +1038,19 @@ def chunk_dscore(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the scores and, with dw, of what is solved (see `chunk_dscore_kernel`)."""
     B, T, HV, V = w.shape
-    tiles = chunk_tiles("chunk_dscore_kernel", V, V, w.dtype)
-    dscore = w.new_empty(B, T, HV, chunks.size)
+    dscore = w.new_empty(B, T, HV, chunks.BT)
     dsolve = None if dw is None else torch.empty_like(dscore)
     launch(
         chunk_dscore_kernel,
-        (chunks.count * HV,),
-        tiles,
+        chunks.number,
+        chunk_tiles("chunk_dscore_kernel", V, V, w.dtype),
+        chunks,
         w=w,
         do=do,
         dw=dw,
         dscore=dscore,
         dsolve=dsolve,
-        **chunks.arguments(),
-        T=T,
         HAS_E=dw is not None,
-        HV=HV,
-        V=V,
-        BV=tiles.BV,
-        PREC=dot_precision(w.dtype),
     )
     return dscore, dsolve
 
@@ -1138,15 +1070,30 @@ def chunk_dkey(
     shift_e: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, e, k per value head and of g; empty where absent."""
-    B, T, HV, V = w.shape
-    HQ, K = q.shape[2:]
-    name = "chunk_dkey_keyed_kernel" if gate.kind == 2 else "chunk_dkey_kernel"
-    tiles = chunk_tiles(name, K, V, w.dtype, gate.kind)
+    (B, T, HV, V), K = w.shape, q.shape[3]
+    kernel: Any = chunk_dkey_keyed_kernel if gate.GATE == 2 else chunk_dkey_kernel
+    tiles = chunk_tiles(kernel.__name__, K, V, w.dtype, gate.GATE)
     blocks = -(-K // tiles.BK)
     dq = w.new_empty(B, T, HV, K)
     dk = torch.empty_like(dq)
     de = torch.empty_like(dq) if e is not None else w.new_empty(0)
-    operands = dict(
+    own: dict[str, Any]
+    if gate.GATE == 2:
+        assert gate.g is not None
+        dscore, dsolve = chunk_dscore(w, do, dw, chunks)
+        dg = torch.empty_like(gate.g)
+        levels = chunks.BT.bit_length() - 1
+        own = {"table": gate.gate, "dscore": dscore, "dsolve": dsolve, "LEVELS": levels}
+    else:
+        dg = w.new_empty(0 if gate.g is None else blocks, B, T, HV, dtype=torch.float32)
+        own = {"dg_stride": B * T * HV}
+    launch(
+        kernel,
+        chunks.number,
+        tiles,
+        chunks,
+        gate,
+        across="K",
         q=q,
         e=e,
         k=k,
@@ -1158,50 +1105,14 @@ def chunk_dkey(
         dq=dq,
         de=de,
         dk=dk,
-        **chunks.arguments(),
-        T=T,
+        dg=dg,
         HAS_E=e is not None,
         SHIFT_Q=shift_q,
         SHIFT_E=shift_e,
-        HQ=HQ,
-        HE=1 if e is None else e.shape[2],
-        HK=k.shape[2],
-        HV=HV,
-        K=K,
-        V=V,
-        BK=tiles.BK,
-        BV=tiles.BV,
-        PREC=dot_precision(w.dtype),
-    )
-    grid = (chunks.count * HV, blocks)
-    if gate.kind == 2:
-        dscore, dsolve = chunk_dscore(w, do, dw, chunks)
-        assert gate.g is not None
-        dg = torch.empty_like(gate.g)
-        launch(
-            chunk_dkey_keyed_kernel,
-            grid,
-            tiles,
-            **operands,
-            g=gate.g,
-            table=gate.data,
-            dg=dg,
-            dscore=dscore,
-            dsolve=dsolve,
-            LEVELS=chunks.size.bit_length() - 1,
-        )
-        return dq, de, dk, dg
-    dg = w.new_empty(0 if gate.g is None else blocks, B, T, HV, dtype=torch.float32)
-    launch(
-        chunk_dkey_kernel,
-        grid,
-        tiles,
-        **operands,
-        gate=gate.data,
-        dg=dg,
-        dg_stride=B * T * HV,
-        GATE=gate.kind,
+        **own,
     )
     if gate.g is None:
         return dq, de, dk, w.new_empty(0)
+    if gate.GATE == 2:
+        return dq, de, dk, dg
     return dq, de, dk, (dg[0] if blocks == 1 else dg.sum(0)).to(gate.g.dtype)

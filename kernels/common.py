@@ -8,8 +8,9 @@ pointers, `i_` indices.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -204,6 +205,11 @@ def record_launches(target: str) -> Iterator[list[Launch]]:
 _INTERPRETING = not isinstance(locate_chunk, triton.runtime.JITFunction)
 
 
+def recording() -> bool:
+    """Whether launches are recorded, not run."""
+    return _recording is not None
+
+
 def interpreting() -> bool:
     """Whether Triton runs kernels in its interpreter."""
     return _INTERPRETING
@@ -296,8 +302,121 @@ def state_tiles(kernel: str, K: int, V: int, dtype: torch.dtype, programs: int =
     return Tiles(BK, min(32, BV), 4, 2)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], tiles: Tiles, **arguments: Any) -> None:
-    """Run a kernel, or record the launch; an empty grid is no launch."""
+def gate_kind(g: Tensor | None) -> int:
+    """0 without a gate, 1 where it has one number for all channels, 2 where one for each."""
+    return 0 if g is None else g.ndim - 2
+
+
+def reciprocal_kind(exact: bool) -> int:
+    """How kernels divide on the current target; the interpreter always divides exactly."""
+    target = current_target()
+    if exact or target == "interpreter":
+        return 0
+    return 1 if target.startswith("sm_") else 2
+
+
+# Axes of operands of kernels, by name. An operand of fewer dimensions has the first of them.
+_AXES = {
+    name: axes.split()
+    for names, axes in (
+        ("q", "B T HQ K"),
+        ("e", "B T HE K"),
+        ("c", "B T HC K"),
+        ("k", "B T HK K"),
+        ("x", "B T HX K"),
+        ("r", "B T HR K"),
+        ("w v do b beta", "B T HV V"),
+        ("g dq", "B T HV K"),
+        ("sums inverse", "B T HV"),
+        ("state", "N HV K V"),
+        ("enter", "N HV . K V"),
+        ("factor", "N HV K"),
+        ("columns", "N HV"),
+        ("prior", "HV K"),
+    )
+    for name in names.split()
+}
+# What kernels know a choice by, made of the argument that chooses.
+_CHOICES: dict[str, tuple[str, Callable[[Any], object]]] = {
+    "GATE": ("g", gate_kind),
+    "HEAD": ("g", lambda g: gate_kind(g) == 1),
+    "KEYED": ("g", lambda g: gate_kind(g) == 2),
+    "BETA": ("beta", gate_kind),
+    "PRIOR": ("prior", lambda prior: prior.ndim),
+    "PRE": ("read", lambda read: read == "pre"),
+    "PREV": ("base", lambda base: base == "prev"),
+    "EXACT": ("gain", GAINS.index),
+    "DELTA": ("correction", lambda correction: correction != "none"),
+    "DIAGONAL": ("correction", lambda correction: correction == "diagonal"),
+    "OWN": ("own", bool),
+    "RECIP": ("exact", reciprocal_kind),
+}
+
+
+@functools.cache
+def _sources(kernel: Any) -> dict[str, list[tuple[str, int]]]:
+    """By every parameter of a kernel the operands, and axes of theirs, that have its size."""
+    operands = [(x, _AXES[x]) for x in kernel.arg_names if x in _AXES]
+    return {
+        name: [(x, axes.index(name)) for x, axes in operands if name in axes]
+        for name in kernel.arg_names
+    }
+
+
+def _size(name: str, given: Mapping[str, Any], sources: list[tuple[str, int]]) -> int:
+    for operand, axis in sources:
+        x = given[operand]
+        if x is not None and axis < x.ndim:
+            return x.shape[axis]
+    if name[0] == "H" and name != "HV":
+        # Heads of an operand that is not there.
+        return 1
+    raise TypeError(f"launch: nothing gives the kernel's {name}")
+
+
+def launch(
+    kernel: Any,
+    rows: int | tuple[int, ...],
+    tiles: Tiles,
+    *shared: Any,
+    across: str = "",
+    **own: Any,
+) -> None:
+    """Run a kernel, or record the launch; an empty grid is no launch.
+
+    Everything is named once: of what is given a kernel takes what its parameters name, its sizes
+    follow from operands' axes, its flags from options, BK and BV from tiles.
+
+    Args:
+        rows: chunks, sequences or tokens, for each of which every head has its programs; or all of
+            the grid.
+        shared: NamedTuples of what launches share: an operation's record, chunks, a gate.
+        across: of "K" and "V", the axes that are cut into tiles for programs of their own.
+        own: operands and constants, before those that are shared.
+    """
+    given: dict[str, Any] = {}
+    for record in shared:
+        given.update(record._asdict())
+    given.update(own)
+    arguments: dict[str, Any] = {}
+    for name, sources in _sources(kernel).items():
+        if name in given:
+            arguments[name] = given[name]
+        elif name in ("BK", "BV"):
+            arguments[name] = getattr(tiles, name)
+        elif name in _CHOICES:
+            source, choose = _CHOICES[name]
+            arguments[name] = choose(given[source])
+        elif name == "PREC":
+            x = next(given[x] for x in ("w", "do", "k") if given.get(x) is not None)
+            arguments[name] = dot_precision(x.dtype)
+        else:
+            arguments[name] = _size(name, given, sources)
+    if isinstance(rows, int):
+        cut = [-(-arguments[x] // getattr(tiles, f"B{x}")) for x in across]
+        grid = (rows * arguments["HV"], *[math.prod(cut)] * bool(cut))
+    else:
+        grid = rows
     if _recording is not None:
         _recording.launches.append(Launch(kernel, grid, arguments, tiles))
         return
@@ -309,76 +428,34 @@ def launch(kernel: Any, grid: tuple[int, ...], tiles: Tiles, **arguments: Any) -
         kernel[grid](**arguments, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
 
 
-def check_device(name: str, x: Tensor) -> None:
-    """Refuse what the kernels cannot run: float64, bf16 in the interpreter, CPU without it."""
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(
-            f"{name}: got dtype {x.dtype}; the kernels accept float32, float16 and bfloat16"
-        )
-    if _recording is not None or x.device.type == "meta":
-        return
-    if interpreting():
-        if x.dtype == torch.bfloat16:
-            raise TypeError(
-                f"{name}: got bfloat16, which Triton's interpreter computes wrongly; "
-                "use float16 or float32"
-            )
-    elif x.device.type != "cuda":
-        raise ValueError(
-            f"{name}: got a tensor on {x.device}; "
-            "the kernels run on a GPU (or with TRITON_INTERPRET=1)"
-        )
+class Chunks(NamedTuple):
+    """Chunks of a batch or of packed sequences, at most `number`, known without cu_seqlens."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Chunks:
-    """Chunks of a batch or of packed sequences; the count is a bound known without cu_seqlens."""
-
-    size: int
-    count: int
+    BT: int
+    number: int
     sequences: int
     cu_seqlens: Tensor | None
-    ids: Tensor | None
-    offsets: Tensor | None
-
-    def arguments(self) -> dict[str, Any]:
-        return {
-            "cu_seqlens": self.cu_seqlens,
-            "chunk_ids": self.ids,
-            "chunk_offsets": self.offsets,
-            "BT": self.size,
-        }
+    chunk_ids: Tensor | None
+    chunk_offsets: Tensor | None
 
 
 def make_chunks(batch: int, tokens: int, cu_seqlens: Tensor | None, size: int) -> Chunks:
     """Cut sequences into chunks of `size` tokens; each packed sequence starts a chunk of its own.
 
-    With packed sequences `count` is an upper bound that depends on shapes only, so that nothing
+    With packed sequences `number` is an upper bound that depends on shapes only, so that nothing
     waits for the device; surplus chunks lie past the last sequence's end, where kernels return.
     """
     if cu_seqlens is None:
         return Chunks(size, batch * -(-tokens // size), batch, None, None, None)
     sequences = cu_seqlens.numel() - 1
-    count = -(-tokens // size) + sequences if tokens else 0
+    number = -(-tokens // size) + sequences if tokens else 0
     cu_seqlens = cu_seqlens.contiguous()
     per_sequence = (cu_seqlens.diff() + (size - 1)) // size
     offsets = torch.zeros(sequences + 1, dtype=torch.int32, device=cu_seqlens.device)
     torch.cumsum(per_sequence, 0, dtype=torch.int32, out=offsets[1:])
-    chunk = torch.arange(count, dtype=torch.int32, device=cu_seqlens.device)
+    chunk = torch.arange(number, dtype=torch.int32, device=cu_seqlens.device)
     ids = torch.searchsorted(offsets, chunk, right=True, out_int32=True) - 1
-    return Chunks(size, count, sequences, cu_seqlens, ids.clamp_(max=sequences - 1), offsets)
-
-
-def given_or_zeros(
-    do: Tensor | None, dfinal: Tensor | None, k: Tensor, w: Tensor, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the output and of the final state, zeros where nothing depends on them."""
-    if do is None:
-        do = torch.zeros_like(w, memory_format=torch.contiguous_format)
-    if dfinal is None:
-        sequences = w.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        dfinal = w.new_zeros(sequences, w.shape[2], k.shape[3], w.shape[3], dtype=torch.float32)
-    return do, dfinal
+    return Chunks(size, number, sequences, cu_seqlens, ids.clamp_(max=sequences - 1), offsets)
 
 
 def power_of_two(n: int) -> int:
@@ -391,79 +468,3 @@ def reduce_heads(x: Tensor, heads: int) -> Tensor:
     if x.shape[2] == heads:
         return x
     return x.unflatten(2, (heads, -1)).sum(3, dtype=torch.float32).to(x.dtype)
-
-
-def _check_packing(batch: int, cu_seqlens: Tensor | None) -> int:
-    """Number of sequences."""
-    if cu_seqlens is None:
-        return batch
-    if batch != 1 or cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int64:
-        raise ValueError(
-            f"cu_seqlens: got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)} with B = {batch}; "
-            "expected int64 [N + 1] with B = 1"
-        )
-    return cu_seqlens.shape[0] - 1
-
-
-def _check_keys(name: str, x: Tensor, B: int, T: int, HV: int, K: int) -> None:
-    if x.ndim != 4 or x.shape[:2] != (B, T) or HV % x.shape[2] or x.shape[3] != K:
-        raise ValueError(
-            f"{name}: got shape {tuple(x.shape)}; "
-            f"expected [{B}, {T}, H, {K}] with H a divisor of {HV}"
-        )
-    if not 1 <= K <= 256:
-        raise ValueError(f"{name}: got key size {K}; the kernels accept 1 to 256")
-
-
-def _check_gate(g: Tensor | None, B: int, T: int, HV: int, K: int) -> None:
-    if g is not None and tuple(g.shape) not in ((B, T, HV), (B, T, HV, K)):
-        raise ValueError(f"g: got shape {tuple(g.shape)}; expected {(B, T, HV)} or {(B, T, HV, K)}")
-
-
-def _check_state(state: Tensor | None, shape: tuple[int, ...]) -> None:
-    if state is not None and tuple(state.shape) != shape:
-        raise ValueError(f"initial_state: got shape {tuple(state.shape)}; expected {shape}")
-
-
-def check_operands(
-    w: Tensor,
-    keys: Mapping[str, Tensor],
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    """Refuse operands whose shapes do not fit w [B, T, HV, V], naming the first that does not."""
-    if w.ndim != 4:
-        raise ValueError(f"w: got shape {tuple(w.shape)}; expected [B, T, HV, V]")
-    B, T, HV, V = w.shape
-    check_device("w", w)
-    if not 1 <= V <= 256:
-        raise ValueError(f"w: got value size {V}; the kernels accept 1 to 256")
-    K = next(iter(keys.values())).shape[-1]
-    for name, x in keys.items():
-        _check_keys(name, x, B, T, HV, K)
-    _check_gate(g, B, T, HV, K)
-    _check_state(initial_state, (_check_packing(B, cu_seqlens), HV, K, V))
-
-
-def check_importance(
-    k: Tensor, b: Tensor, g: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None
-) -> None:
-    """Refuse operands whose shapes do not fit b [B, T, HV], naming the first that does not."""
-    if b.ndim != 3:
-        raise ValueError(f"b: got shape {tuple(b.shape)}; expected [B, T, HV]")
-    B, T, HV = b.shape
-    check_device("k", k)
-    K = k.shape[-1]
-    _check_keys("k", k, B, T, HV, K)
-    _check_gate(g, B, T, HV, K)
-    _check_state(initial_state, (_check_packing(B, cu_seqlens), HV, K))
-
-
-def check_step(state: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuse a state that a step cannot update in place."""
-    if state.dtype != torch.float32 or not state.is_contiguous() or tuple(state.shape) != shape:
-        raise ValueError(
-            f"state: got {state.dtype} {tuple(state.shape)}, contiguous {state.is_contiguous()}; "
-            f"a step updates contiguous float32 {shape} in place"
-        )

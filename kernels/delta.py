@@ -14,6 +14,8 @@ per chunk gives them all:
 that is, e is a second reader of the state whose output gradient is -dx, and dw = dx.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -31,11 +33,8 @@ from .chunk import (
 )
 from .common import (
     Chunks,
-    check_operands,
     decay_between,
     decay_from_start,
-    dot_precision,
-    given_or_zeros,
     launch,
     locate_sequence,
     make_chunks,
@@ -45,7 +44,19 @@ from .common import (
     whole_decay,
     writer_decay,
 )
-from .step import delta_step, is_step, step_state
+from .loops import Delta
+from .operands import (
+    as_result,
+    check_choice,
+    check_operands,
+    final_state,
+    given_or_zeros,
+    is_step,
+    own_state,
+    prepare,
+)
+from .register import register
+from .step import run_delta_step
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -233,38 +244,26 @@ def _delta_state(
     chunks: Chunks,
     prev: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    HV, K, V = w.shape[2], k.shape[3], w.shape[3]
-    tiles = state_tiles("delta_state_kernel", K, V, w.dtype, chunks.sequences * HV)
-    state = w.new_empty(chunks.count, HV, K, V)
+    (HV, V), K = w.shape[2:], k.shape[3]
+    state = w.new_empty(chunks.number, HV, K, V)
     final = w.new_empty(chunks.sequences, HV, K, V, dtype=torch.float32)
     u = torch.empty_like(w)
     launch(
         delta_state_kernel,
-        (chunks.sequences * HV, -(-V // tiles.BV)),
-        tiles,
+        chunks.sequences,
+        state_tiles("delta_state_kernel", K, V, w.dtype, chunks.sequences * HV),
+        chunks,
+        gate,
+        across="V",
         e=e,
         k=k,
         w=w,
-        gate=gate.data,
         inverse=inverse,
         initial=initial,
         state=state,
         final=final,
         u=u,
-        cu_seqlens=chunks.cu_seqlens,
-        chunk_offsets=chunks.offsets,
-        T=w.shape[1],
-        GATE=gate.kind,
         SHIFT=prev,
-        HE=e.shape[2],
-        HK=k.shape[2],
-        HV=HV,
-        K=K,
-        V=V,
-        BT=chunks.size,
-        BK=tiles.BK,
-        BV=tiles.BV,
-        PREC=dot_precision(w.dtype),
     )
     return state, final, u
 
@@ -281,157 +280,89 @@ def _delta_dstate(
     chunks: Chunks,
     prev: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    HV, K, V = do.shape[2], k.shape[3], do.shape[3]
-    tiles = state_tiles("delta_dstate_kernel", K, V, do.dtype, chunks.sequences * HV)
-    dstate = do.new_empty(chunks.count, HV, K, V)
+    (HV, V), K = do.shape[2:], k.shape[3]
+    dstate = do.new_empty(chunks.number, HV, K, V)
     dinitial = torch.empty_like(dfinal)
     dw = torch.empty_like(do)
     launch(
         delta_dstate_kernel,
-        (chunks.sequences * HV, -(-V // tiles.BV)),
-        tiles,
+        chunks.sequences,
+        state_tiles("delta_dstate_kernel", K, V, do.dtype, chunks.sequences * HV),
+        chunks,
+        gate,
+        across="V",
         q=q,
         e=e,
         k=k,
         do=do,
         du=du,
-        gate=gate.data,
         inverse=inverse,
         dfinal=dfinal,
         dstate=dstate,
         dinitial=dinitial,
         dw=dw,
-        cu_seqlens=chunks.cu_seqlens,
-        chunk_offsets=chunks.offsets,
-        T=do.shape[1],
-        GATE=gate.kind,
         SHIFT=prev,
-        HQ=q.shape[2],
-        HE=e.shape[2],
-        HK=k.shape[2],
-        HV=HV,
-        K=K,
-        V=V,
-        BT=chunks.size,
-        BK=tiles.BK,
-        BV=tiles.BV,
-        PREC=dot_precision(do.dtype),
     )
     return dstate, dinitial, dw
 
 
-def run_delta_forward(
-    q: Tensor,
-    e: Tensor,
-    k: Tensor,
-    w: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    prev: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, final state, and the chunks' triangular inverses for the backward pass."""
-    q, e, k, w = (x.contiguous() for x in (q, e, k, w))
-    g = None if g is None else g.contiguous()
-    initial_state = None if initial_state is None else initial_state.contiguous()
-    chunks = make_chunks(w.shape[0], w.shape[1], cu_seqlens, chunk_tokens(w.dtype))
-    gate = chunk_gate(g, chunks)
-    score = None
-    matrix = None
-    if gate.kind == 2:
-        score, matrix, q, decayed, k = chunk_readers(q, e, k, gate, chunks, False, prev, True)
-        assert decayed is not None
-        e = decayed
-    inverse = chunk_solve(e, k, gate, matrix, w.shape[2], chunks, prev)
+def _begin(x: Delta) -> tuple[Delta, Chunks, Gate]:
+    """Operands as the kernels take them, of one dtype."""
+    x = prepare(x, x.w.dtype, ("q", "e", "k"), ("initial_state",))
+    chunks = make_chunks(x.w.shape[0], x.w.shape[1], x.cu_seqlens, chunk_tokens(x.w.dtype))
+    return x, chunks, chunk_gate(x.g, chunks)
+
+
+def forward(x: Delta, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, final state, and the chunks' triangular inverses if there is a backward pass."""
+    if is_step(x.w, x.cu_seqlens, keep):
+        state = own_state(x.initial_state, x.w, x.k.shape[3])
+        return *run_delta_step(x._replace(initial_state=state)), state, x.w.new_empty(0)
+    prev = x.base == "prev"
+    x, chunks, gate = _begin(x)
+    q, e, k, score, matrix = x.q, x.e, x.k, None, None
+    if gate.GATE == 2:
+        score, matrix, q, e, k = chunk_readers(q, e, k, gate, chunks, False, prev, True)
+    inverse = chunk_solve(e, k, gate, matrix, x.w.shape[2], chunks, prev)
     del matrix
-    state, final, u = _delta_state(e, k, w, gate, inverse, initial_state, chunks, prev)
-    return chunk_output(q, k, u, gate, state, score, chunks, False), final, inverse
+    state, final, u = _delta_state(e, k, x.w, gate, inverse, x.initial_state, chunks, prev)
+    out = chunk_output(q, k, u, gate, state, score, chunks, False)
+    return out, final, inverse if keep else x.w.new_empty(0)
 
 
-delta_forward = torch.library.custom_op("glazoo::delta", run_delta_forward, mutates_args=())
-
-
-@delta_forward.register_fake
-def _(q, e, k, w, g, initial_state, cu_seqlens, prev):  # type: ignore[no-untyped-def]
-    B, T, HV, V = w.shape
-    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final = w.new_empty(sequences, HV, k.shape[3], V, dtype=torch.float32)
-    inverse = w.new_empty(B, T, HV, chunk_tokens(w.dtype))
-    return torch.empty_like(w, memory_format=torch.contiguous_format), final, inverse
-
-
-def run_delta_backward(
-    do: Tensor,
-    dfinal: Tensor,
-    inverse: Tensor,
-    q: Tensor,
-    e: Tensor,
-    k: Tensor,
-    w: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    prev: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, e, k, w, g (empty without a gate) and of the initial state."""
-    do, dfinal = do.contiguous(), dfinal.contiguous()
-    q, e, k, w = (x.contiguous() for x in (q, e, k, w))
-    g = None if g is None else g.contiguous()
-    initial_state = None if initial_state is None else initial_state.contiguous()
-    chunks = make_chunks(w.shape[0], w.shape[1], cu_seqlens, chunk_tokens(w.dtype))
-    gate = chunk_gate(g, chunks)
-    score = None
-    qg, eg, kg = q, e, k
-    if gate.kind == 2:
-        score, _, qg, decayed, kg = chunk_readers(q, e, k, gate, chunks, False, prev, False)
-        assert decayed is not None
-        eg = decayed
-    state, _, u = _delta_state(eg, kg, w, gate, inverse, initial_state, chunks, prev)
+def gradients(x: Delta, grads: Any, _wanted: Any, inverse: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of the operands, in order."""
+    prev = x.base == "prev"
+    x, chunks, gate = _begin(x)
+    q, e, k, w = x.q, x.e, x.k, x.w
+    do = given_or_zeros(grads[0], as_result(w))
+    dfinal = given_or_zeros(grads[1], final_state(w, k.shape[3], x.cu_seqlens))
+    qg, eg, kg, score = q, e, k, None
+    if gate.GATE == 2:
+        score, _, qg, eg, kg = chunk_readers(q, e, k, gate, chunks, False, prev, False)
+    state, _, u = _delta_state(eg, kg, w, gate, inverse, x.initial_state, chunks, prev)
     du = chunk_dvalue(qg, kg, gate, do, None, score, chunks, False)
     dstate, dinitial, dw = _delta_dstate(qg, eg, kg, do, du, gate, inverse, dfinal, chunks, prev)
     del du, score, qg, eg, kg
     dq, de, dk, dg = chunk_dkey(q, e, k, u, gate, state, dstate, do, dw, chunks, False, prev)
-    return (
-        reduce_heads(dq, q.shape[2]),
-        reduce_heads(de, e.shape[2]),
-        reduce_heads(dk, k.shape[2]),
-        dw,
-        dg,
-        dinitial,
-    )
+    keys = (reduce_heads(dx, y.shape[2]) for dx, y in ((dq, q), (de, e), (dk, k)))
+    return *keys, dw, dg, dinitial, None
 
 
-delta_backward = torch.library.custom_op(
-    "glazoo::delta_backward", run_delta_backward, mutates_args=()
+def _allocate(x: Delta, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    kept = (*x.w.shape[:3], chunk_tokens(x.w.dtype)) if keep else (0,)
+    return as_result(x.w), final_state(x.w, x.k.shape[3], x.cu_seqlens), x.w.new_empty(kept)
+
+
+_delta = register(
+    "delta",
+    Delta,
+    results=("out", "final"),
+    kept=("inverse",),
+    forward=forward,
+    allocate=_allocate,
+    gradients=gradients,
 )
-
-
-@delta_backward.register_fake
-def _(do, dfinal, inverse, q, e, k, w, g, initial_state, cu_seqlens, prev):  # type: ignore[no-untyped-def]
-    def like(x: Tensor) -> Tensor:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-    dg = w.new_empty(0) if g is None else like(g)
-    return like(q), like(e), like(k), like(w), dg, like(dfinal)
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.prev = inputs
-    # Without this the backward pass would be handed zeros for the inverses, as large as they are.
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(output[2], *tensors)
-
-
-def _backward(ctx, do, dfinal, _):  # type: ignore[no-untyped-def]
-    _, _, _, k, w, g, initial_state, cu_seqlens = ctx.saved_tensors
-    do, dfinal = given_or_zeros(do, dfinal, k, w, cu_seqlens)
-    *grads, dg, dinitial = delta_backward(do, dfinal, *ctx.saved_tensors, ctx.prev)
-    dg = None if g is None else dg
-    return *grads, dg, None if initial_state is None else dinitial, None, None
-
-
-delta_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 def delta(
@@ -468,13 +399,6 @@ def delta(
         ValueError: a shape or `base` is not one of the above, or w is on no GPU.
         TypeError: a dtype that the kernels do not accept.
     """
-    if base not in ("decayed", "prev"):
-        raise ValueError(f"base: got {base!r}; accepted are 'decayed' and 'prev'")
-    check_operands(w, {"q": q, "e": e, "k": k}, g, initial_state, cu_seqlens)
-    if is_step(w.shape[1], cu_seqlens, q, e, k, w, g, initial_state):
-        state = step_state(initial_state, w, k.shape[3])
-        return delta_step(q, e, k, w, g, state=state, base=base), state
-    start = None if initial_state is None else initial_state.to(torch.float32)
-    q, e, k = (x.to(w.dtype) for x in (q, e, k))
-    o, final, _ = delta_forward(q, e, k, w, g, start, cu_seqlens, base == "prev")
-    return o, final
+    check_choice("base", base, ("decayed", "prev"))
+    check_operands(w, {"q": q, "e": e, "k": k}, g, [initial_state], cu_seqlens)
+    return _delta(q, e, k, w, g, initial_state, cu_seqlens, base)

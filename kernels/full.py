@@ -14,7 +14,7 @@ then dq = z, dLambda = -sum_t z x, and the gradient of Hm is -z x^T: that of `li
 z, keys k, values beta k and output gradients -x.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,9 +23,6 @@ from torch import Tensor
 
 from .common import (
     Tiles,
-    check_device,
-    check_operands,
-    dot_precision,
     launch,
     locate_chunk,
     make_chunks,
@@ -33,8 +30,20 @@ from .common import (
     reduce_heads,
     split_log,
 )
-from .linear import linear, linear_backward
-from .synapse import border_states, check_states, full_prior
+from .linear import gradients as linear_gradients
+from .linear import linear
+from .loops import Linear, solve
+from .operands import (
+    check_device,
+    check_operands,
+    check_state,
+    full_prior,
+    given_or_zeros,
+    prepare,
+    sequences,
+)
+from .register import register
+from .synapse import border_states
 
 # Tokens between two stored matrices; tokens that one program solves for.
 BORDER = 64
@@ -151,48 +160,21 @@ def solve_sizes(K: int, dtype: torch.dtype) -> tuple[Tiles, int, int]:
     return Tiles(BK, BK, 8, 1), 16, min(BORDER, 32)
 
 
-def run_full_solve(
-    r: Tensor,
-    k: Tensor,
-    beta: Tensor,
-    g: Tensor | None,
-    prior: Tensor,
-    matrix: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """x = (Hm + Lambda)^-1 r in float32 and the final Hm."""
-    r, k, beta, prior = r.contiguous(), k.contiguous(), beta.contiguous(), prior.contiguous()
-    g = None if g is None else g.contiguous()
-    matrix = None if matrix is None else matrix.contiguous()
-    B, T, HV = beta.shape
-    HK, K = k.shape[2:]
-    tiles, BC, border = solve_sizes(K, k.dtype)
-    chunks = make_chunks(B, T, cu_seqlens, border)
-    w = _weighted(k, beta)
-    state, _, final, _ = border_states(k, w, None, g, matrix, None, chunks)
-    BK = tiles.BK
-    room = r.new_empty(chunks.count, HV, border, BK, dtype=torch.float32)
-    x = r.new_empty(B, T, HV, K, dtype=torch.float32)
-    launch(
-        full_solve_kernel, (chunks.count * HV, border // BLOCK), tiles,
-        r=r, k=k, beta=beta, g=g, prior=prior, state=state, room=room, x=x, T=T,
-        **chunks.arguments(), ROUNDS=ROUNDS,
-        TOLERANCE=TOLERANCE, HR=r.shape[2], HK=HK, HV=HV, K=K, BR=BLOCK, BK=BK,
-        BC=BC, PREC=dot_precision(k.dtype),
-    )  # fmt: skip
-    return x, final
+class Solve(NamedTuple):
+    """Operands of x = (Hm + Lambda)^-1 q, Hm = a Hm + beta k k^T."""
 
+    q: Tensor
+    k: Tensor
+    beta: Tensor
+    g: Tensor | None
+    prior: Tensor
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
 
-full_solve = torch.library.custom_op("glazoo::full_solve", run_full_solve, mutates_args=())
-
-
-@full_solve.register_fake
-def _(r, k, beta, g, prior, matrix, cu_seqlens):  # type: ignore[no-untyped-def]
-    B, T, HV = beta.shape
-    K = k.shape[3]
-    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    x = r.new_empty(B, T, HV, K, dtype=torch.float32)
-    return x, r.new_empty(sequences, HV, K, K, dtype=torch.float32)
+    def loop(self) -> Any:
+        given = self._asdict()
+        w = _weighted(self.k.to(torch.float32), given.pop("beta"))
+        return solve(w=w, **given)
 
 
 def _weighted(k: Tensor, beta: Tensor) -> Tensor:
@@ -201,34 +183,69 @@ def _weighted(k: Tensor, beta: Tensor) -> Tensor:
     return (k * beta.unsqueeze(3)).to(k.dtype)
 
 
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs, output[0])
-
-
-def _backward(ctx, dx, dfinal):  # type: ignore[no-untyped-def]
-    r, k, beta, g, prior, matrix, cu_seqlens, x = ctx.saved_tensors
-    HV, HK = beta.shape[2], k.shape[2]
-    z, _ = full_solve(dx.contiguous(), k, beta, g, prior, matrix, cu_seqlens)
-    dprior = -(z * x).sum((0, 1))
-    w = _weighted(k, beta)
-    _, dk, dw, dg, dmatrix = linear_backward(
-        (-x).to(k.dtype), dfinal.contiguous(), z.to(k.dtype), k, w, g, matrix, cu_seqlens, False
+def forward(x: Solve, _keep: bool) -> tuple[Tensor, Tensor]:
+    """x = (Hm + Lambda)^-1 q in float32 and the final Hm."""
+    x = prepare(x)
+    (B, T, HV), K = x.beta.shape, x.k.shape[3]
+    tiles, BC, border = solve_sizes(K, x.k.dtype)
+    chunks = make_chunks(B, T, x.cu_seqlens, border)
+    state, _, final, _ = border_states(
+        x.k, _weighted(x.k, x.beta), None, x.g, x.initial_state, None, chunks
     )
-    wide = k.repeat_interleave(HV // HK, 2)
-    dbeta = (dw.float() * wide.float()).sum(3).to(beta.dtype)
-    dk = dk + reduce_heads((dw * beta.unsqueeze(3)).to(k.dtype), HK)
-    return (
-        reduce_heads(z, r.shape[2]).to(r.dtype),
-        dk.to(k.dtype),
-        dbeta,
-        None if g is None else dg,
-        dprior,
-        None if matrix is None else dmatrix,
-        None,
+    room = x.q.new_empty(chunks.number, HV, border, tiles.BK, dtype=torch.float32)
+    found, _ = _allocate(x, False)
+    launch(
+        full_solve_kernel,
+        (chunks.number * HV, border // BLOCK),
+        tiles,
+        x,
+        chunks,
+        r=x.q,
+        state=state,
+        room=room,
+        x=found,
+        ROUNDS=ROUNDS,
+        TOLERANCE=TOLERANCE,
+        BR=BLOCK,
+        BC=BC,
     )
+    return found, final
 
 
-full_solve.register_autograd(_backward, setup_context=_setup_context)
+def gradients(x: Solve, grads: Any, wanted: Any, solved: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of the operands, in order."""
+    x = prepare(x)
+    HV, HK = x.beta.shape[2], x.k.shape[2]
+    room, final = _allocate(x, False)
+    dx, dfinal = given_or_zeros(grads[0], room), given_or_zeros(grads[1], final)
+    z, _ = forward(x._replace(q=dx), False)
+    read = Linear(z, x.k, _weighted(x.k, x.beta), x.g, x.initial_state, x.cu_seqlens, "post")
+    _, dk, dw, dg, dmatrix, _ = linear_gradients(read, ((-solved).to(x.k.dtype), dfinal), wanted)
+    assert dk is not None
+    assert dw is not None
+    wide = x.k.repeat_interleave(HV // HK, 2)
+    dbeta = (dw.float() * wide.float()).sum(3)
+    dk = dk + reduce_heads((dw * x.beta.unsqueeze(3)).to(x.k.dtype), HK)
+    dprior = -(z * solved).sum((0, 1))
+    return reduce_heads(z, x.q.shape[2]), dk, dbeta, dg, dprior, dmatrix, None
+
+
+def _allocate(x: Solve, _keep: bool) -> tuple[Tensor, Tensor]:
+    (*lead, HV), K = x.beta.shape, x.k.shape[3]
+    final = sequences(x.beta, x.cu_seqlens), HV, K, K
+    found, matrix = (x.q.new_empty(shape, dtype=torch.float32) for shape in ((*lead, HV, K), final))
+    return found, matrix
+
+
+_solve = register(
+    "full_solve",
+    Solve,
+    results=("x", "final"),
+    reads=("x",),
+    forward=forward,
+    allocate=_allocate,
+    gradients=gradients,
+)
 
 
 def full(
@@ -274,7 +291,7 @@ def full(
     """
     if solver != "cg":
         raise ValueError(f"solver: got {solver!r}; the kernels have 'cg'")
-    check_operands(w, {"q": q, "k": k}, g, None, cu_seqlens)
+    check_operands(w, {"q": q, "k": k}, g, [], cu_seqlens)
     B, T, HV, V = w.shape
     K = k.shape[3]
     if tuple(beta.shape) != (B, T, HV):
@@ -282,15 +299,13 @@ def full(
     if g is not None and g.ndim != 3:
         raise ValueError(f"g: got shape {tuple(g.shape)}; expected {(B, T, HV)}")
     check_device("beta", beta)
-    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    memory: Any = None
-    matrix: Any = None
-    if initial_state is not None:
-        memory, _ = check_states((initial_state[0],) * 2, (sequences, HV, K, V))
-        matrix, _ = check_states((initial_state[1],) * 2, (sequences, HV, K, K))
-    prior = full_prior(prior, HV, K)
+    count = sequences(w, cu_seqlens)
+    memory, matrix = initial_state or (None, None)
+    check_state(memory, (count, HV, K, V))
+    check_state(matrix, (count, HV, K, K))
     q, k = q.to(w.dtype), k.to(w.dtype)
-    x, matrix = full_solve(q, k, beta, g, prior, matrix, cu_seqlens)
+    matrix = None if matrix is None else matrix.to(torch.float32)
+    x, matrix = _solve(q, k, beta, g, full_prior(prior, HV, K), matrix, cu_seqlens)
     o, memory = linear(x.to(w.dtype), k, w, g, initial_state=memory, cu_seqlens=cu_seqlens)
     u = None
     if uncertainty:

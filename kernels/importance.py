@@ -6,6 +6,8 @@ backward pass is the same scan in reverse, acc_t = dJ_t + exp(g_{t+1}) acc_{t+1}
 last token the gradient of the final state.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -14,14 +16,23 @@ from torch import Tensor
 from .common import (
     Chunks,
     Tiles,
-    check_importance,
     launch,
     locate_chunk,
     locate_sequence,
     make_chunks,
     reduce_heads,
 )
-from .step import importance_step, is_step
+from .loops import Importance
+from .operands import (
+    check_importance,
+    final_state,
+    given_or_zeros,
+    is_step,
+    own_state,
+    prepare,
+)
+from .register import register
+from .step import run_importance_step
 
 CHUNK = 64
 
@@ -287,187 +298,112 @@ def importance_tiles(K: int) -> Tiles:
 
 
 def _enter(
-    k: Tensor,
-    b: Tensor,
-    g: Tensor | None,
-    dj: Tensor | None,
-    outside: Tensor | None,
-    chunks: Chunks,
+    x: Importance, dj: Tensor | None, outside: Tensor | None, chunks: Chunks
 ) -> tuple[Tensor, Tensor]:
     """State that enters every chunk and the one that leaves; of the reversed scan with dj."""
-    T, HV = b.shape[1:]
-    HK, K = k.shape[2:]
+    HV, K = x.b.shape[2], x.k.shape[3]
     tiles = importance_tiles(K)
-    blocks = -(-K // tiles.BK)
-    factor = b.new_empty(chunks.count, HV, K, dtype=torch.float32)
-    term = torch.empty_like(factor)
-    entering = torch.empty_like(factor)
-    leaving = b.new_empty(chunks.sequences, HV, K, dtype=torch.float32)
-    head = g is not None and g.ndim == 3
+    factor = x.b.new_empty(chunks.number, HV, K, dtype=torch.float32)
+    term, entering = torch.empty_like(factor), torch.empty_like(factor)
+    leaving = final_state(x.b, K, x.cu_seqlens)
     launch(
         importance_chunk_kernel,
-        (chunks.count * HV, blocks),
+        chunks.number,
         tiles,
-        k=k,
-        b=b,
-        g=g,
+        x,
+        chunks,
+        across="K",
         dj=dj,
         factor=factor,
         term=term,
-        **chunks.arguments(),
-        T=T,
-        HEAD=head,
-        HK=HK,
-        HV=HV,
-        K=K,
-        BK=tiles.BK,
     )
     launch(
         importance_carry_kernel,
-        (chunks.sequences * HV, blocks),
+        chunks.sequences,
         tiles,
+        x,
+        chunks,
+        across="K",
         factor=factor,
         term=term,
-        g=g,
         outside=outside,
         entering=entering,
         leaving=leaving,
-        cu_seqlens=chunks.cu_seqlens,
-        chunk_offsets=chunks.offsets,
-        T=T,
+        T=x.b.shape[1],
         REVERSE=dj is not None,
-        HEAD=head,
-        HV=HV,
-        K=K,
-        BT=chunks.size,
         BC=32,
-        BK=tiles.BK,
     )
     return entering, leaving
 
 
-def run_importance_forward(
-    k: Tensor,
-    b: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _begin(x: Importance) -> tuple[Importance, Chunks]:
+    """Operands as the kernels take them."""
+    x = prepare(x, wide=("initial_state",))
+    return x, make_chunks(x.b.shape[0], x.b.shape[1], x.cu_seqlens, CHUNK)
+
+
+def forward(x: Importance, keep: bool) -> tuple[Tensor, Tensor]:
     """Importance after every token and at the end, float32."""
-    k, b = k.contiguous(), b.contiguous()
-    g = None if g is None else g.contiguous()
-    initial_state = None if initial_state is None else initial_state.contiguous()
-    B, T, HV = b.shape
-    HK, K = k.shape[2:]
-    chunks = make_chunks(B, T, cu_seqlens, CHUNK)
-    entering, final = _enter(k, b, g, None, initial_state, chunks)
-    tiles = importance_tiles(K)
-    j = b.new_empty(B, T, HV, K, dtype=torch.float32)
+    if is_step(x.b, x.cu_seqlens, keep):
+        state = own_state(x.initial_state, x.b, x.k.shape[3])
+        return *run_importance_step(x._replace(initial_state=state)), state
+    x, chunks = _begin(x)
+    entering, final = _enter(x, None, x.initial_state, chunks)
+    j, K = _tokens(x), x.k.shape[3]
     launch(
         importance_scan_kernel,
-        (chunks.count * HV, -(-K // tiles.BK)),
-        tiles,
-        k=k,
-        b=b,
-        g=g,
+        chunks.number,
+        importance_tiles(K),
+        x,
+        chunks,
+        across="K",
         entering=entering,
         j=j,
-        **chunks.arguments(),
-        T=T,
-        HEAD=g is not None and g.ndim == 3,
-        HK=HK,
-        HV=HV,
-        K=K,
-        BK=tiles.BK,
     )
     return j, final
 
 
-importance_forward = torch.library.custom_op(
-    "glazoo::importance", run_importance_forward, mutates_args=()
-)
-
-
-@importance_forward.register_fake
-def _(k, b, g, initial_state, cu_seqlens):  # type: ignore[no-untyped-def]
-    B, T, HV = b.shape
-    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    j = b.new_empty(B, T, HV, k.shape[3], dtype=torch.float32)
-    return j, b.new_empty(sequences, HV, k.shape[3], dtype=torch.float32)
-
-
-def run_importance_backward(
-    dj: Tensor,
-    dfinal: Tensor,
-    j: Tensor,
-    k: Tensor,
-    b: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of k, b, g (empty without a gate) and of the initial state."""
-    dj, dfinal, k, b = dj.contiguous(), dfinal.contiguous(), k.contiguous(), b.contiguous()
-    g = None if g is None else g.contiguous()
-    initial_state = None if initial_state is None else initial_state.contiguous()
-    B, T, HV = b.shape
-    HK, K = k.shape[2:]
-    chunks = make_chunks(B, T, cu_seqlens, CHUNK)
-    entering, dinitial = _enter(k, b, g, dj, dfinal, chunks)
-    dk = k.new_empty(B, T, HV, K)
-    db = torch.empty_like(b)
-    dg = b.new_empty(0) if g is None else torch.empty_like(g)
-    tiles = importance_tiles(K)
+def gradients(x: Importance, grads: Any, _wanted: Any, j: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of the operands, in order."""
+    x, chunks = _begin(x)
+    HK, K = x.k.shape[2:]
+    dj = given_or_zeros(grads[0], _tokens(x))
+    dfinal = given_or_zeros(grads[1], final_state(x.b, K, x.cu_seqlens))
+    entering, dinitial = _enter(x, dj, dfinal, chunks)
+    dk = x.k.new_empty(dj.shape)
+    db = torch.empty_like(x.b)
+    dg = x.b.new_empty(0) if x.g is None else torch.empty_like(x.g)
     launch(
         importance_backward_kernel,
-        (chunks.count * HV,),
-        tiles,
-        k=k,
-        b=b,
-        g=g,
+        chunks.number,
+        importance_tiles(K),
+        x,
+        chunks,
         j=j,
         dj=dj,
-        initial=initial_state,
+        initial=x.initial_state,
         entering=entering,
         dk=dk,
         db=db,
         dg=dg,
-        **chunks.arguments(),
-        T=T,
-        HEAD=g is not None and g.ndim == 3,
-        HK=HK,
-        HV=HV,
-        K=K,
-        BK=tiles.BK,
     )
-    return reduce_heads(dk, HK), db, dg, dinitial
+    return reduce_heads(dk, HK), db, dg, dinitial, None
 
 
-importance_backward = torch.library.custom_op(
-    "glazoo::importance_backward", run_importance_backward, mutates_args=()
+def _tokens(x: Importance) -> Tensor:
+    """Room for the importance after every token."""
+    return x.b.new_empty(*x.b.shape, x.k.shape[3], dtype=torch.float32)
+
+
+_importance = register(
+    "importance",
+    Importance,
+    results=("j", "final"),
+    reads=("j",),
+    forward=forward,
+    allocate=lambda x, keep: (_tokens(x), final_state(x.b, x.k.shape[3], x.cu_seqlens)),
+    gradients=gradients,
 )
-
-
-@importance_backward.register_fake
-def _(dj, dfinal, j, k, b, g, initial_state, cu_seqlens):  # type: ignore[no-untyped-def]
-    def like(x: Tensor) -> Tensor:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-    return like(k), like(b), b.new_empty(0) if g is None else like(g), like(dfinal)
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(output[0], *inputs)
-
-
-def _backward(ctx, dj, dfinal):  # type: ignore[no-untyped-def]
-    g, initial_state = ctx.saved_tensors[3:5]
-    dk, db, dg, dinitial = importance_backward(dj, dfinal, *ctx.saved_tensors)
-    dg = None if g is None else dg
-    return dk, db, dg, None if initial_state is None else dinitial, None
-
-
-importance_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 def importance(
@@ -497,13 +433,4 @@ def importance(
         TypeError: a dtype that the kernels do not accept.
     """
     check_importance(k, b, g, initial_state, cu_seqlens)
-    if is_step(b.shape[1], cu_seqlens, k, b, g, initial_state):
-        if initial_state is None:
-            state = b.new_zeros(b.shape[0], b.shape[2], k.shape[3], dtype=torch.float32)
-        else:
-            state = initial_state.to(
-                torch.float32, memory_format=torch.contiguous_format, copy=True
-            )
-        return importance_step(k, b, g, state=state), state
-    start = None if initial_state is None else initial_state.to(torch.float32)
-    return importance_forward(k, b, g, start, cu_seqlens)
+    return _importance(k, b, g, initial_state, cu_seqlens)

@@ -1,5 +1,7 @@
 """Gated linear recurrence, chunked: S_t = Diag(exp g_t) S_{t-1} + k_t w_t^T, o_t = S_t^T q_t."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,11 +18,8 @@ from .chunk import (
 )
 from .common import (
     Chunks,
-    check_operands,
     decay_between,
     decay_from_start,
-    dot_precision,
-    given_or_zeros,
     launch,
     locate_sequence,
     make_chunks,
@@ -30,7 +29,19 @@ from .common import (
     whole_decay,
     writer_decay,
 )
-from .step import is_step, linear_step, step_state
+from .loops import Linear
+from .operands import (
+    as_result,
+    check_choice,
+    check_operands,
+    final_state,
+    given_or_zeros,
+    is_step,
+    own_state,
+    prepare,
+)
+from .register import register
+from .step import run_linear_step
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -164,175 +175,106 @@ def linear_dstate_kernel(
 
 
 def _linear_state(
-    k: Tensor,
-    w: Tensor,
-    gate: Gate,
-    initial: Tensor | None,
-    chunks: Chunks,
+    k: Tensor, w: Tensor, gate: Gate, initial: Tensor | None, chunks: Chunks
 ) -> tuple[Tensor, Tensor]:
-    heads, value_heads, K, V = k.shape[2], w.shape[2], k.shape[3], w.shape[3]
-    tiles = state_tiles("linear_state_kernel", K, V, w.dtype)
-    state = w.new_empty(chunks.count, value_heads, K, V)
-    final = w.new_empty(chunks.sequences, value_heads, K, V, dtype=torch.float32)
+    (HV, V), K = w.shape[2:], k.shape[3]
+    state = w.new_empty(chunks.number, HV, K, V)
+    final = w.new_empty(chunks.sequences, HV, K, V, dtype=torch.float32)
     launch(
         linear_state_kernel,
-        (chunks.sequences * value_heads, -(-K // tiles.BK) * -(-V // tiles.BV)),
-        tiles,
+        chunks.sequences,
+        state_tiles("linear_state_kernel", K, V, w.dtype),
+        chunks,
+        gate,
+        across="KV",
         k=k,
         w=w,
-        gate=gate.data,
         initial=initial,
         state=state,
         final=final,
-        cu_seqlens=chunks.cu_seqlens,
-        chunk_offsets=chunks.offsets,
-        T=w.shape[1],
-        GATE=gate.kind,
-        HK=heads,
-        HV=value_heads,
-        K=K,
-        V=V,
-        BT=chunks.size,
-        BK=tiles.BK,
-        BV=tiles.BV,
-        PREC=dot_precision(w.dtype),
     )
     return state, final
 
 
 def _linear_dstate(
-    q: Tensor,
-    do: Tensor,
-    gate: Gate,
-    dfinal: Tensor,
-    chunks: Chunks,
-    pre: bool,
+    q: Tensor, do: Tensor, gate: Gate, dfinal: Tensor, chunks: Chunks, pre: bool
 ) -> tuple[Tensor, Tensor]:
-    heads, value_heads, K, V = q.shape[2], do.shape[2], q.shape[3], do.shape[3]
-    tiles = state_tiles("linear_dstate_kernel", K, V, do.dtype)
-    dstate = do.new_empty(chunks.count, value_heads, K, V)
+    (HV, V), K = do.shape[2:], q.shape[3]
+    dstate = do.new_empty(chunks.number, HV, K, V)
     dinitial = torch.empty_like(dfinal)
     launch(
         linear_dstate_kernel,
-        (chunks.sequences * value_heads, -(-K // tiles.BK) * -(-V // tiles.BV)),
-        tiles,
+        chunks.sequences,
+        state_tiles("linear_dstate_kernel", K, V, do.dtype),
+        chunks,
+        gate,
+        across="KV",
         q=q,
         do=do,
-        gate=gate.data,
         dfinal=dfinal,
         dstate=dstate,
         dinitial=dinitial,
-        cu_seqlens=chunks.cu_seqlens,
-        chunk_offsets=chunks.offsets,
-        T=do.shape[1],
-        GATE=gate.kind,
         SHIFT=pre,
-        HQ=heads,
-        HV=value_heads,
-        K=K,
-        V=V,
-        BT=chunks.size,
-        BK=tiles.BK,
-        BV=tiles.BV,
-        PREC=dot_precision(do.dtype),
     )
     return dstate, dinitial
 
 
-def run_linear_forward(
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    pre: bool,
-) -> tuple[Tensor, Tensor]:
-    """Output and final state; operands of one dtype. `pre`: read before the write."""
-    q, k, w = q.contiguous(), k.contiguous(), w.contiguous()
-    g = None if g is None else g.contiguous()
-    initial_state = None if initial_state is None else initial_state.contiguous()
-    chunks = make_chunks(w.shape[0], w.shape[1], cu_seqlens, chunk_tokens(w.dtype))
-    gate = chunk_gate(g, chunks)
-    if gate.kind == 2:
-        score, _, qg, _, kg = chunk_readers(q, None, k, gate, chunks, pre, False, False)
-        state, final = _linear_state(kg, w, gate, initial_state, chunks)
-        return chunk_output(qg, None, w, gate, state, score, chunks, pre), final
-    state, final = _linear_state(k, w, gate, initial_state, chunks)
-    return chunk_output(q, k, w, gate, state, None, chunks, pre), final
+def _begin(x: Linear) -> tuple[Linear, Chunks, Gate]:
+    """Operands as the kernels take them, of one dtype."""
+    x = prepare(x, x.w.dtype, ("q", "k"), ("initial_state",))
+    chunks = make_chunks(x.w.shape[0], x.w.shape[1], x.cu_seqlens, chunk_tokens(x.w.dtype))
+    return x, chunks, chunk_gate(x.g, chunks)
 
 
-linear_forward = torch.library.custom_op("glazoo::linear", run_linear_forward, mutates_args=())
+def forward(x: Linear, keep: bool) -> tuple[Tensor, Tensor]:
+    """Output and final state."""
+    if is_step(x.w, x.cu_seqlens, keep):
+        state = own_state(x.initial_state, x.w, x.k.shape[3])
+        return *run_linear_step(x._replace(initial_state=state)), state
+    pre = x.read == "pre"
+    x, chunks, gate = _begin(x)
+    if gate.GATE == 2:
+        score, _, qg, _, kg = chunk_readers(x.q, None, x.k, gate, chunks, pre, False, False)
+        state, final = _linear_state(kg, x.w, gate, x.initial_state, chunks)
+        return chunk_output(qg, None, x.w, gate, state, score, chunks, pre), final
+    state, final = _linear_state(x.k, x.w, gate, x.initial_state, chunks)
+    return chunk_output(x.q, x.k, x.w, gate, state, None, chunks, pre), final
 
 
-@linear_forward.register_fake
-def _(q, k, w, g, initial_state, cu_seqlens, pre):  # type: ignore[no-untyped-def]
-    sequences = w.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final = w.new_empty(sequences, w.shape[2], k.shape[3], w.shape[3], dtype=torch.float32)
-    return torch.empty_like(w, memory_format=torch.contiguous_format), final
-
-
-def run_linear_backward(
-    do: Tensor,
-    dfinal: Tensor,
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    g: Tensor | None,
-    initial_state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    pre: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, w, g (empty without a gate) and of the initial state."""
-    do, dfinal = do.contiguous(), dfinal.contiguous()
-    q, k, w = q.contiguous(), k.contiguous(), w.contiguous()
-    g = None if g is None else g.contiguous()
-    initial_state = None if initial_state is None else initial_state.contiguous()
-    chunks = make_chunks(w.shape[0], w.shape[1], cu_seqlens, chunk_tokens(w.dtype))
-    gate = chunk_gate(g, chunks)
-    if gate.kind == 2:
-        score, _, qg, _, kg = chunk_readers(q, None, k, gate, chunks, pre, False, False)
-        state, _ = _linear_state(kg, w, gate, initial_state, chunks)
+def gradients(x: Linear, grads: Any, _wanted: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of the operands, in order."""
+    pre = x.read == "pre"
+    x, chunks, gate = _begin(x)
+    do = given_or_zeros(grads[0], as_result(x.w))
+    dfinal = given_or_zeros(grads[1], final_state(x.w, x.k.shape[3], x.cu_seqlens))
+    if gate.GATE == 2:
+        score, _, qg, _, kg = chunk_readers(x.q, None, x.k, gate, chunks, pre, False, False)
+        state, _ = _linear_state(kg, x.w, gate, x.initial_state, chunks)
         dstate, dinitial = _linear_dstate(qg, do, gate, dfinal, chunks, pre)
         dw = chunk_dvalue(None, kg, gate, do, dstate, score, chunks, pre)
         del score, qg, kg
     else:
-        state, _ = _linear_state(k, w, gate, initial_state, chunks)
-        dstate, dinitial = _linear_dstate(q, do, gate, dfinal, chunks, pre)
-        dw = chunk_dvalue(q, k, gate, do, dstate, None, chunks, pre)
-    dq, _, dk, dg = chunk_dkey(q, None, k, w, gate, state, dstate, do, None, chunks, pre, False)
-    return reduce_heads(dq, q.shape[2]), reduce_heads(dk, k.shape[2]), dw, dg, dinitial
+        state, _ = _linear_state(x.k, x.w, gate, x.initial_state, chunks)
+        dstate, dinitial = _linear_dstate(x.q, do, gate, dfinal, chunks, pre)
+        dw = chunk_dvalue(x.q, x.k, gate, do, dstate, None, chunks, pre)
+    dq, _, dk, dg = chunk_dkey(
+        x.q, None, x.k, x.w, gate, state, dstate, do, None, chunks, pre, False
+    )
+    return reduce_heads(dq, x.q.shape[2]), reduce_heads(dk, x.k.shape[2]), dw, dg, dinitial, None
 
 
-linear_backward = torch.library.custom_op(
-    "glazoo::linear_backward", run_linear_backward, mutates_args=()
+def _allocate(x: Linear, _keep: bool) -> tuple[Tensor, Tensor]:
+    return as_result(x.w), final_state(x.w, x.k.shape[3], x.cu_seqlens)
+
+
+_linear = register(
+    "linear",
+    Linear,
+    results=("out", "final"),
+    forward=forward,
+    allocate=_allocate,
+    gradients=gradients,
 )
-
-
-@linear_backward.register_fake
-def _(do, dfinal, q, k, w, g, initial_state, cu_seqlens, pre):  # type: ignore[no-untyped-def]
-    def like(x: Tensor) -> Tensor:
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-    dg = w.new_empty(0) if g is None else like(g)
-    return like(q), like(k), like(w), dg, like(dfinal)
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.pre = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, do, dfinal):  # type: ignore[no-untyped-def]
-    _, k, w, g, initial_state, cu_seqlens = ctx.saved_tensors
-    do, dfinal = given_or_zeros(do, dfinal, k, w, cu_seqlens)
-    dq, dk, dw, dg, dinitial = linear_backward(do, dfinal, *ctx.saved_tensors, ctx.pre)
-    dg = None if g is None else dg
-    return dq, dk, dw, dg, None if initial_state is None else dinitial, None, None
-
-
-linear_forward.register_autograd(_backward, setup_context=_setup_context)
 
 
 def linear(
@@ -366,11 +308,6 @@ def linear(
         ValueError: a shape or `read` is not one of the above, or w is on no GPU.
         TypeError: a dtype that the kernels do not accept.
     """
-    if read not in ("post", "pre"):
-        raise ValueError(f"read: got {read!r}; accepted are 'post' and 'pre'")
-    check_operands(w, {"q": q, "k": k}, g, initial_state, cu_seqlens)
-    if is_step(w.shape[1], cu_seqlens, q, k, w, g, initial_state):
-        state = step_state(initial_state, w, k.shape[3])
-        return linear_step(q, k, w, g, state=state, read=read), state
-    start = None if initial_state is None else initial_state.to(torch.float32)
-    return linear_forward(q.to(w.dtype), k.to(w.dtype), w, g, start, cu_seqlens, read == "pre")
+    check_choice("read", read, ("post", "pre"))
+    check_operands(w, {"q": q, "k": k}, g, [initial_state], cu_seqlens)
+    return _linear(q, k, w, g, initial_state, cu_seqlens, read)

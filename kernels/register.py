@@ -8,6 +8,8 @@ implementations, the operator of its gradients, and what differentiates and batc
   the same operation in ordinary tensor operations: slower, and never silently zero;
 - `torch.vmap` runs the operators once per entry of the batch.
 
+Steps, which update states in place, come from the same records and refuse to be differentiated.
+
 All of this happens in the dispatcher, so that it holds in eager mode, in graphs that torch.compile
 traces, and under the transforms of `torch.func` in any order.
 """
@@ -76,6 +78,12 @@ def _define(
     _LIBRARY.impl(name, guarded, "CompositeExplicitAutograd")
     torch.library.register_fake(f"glazoo::{name}", fake, lib=_LIBRARY)
     return op
+
+
+def _fields(record: Any) -> list[tuple[str, str]]:
+    """Names of a record's operands and options, and their kinds in a schema."""
+    kinds = typing.get_type_hints(record)
+    return [(x, _KINDS[kinds[x]]) for x in record._fields]
 
 
 def _batch(name: str, op: Any) -> None:
@@ -207,9 +215,8 @@ def register(
     Returns:
         A function of the record's values (the record unpacked) that gives the results.
     """
-    kinds = [_KINDS[kind] for kind in typing.get_type_hints(record).values()]
-    fields = list(zip(record._fields, kinds, strict=True))
-    operands = [i for i, kind in enumerate(kinds) if kind.startswith("Tensor")]
+    fields = _fields(record)
+    operands = [i for i, (_, kind) in enumerate(fields) if kind.startswith("Tensor")]
     outputs = [*results, *kept]
     seen = [outputs.index(x) for x in (*reads, *kept)]
     count = len(results)
@@ -290,3 +297,52 @@ def register(
     _batch(name, op)
     _batch(back, backward)
     return lambda *values: op(*values, False)[:count]
+
+
+def register_step(
+    name: str,
+    record: Any,
+    *,
+    results: Sequence[str],
+    updates: Sequence[str] = (),
+    step: Callable[[Any], Sequence[Tensor]],
+    allocate: Callable[[Any], Sequence[Tensor]],
+) -> Callable[..., Any]:
+    """Register a step of decoding, which has no derivatives, and give the function that calls it.
+
+    Args:
+        name: of the operator, glazoo::NAME.
+        record: a NamedTuple class of operands and options, as `register` takes it.
+        results: names of its results.
+        updates: names of the operands that it updates in place, none of them None.
+        step: maps a record to the results.
+        allocate: gives results of the same shapes and dtypes, whatever is in them.
+
+    Returns:
+        A function of the record's values (the record unpacked) that gives the results.
+    """
+    arguments = [
+        f"Tensor({chr(ord('a') + updates.index(x))}!) {x}" if x in updates else f"{kind} {x}"
+        for x, kind in _fields(record)
+    ]
+    schema = f"({', '.join(arguments)}) -> ({', '.join(f'Tensor {x}' for x in results)})"
+
+    def of(function: Callable[[Any], Sequence[Tensor]]) -> Callable[..., Any]:
+        def called(*inputs: Any) -> Any:
+            found = tuple(function(record(*inputs)))
+            return found if len(found) > 1 else found[0]
+
+        return called
+
+    op = torch.library.custom_op(f"glazoo::{name}", of(step), mutates_args=updates, schema=schema)
+    op.register_fake(of(allocate))
+
+    def call(*inputs: Any) -> Any:
+        if _has_tangent(x for x in inputs if isinstance(x, Tensor)):
+            raise NotImplementedError(
+                f"{name}: an operand carries a tangent, and a step of decoding has no derivatives; "
+                f"call the operation that takes any number of tokens"
+            )
+        return op(*inputs)
+
+    return call

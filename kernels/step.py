@@ -5,24 +5,26 @@ what it preconditions, in one launch; several programs read the importance that 
 so it gives new states instead, and copies none.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    GAINS,
-    Tiles,
+from .common import GAINS, Tiles, current_target, launch, power_of_two
+from .loops import Delta, Importance, Linear
+from .operands import (
+    as_result,
+    check_choice,
     check_device,
     check_importance,
     check_operands,
     check_step,
-    current_target,
-    launch,
-    power_of_two,
+    final_state,
+    prepare,
 )
+from .register import register_step
 
 
 @triton.jit
@@ -274,232 +276,117 @@ def step_tiles(K: int, V: int, warps: int = 4) -> Tiles:
     return Tiles(BK, min(power_of_two(V), warps * 1024 // BK), warps, 1)
 
 
-def run_linear_step(
-    q: Tensor, k: Tensor, w: Tensor, g: Tensor | None, state: Tensor, pre: bool
-) -> Tensor:
-    HV, V = w.shape[2:]
-    K = k.shape[3]
-    tiles = step_tiles(K, V)
-    w = w.contiguous()
-    o = torch.empty_like(w)
-    launch(
-        linear_step_kernel,
-        (w.shape[0] * HV, -(-V // tiles.BV)),
-        tiles,
-        q=q.contiguous(),
-        k=k.contiguous(),
-        w=w,
-        g=None if g is None else g.contiguous(),
-        state=state,
-        o=o,
-        KEYED=g is not None and g.ndim == 4,
-        PRE=pre,
-        HQ=q.shape[2],
-        HK=k.shape[2],
-        HV=HV,
-        K=K,
-        V=V,
-        BK=tiles.BK,
-        BV=tiles.BV,
-    )
-    return o
+def _run_step(kernel: Any, x: Any) -> tuple[Tensor]:
+    x = prepare(x)
+    o = torch.empty_like(x.w)
+    tiles = step_tiles(x.k.shape[3], x.w.shape[3])
+    launch(kernel, x.w.shape[0], tiles, x, across="V", state=x.initial_state, o=o)
+    return (o,)
 
 
-_linear_step = torch.library.custom_op(
-    "glazoo::linear_step", run_linear_step, mutates_args=("state",)
-)
+def run_linear_step(x: Linear) -> tuple[Tensor]:
+    """Output of one token; the state is updated in place."""
+    return _run_step(linear_step_kernel, x)
 
 
-@_linear_step.register_fake
-def _(q, k, w, g, state, pre):  # type: ignore[no-untyped-def]
-    return torch.empty_like(w, memory_format=torch.contiguous_format)
+def run_delta_step(x: Delta) -> tuple[Tensor]:
+    """Output of one token; the state is updated in place."""
+    return _run_step(delta_step_kernel, x)
 
 
-def run_delta_step(
-    q: Tensor, e: Tensor, k: Tensor, w: Tensor, g: Tensor | None, state: Tensor, prev: bool
-) -> Tensor:
-    HV, V = w.shape[2:]
-    K = k.shape[3]
-    tiles = step_tiles(K, V)
-    w = w.contiguous()
-    o = torch.empty_like(w)
-    launch(
-        delta_step_kernel,
-        (w.shape[0] * HV, -(-V // tiles.BV)),
-        tiles,
-        q=q.contiguous(),
-        e=e.contiguous(),
-        k=k.contiguous(),
-        w=w,
-        g=None if g is None else g.contiguous(),
-        state=state,
-        o=o,
-        KEYED=g is not None and g.ndim == 4,
-        PREV=prev,
-        HQ=q.shape[2],
-        HE=e.shape[2],
-        HK=k.shape[2],
-        HV=HV,
-        K=K,
-        V=V,
-        BK=tiles.BK,
-        BV=tiles.BV,
-    )
-    return o
-
-
-_delta_step = torch.library.custom_op("glazoo::delta_step", run_delta_step, mutates_args=("state",))
-
-
-@_delta_step.register_fake
-def _(q, e, k, w, g, state, prev):  # type: ignore[no-untyped-def]
-    return torch.empty_like(w, memory_format=torch.contiguous_format)
-
-
-def run_importance_step(k: Tensor, b: Tensor, g: Tensor | None, state: Tensor) -> Tensor:
-    B, _, HV = b.shape
-    HK, K = k.shape[2:]
-    j = b.new_empty(B, 1, HV, K, dtype=torch.float32)
+def run_importance_step(x: Importance) -> tuple[Tensor]:
+    """A copy of the state, which is updated in place."""
+    x = prepare(x)
+    (B, _, HV), K = x.b.shape, x.k.shape[3]
+    j = x.b.new_empty(B, 1, HV, K, dtype=torch.float32)
     tiles = Tiles(power_of_two(K), 1, 1, 1)
-    launch(
-        importance_step_kernel,
-        (B * HV,),
-        tiles,
-        k=k.contiguous(),
-        b=b.contiguous(),
-        g=None if g is None else g.contiguous(),
-        state=state,
-        j=j,
-        KEYED=g is not None and g.ndim == 4,
-        HK=HK,
-        HV=HV,
-        K=K,
-        BK=tiles.BK,
-    )
-    return j
+    launch(importance_step_kernel, B, tiles, x, state=x.initial_state, j=j)
+    return (j,)
 
 
-_importance_step = torch.library.custom_op(
-    "glazoo::importance_step", run_importance_step, mutates_args=("state",)
-)
+class Posterior(NamedTuple):
+    """Operands of `posterior_step`."""
+
+    q: Tensor
+    k: Tensor
+    e: Tensor | None
+    v: Tensor
+    beta: Tensor | None
+    b: Tensor
+    g: Tensor | None
+    prior: Tensor
+    memory: Tensor | None
+    importance: Tensor | None
+    correction: str
+    gain: str
+    read: str
+    base: str
+    own: bool
+    uncertainty: bool
 
 
-@_importance_step.register_fake
-def _(k, b, g, state):  # type: ignore[no-untyped-def]
-    return b.new_empty(b.shape[0], 1, b.shape[2], k.shape[3], dtype=torch.float32)
+def _posterior_results(x: Posterior) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for the output, the new memory and importance, the uncertainty (or nothing)."""
+    v, K = x.v, x.k.shape[3]
+    u = v.new_empty(v.shape[:3] if x.uncertainty else (0,), dtype=torch.float32)
+    return as_result(v), final_state(v, K, None), final_state(x.b, K, None), u
 
 
-def _kind(x: Tensor | None, per_row: int) -> int:
-    """0 without a gate, 1 where it has one number for all channels, 2 where one for each."""
-    return 0 if x is None else 1 if x.ndim == per_row else 2
-
-
-def run_posterior_step(
-    q: Tensor,
-    k: Tensor,
-    e: Tensor | None,
-    v: Tensor,
-    beta: Tensor | None,
-    b: Tensor,
-    g: Tensor | None,
-    prior: Tensor,
-    memory: Tensor | None,
-    importance: Tensor | None,
-    delta: bool,
-    gain: int,
-    diagonal: bool,
-    pre: bool,
-    prev: bool,
-    own: bool,
-    uncertainty: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def run_posterior_step(x: Posterior) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output, new memory, new importance, uncertainty (empty if not asked for)."""
-    q, k, v, b, prior = (x.contiguous() for x in (q, k, v, b, prior))
-    e, beta, g, memory, importance = (
-        None if x is None else x.contiguous() for x in (e, beta, g, memory, importance)
-    )
-    B, _, HV, V = v.shape
-    K = k.shape[3]
+    x = prepare(x)
+    found = o, new_memory, new_importance, u = _posterior_results(x)
     # In four warps sm_100's register allocation spills.
-    spills = diagonal and current_target().startswith("sm_10")
-    tiles = step_tiles(K, V, 2 if spills else 4)
-    o = torch.empty_like(v)
-    u = v.new_empty(B, 1, HV, dtype=torch.float32) if uncertainty else None
-    new_memory = v.new_empty(B, HV, K, V, dtype=torch.float32)
-    new_importance = v.new_empty(B, HV, K, dtype=torch.float32)
+    spills = x.correction == "diagonal" and current_target().startswith("sm_10")
     launch(
         posterior_step_kernel,
-        (B * HV, -(-V // tiles.BV)),
-        tiles,
-        q=q,
-        k=k,
-        e=e,
-        v=v,
-        beta=beta,
-        b=b,
-        g=g,
-        prior=prior,
-        memory=memory,
-        importance=importance,
+        x.v.shape[0],
+        step_tiles(x.k.shape[3], x.v.shape[3], 2 if spills else 4),
+        x,
+        across="V",
         o=o,
-        u=u,
+        u=u if x.uncertainty else None,
         new_memory=new_memory,
         new_importance=new_importance,
-        DELTA=delta,
-        EXACT=gain,
-        DIAGONAL=diagonal,
-        PRE=pre,
-        PREV=prev,
-        OWN=own,
-        GATE=_kind(g, 3),
-        BETA=_kind(beta, 3),
-        PRIOR=_kind(prior, 1),
-        HQ=q.shape[2],
-        HK=k.shape[2],
-        HE=1 if e is None else e.shape[2],
-        HV=HV,
-        K=K,
-        V=V,
-        BK=tiles.BK,
-        BV=tiles.BV,
     )
-    return o, new_memory, new_importance, v.new_empty(0, dtype=torch.float32) if u is None else u
+    return found
 
 
-_posterior_step = torch.library.custom_op(
-    "glazoo::posterior_step", run_posterior_step, mutates_args=()
+def _output(x: Any) -> tuple[Tensor]:
+    return (as_result(x.w),)
+
+
+_linear_step = register_step(
+    "linear_step",
+    Linear,
+    results=("out",),
+    updates=("initial_state",),
+    step=run_linear_step,
+    allocate=_output,
 )
-
-
-@_posterior_step.register_fake
-def _(q, k, e, v, *rest):  # type: ignore[no-untyped-def]
-    B, _, HV, V = v.shape
-    shapes = (B, HV, k.shape[3], V), (B, HV, k.shape[3]), (B, 1, HV) if rest[-1] else (0,)
-    o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    return o, *(v.new_empty(shape, dtype=torch.float32) for shape in shapes)
-
-
-def is_step(tokens: int, cu_seqlens: Tensor | None, *operands: Tensor | None) -> bool:
-    """Whether a call is one token of decoding, of which nobody wants a gradient."""
-    return (
-        tokens == 1
-        and cu_seqlens is None
-        and not (
-            torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
-        )
-    )
-
-
-def step_state(initial: Tensor | None, w: Tensor, keys: int) -> Tensor:
-    """A state of its own for a step to update: a copy of `initial`, or zeros."""
-    if initial is None:
-        return w.new_zeros(w.shape[0], w.shape[2], keys, w.shape[3], dtype=torch.float32)
-    return initial.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-
-
-def _one_token(name: str, x: Tensor) -> None:
-    if x.ndim < 2 or x.shape[1] != 1:
-        raise ValueError(f"{name}: got shape {tuple(x.shape)}; a step takes one token, T = 1")
+_delta_step = register_step(
+    "delta_step",
+    Delta,
+    results=("out",),
+    updates=("initial_state",),
+    step=run_delta_step,
+    allocate=_output,
+)
+_importance_step = register_step(
+    "importance_step",
+    Importance,
+    results=("j",),
+    updates=("initial_state",),
+    step=run_importance_step,
+    allocate=lambda x: (final_state(x.b, x.k.shape[3], None).unsqueeze(1),),
+)
+_posterior_step = register_step(
+    "posterior_step",
+    Posterior,
+    results=("out", "new_memory", "new_importance", "doubt"),
+    step=run_posterior_step,
+    allocate=_posterior_results,
+)
 
 
 def linear_step(
@@ -518,12 +405,10 @@ def linear_step(
         ValueError: a shape, `read` or the state is not one of the above.
         TypeError: a dtype that the kernels do not accept.
     """
-    if read not in ("post", "pre"):
-        raise ValueError(f"read: got {read!r}; accepted are 'post' and 'pre'")
-    _one_token("w", w)
-    check_operands(w, {"q": q, "k": k}, g, None, None)
-    check_step(state, (w.shape[0], w.shape[2], k.shape[3], w.shape[3]))
-    return _linear_step(q, k, w, g, state, read == "pre")
+    check_choice("read", read, ("post", "pre"))
+    check_step("w", w, k.shape[3], state)
+    check_operands(w, {"q": q, "k": k}, g, [], None)
+    return _linear_step(q, k, w, g, state, None, read)
 
 
 def delta_step(
@@ -549,12 +434,10 @@ def delta_step(
         ValueError: a shape, `base` or the state is not one of the above.
         TypeError: a dtype that the kernels do not accept.
     """
-    if base not in ("decayed", "prev"):
-        raise ValueError(f"base: got {base!r}; accepted are 'decayed' and 'prev'")
-    _one_token("w", w)
-    check_operands(w, {"q": q, "e": e, "k": k}, g, None, None)
-    check_step(state, (w.shape[0], w.shape[2], k.shape[3], w.shape[3]))
-    return _delta_step(q, e, k, w, g, state, base == "prev")
+    check_choice("base", base, ("decayed", "prev"))
+    check_step("w", w, k.shape[3], state)
+    check_operands(w, {"q": q, "e": e, "k": k}, g, [], None)
+    return _delta_step(q, e, k, w, g, state, None, base)
 
 
 def importance_step(k: Tensor, b: Tensor, g: Tensor | None = None, *, state: Tensor) -> Tensor:
@@ -571,10 +454,9 @@ def importance_step(k: Tensor, b: Tensor, g: Tensor | None = None, *, state: Ten
         ValueError: a shape or the state is not one of the above.
         TypeError: a dtype that the kernels do not accept.
     """
-    _one_token("b", b)
+    check_step("b", b, k.shape[3], state)
     check_importance(k, b, g, None, None)
-    check_step(state, (b.shape[0], b.shape[2], k.shape[3]))
-    return _importance_step(k, b, g, state)
+    return _importance_step(k, b, g, state, None)
 
 
 def posterior_step(
@@ -644,10 +526,7 @@ def posterior_step(
         ("read", read, ("post", "pre")),
         ("base", base, ("decayed", "prev")),
     ):
-        if choice not in accepted:
-            raise ValueError(
-                f"{name}: got {choice!r}; accepted are {', '.join(map(repr, accepted))}"
-            )
+        check_choice(name, choice, accepted)
     gains = {"none": ("first_order",), "diagonal": ("exact",)}
     if gain not in gains.get(correction, (gain,)):
         raise ValueError(
@@ -656,10 +535,10 @@ def posterior_step(
         )
     if read == "pre" and correction != "none":
         raise ValueError(f"read: got 'pre' with correction {correction!r}; accepted is 'post'")
-    _one_token("v", v)
+    check_step("v", v, k.shape[3])
     keys = {"q": q, "k": k} | ({} if e is None else {"e": e})
     start = (None, None) if initial_state is None else initial_state
-    check_operands(v, keys, g, start[0], None)
+    check_operands(v, keys, g, start[:1], None)
     B, _, HV, V = v.shape
     K = k.shape[3]
     if tuple(b.shape) != (B, 1, HV):
@@ -675,7 +554,6 @@ def posterior_step(
     for name, x in (keys | {"b": b, "beta": beta, "g": g, "prior": prior}).items():
         if x is not None:
             check_device(name, x)
-    states: list[Any] = [None if x is None else x.to(torch.float32) for x in start]
     o, *state, u = _posterior_step(
         q,
         k,
@@ -685,12 +563,11 @@ def posterior_step(
         b,
         g,
         prior[:, 0] if tuple(prior.shape) == (HV, 1) else prior,
-        *states,
-        correction != "none",
-        GAINS.index(gain),
-        correction == "diagonal",
-        read == "pre",
-        base == "prev",
+        *(None if x is None else x.to(torch.float32) for x in start),
+        correction,
+        gain,
+        read,
+        base,
         own,
         uncertainty,
     )

@@ -27,26 +27,32 @@ from torch import Tensor
 from .common import (
     GAINS,
     Tiles,
-    check_device,
-    check_operands,
-    check_step,
     current_target,
+    gate_kind,
     launch,
     locate_sequence,
     make_chunks,
     power_of_two,
     reduce_heads,
 )
-from .synapse import (
-    check_reciprocal,
-    check_states,
-    contiguous,
+from .loops import SynapseDelta
+from .operands import (
+    as_result,
+    check_choice,
+    check_device,
+    check_operands,
+    check_step,
+    final_state,
     full_prior,
-    gate_kind,
-    reciprocal,
-    reciprocal_kind,
-    wants_gradient,
+    given_or_zeros,
+    is_step,
+    own_state,
+    prepare,
+    spread,
 )
+from .register import register, register_step
+from .synapse import RECIPROCALS
+from .synapse_kernels import reciprocal
 
 
 @triton.jit
@@ -485,280 +491,6 @@ def synapse_delta_backward_kernel(
     tl.store(dj + p_s, b_dj, mask=m_kv)
 
 
-# Tokens between two stored pairs of states in the backward pass; as many are held at a time.
-PIECE = 64
-
-
-def forward_tiles(K: int, V: int, frozen_gate: bool = False) -> Tiles:
-    """All keys of some values, 32 synapses a thread, one warp where that suffices: sums over keys
-    stay in it. frozen_gate: a walk over tokens with a gate but no importance."""
-    BK = power_of_two(K)
-    # In one warp the register allocation of these targets spills, in two that of sm_90.
-    warps = 2 if frozen_gate and current_target().startswith(("sm_8", "sm_10")) else 1
-    BV = min(max(8, warps * 1024 // BK), power_of_two(V))
-    return Tiles(BK, BV, max(1, BK * BV // 1024), 1)
-
-
-def backward_tiles(K: int, V: int) -> Tiles:
-    """Eight synapses a thread: some twenty numbers of each are alive at once."""
-    BK = power_of_two(K)
-    BV = min(2048 // BK, power_of_two(V))
-    return Tiles(BK, BV, max(1, BK * BV // 256), 1)
-
-
-def run_synapse_delta_forward(
-    q: Tensor,
-    k: Tensor,
-    e: Tensor,
-    c: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    b: Tensor | None,
-    g: Tensor | None,
-    prior: Tensor,
-    m: Tensor | None,
-    j: Tensor | None,
-    cu_seqlens: Tensor | None,
-    gain: int,
-    diagonal: bool,
-    prev: bool,
-    uncertainty: bool,
-    exact: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output, final mu and J, uncertainty (empty if not asked for)."""
-    q, k, e, c, v, beta, b, g, prior, m, j = contiguous(q, k, e, c, v, beta, b, g, prior, m, j)
-    B, T, HV, V = v.shape
-    K = k.shape[3]
-    sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    o = torch.empty_like(v)
-    u = torch.empty_like(v) if uncertainty else None
-    final_m = v.new_empty(sequences, HV, K, V, dtype=torch.float32)
-    final_j = torch.empty_like(final_m)
-    tiles = forward_tiles(K, V, b is None and g is not None)
-    launch(
-        synapse_delta_kernel,
-        (sequences * HV, -(-V // tiles.BV)),
-        tiles,
-        q=q,
-        k=k,
-        e=e,
-        c=c,
-        v=v,
-        beta=beta,
-        b=b,
-        g=g,
-        prior=prior,
-        initial_m=m,
-        initial_j=j,
-        final_m=final_m,
-        final_j=final_j,
-        o=o,
-        u=u,
-        kept=None,
-        cu_seqlens=cu_seqlens,
-        # No states are kept: any table of offsets serves.
-        kept_offsets=cu_seqlens,
-        T=T,
-        PIECE=PIECE,
-        GATE=gate_kind(g),
-        EXACT=gain,
-        DIAGONAL=diagonal,
-        PREV=prev,
-        HQ=q.shape[2],
-        HK=k.shape[2],
-        HE=e.shape[2],
-        HC=c.shape[2],
-        HV=HV,
-        K=K,
-        V=V,
-        BK=tiles.BK,
-        BV=tiles.BV,
-        RECIP=reciprocal_kind(exact),
-    )
-    return o, final_m, final_j, v.new_empty(0) if u is None else u
-
-
-synapse_delta_forward = torch.library.custom_op(
-    "glazoo::synapse_delta", run_synapse_delta_forward, mutates_args=()
-)
-
-
-@synapse_delta_forward.register_fake
-def _(q, k, e, c, v, beta, b, g, prior, m, j, cu_seqlens, *flags):  # type: ignore[no-untyped-def]
-    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    final = v.new_empty(sequences, v.shape[2], k.shape[3], v.shape[3], dtype=torch.float32)
-    o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    return o, final, torch.empty_like(final), torch.empty_like(o) if flags[3] else v.new_empty(0)
-
-
-def run_synapse_delta_backward(
-    do: Tensor,
-    dm: Tensor,
-    dj: Tensor,
-    du: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    e: Tensor,
-    c: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    b: Tensor | None,
-    g: Tensor | None,
-    prior: Tensor,
-    m: Tensor | None,
-    j: Tensor | None,
-    cu_seqlens: Tensor | None,
-    gain: int,
-    diagonal: bool,
-    prev: bool,
-    exact: bool,
-) -> list[Tensor]:
-    """Gradients of q, k, e, c, v, beta, b, g, prior, m, j; empty where there is nothing to
-    differentiate."""
-    do, dm, dj, du = contiguous(do, dm, dj, du)
-    q, k, e, c, v, beta, b, g, prior, m, j = contiguous(q, k, e, c, v, beta, b, g, prior, m, j)
-    B, T, HV, V = v.shape
-    K = k.shape[3]
-    gate = gate_kind(g)
-    chunks = make_chunks(B, T, cu_seqlens, PIECE)
-    shared: dict[str, Any] = {
-        "q": q,
-        "k": k,
-        "e": e,
-        "c": c,
-        "v": v,
-        "beta": beta,
-        "b": b,
-        "g": g,
-        "prior": prior,
-        "cu_seqlens": cu_seqlens,
-        "kept_offsets": chunks.offsets,
-        "T": T,
-        "PIECE": PIECE,
-        "GATE": gate,
-        "EXACT": gain,
-        "DIAGONAL": diagonal,
-        "PREV": prev,
-        "HQ": q.shape[2],
-        "HK": k.shape[2],
-        "HE": e.shape[2],
-        "HC": c.shape[2],
-        "HV": HV,
-        "K": K,
-        "V": V,
-        "RECIP": reciprocal_kind(exact),
-    }
-    kept = v.new_empty(chunks.count, HV, 2, K, V, dtype=torch.float32)
-    tiles = forward_tiles(K, V, b is None and g is not None)
-    launch(
-        synapse_delta_kernel,
-        (chunks.sequences * HV, -(-V // tiles.BV)),
-        tiles,
-        initial_m=m,
-        initial_j=j,
-        final_m=None,
-        final_j=None,
-        o=None,
-        u=None,
-        kept=kept,
-        BK=tiles.BK,
-        BV=tiles.BV,
-        **shared,
-    )
-    tiles = backward_tiles(K, V)
-    NV = -(-V // tiles.BV)
-    trace = v.new_empty(chunks.sequences, HV, PIECE, 2, K, V, dtype=torch.float32)
-
-    def part() -> Tensor:
-        return v.new_zeros(B, T, HV, K, dtype=torch.float32)
-
-    parts = {"dq": part(), "dk": part()}
-    parts["de"] = v.new_empty(0) if diagonal else part()
-    parts["dc"] = v.new_empty(0) if b is None else part()
-    parts["dg"] = v.new_empty(0) if g is None else part()
-    dprior = v.new_empty(chunks.sequences, HV, NV, K, dtype=torch.float32)
-    dv, dbeta = torch.empty_like(v), torch.empty_like(beta)
-    db = v.new_empty(0) if b is None else torch.empty_like(b)
-    dm0, dj0 = torch.empty_like(dm), torch.empty_like(dj)
-    launch(
-        synapse_delta_backward_kernel,
-        (chunks.sequences * HV, NV),
-        tiles,
-        kept=kept,
-        trace=trace,
-        do=do,
-        du=du,
-        dfinal_m=dm,
-        dfinal_j=dj,
-        **parts,
-        dv=dv,
-        dbeta=dbeta,
-        db=db,
-        dprior=dprior,
-        dm=dm0,
-        dj=dj0,
-        BK=tiles.BK,
-        BV=tiles.BV,
-        **shared,
-    )
-
-    def whole(name: str, x: Tensor) -> Tensor:
-        if not parts[name].numel():
-            return torch.zeros_like(x)
-        return reduce_heads(parts[name], x.shape[2]).to(x.dtype)
-
-    dg = v.new_empty(0)
-    if g is not None:
-        dg = parts["dg"]
-        dg = (dg if gate == 2 else dg.sum(3)).to(g.dtype)
-    return [
-        whole("dq", q),
-        whole("dk", k),
-        whole("de", e),
-        whole("dc", c),
-        dv,
-        dbeta,
-        db,
-        dg,
-        dprior.sum((0, 2)),
-        dm0,
-        dj0,
-    ]
-
-
-synapse_delta_backward = torch.library.custom_op(
-    "glazoo::synapse_delta_backward", run_synapse_delta_backward, mutates_args=()
-)
-
-
-@synapse_delta_backward.register_fake
-def _(do, dm, dj, du, q, k, e, c, v, beta, b, g, prior, *rest):  # type: ignore[no-untyped-def]
-    def like(x: Tensor | None) -> Tensor:
-        if x is None:
-            return v.new_empty(0)
-        return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-    return [like(x) for x in (q, k, e, c, v, beta, b, g, prior, dm, dj)]
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.flags = inputs[12:]
-    ctx.save_for_backward(*inputs[:12])
-
-
-def _backward(ctx, do, dm, dj, du):  # type: ignore[no-untyped-def]
-    gain, diagonal, prev, uncertainty, exact = ctx.flags
-    saved = ctx.saved_tensors
-    found = synapse_delta_backward(
-        do, dm, dj, du if uncertainty else None, *saved, gain, diagonal, prev, exact
-    )
-    found = [x if given is not None else None for x, given in zip(found, saved, strict=False)]
-    return *found, *(None,) * 6
-
-
-synapse_delta_forward.register_autograd(_backward, setup_context=_setup_context)
-
-
 @triton.jit
 def synapse_delta_step_kernel(
     q,
@@ -826,133 +558,214 @@ def synapse_delta_step_kernel(
         tl.store(u + row * V + o_v, b_u.to(u.dtype.element_ty), mask=m_v)
 
 
-def run_synapse_delta_step(
-    q: Tensor,
-    k: Tensor,
-    e: Tensor,
-    c: Tensor,
-    v: Tensor,
-    beta: Tensor,
-    b: Tensor | None,
-    g: Tensor | None,
-    prior: Tensor,
-    m: Tensor,
-    j: Tensor,
-    gain: int,
-    diagonal: bool,
-    prev: bool,
-    uncertainty: bool,
-    exact: bool,
-) -> tuple[Tensor, Tensor]:
-    """Output and uncertainty (empty if not asked for) of one token; m and j are updated in
-    place."""
-    q, k, e, c, v, beta, b, g, prior = contiguous(q, k, e, c, v, beta, b, g, prior)
-    HV, V = v.shape[2:]
-    K = k.shape[3]
-    o = torch.empty_like(v)
-    u = torch.empty_like(v) if uncertainty else None
-    tiles = forward_tiles(K, V)
+# Tokens between two stored pairs of states in the backward pass; as many are held at a time.
+PIECE = 64
+
+
+def forward_tiles(K: int, V: int, frozen_gate: bool = False) -> Tiles:
+    """All keys of some values, 32 synapses a thread, one warp where that suffices: sums over keys
+    stay in it. frozen_gate: a walk over tokens with a gate but no importance."""
+    BK = power_of_two(K)
+    # In one warp the register allocation of these targets spills, in two that of sm_90.
+    warps = 2 if frozen_gate and current_target().startswith(("sm_8", "sm_10")) else 1
+    BV = min(max(8, warps * 1024 // BK), power_of_two(V))
+    return Tiles(BK, BV, max(1, BK * BV // 1024), 1)
+
+
+def backward_tiles(K: int, V: int) -> Tiles:
+    """Eight synapses a thread: some twenty numbers of each are alive at once."""
+    BK = power_of_two(K)
+    BV = min(2048 // BK, power_of_two(V))
+    return Tiles(BK, BV, max(1, BK * BV // 256), 1)
+
+
+def _rooms(x: SynapseDelta) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Room for the output, both final states, and the uncertainty (or nothing)."""
+    m = final_state(x.v, x.k.shape[3], x.cu_seqlens)
+    u = as_result(x.v) if x.uncertainty else x.v.new_empty(0)
+    return as_result(x.v), m, torch.empty_like(m), u
+
+
+def forward(x: SynapseDelta, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, final mu and J, uncertainty (empty if not asked for); e, evidence and beta given."""
+    K, V = x.k.shape[3], x.v.shape[3]
+    if is_step(x.v, x.cu_seqlens, keep):
+        m, j = own_state(x.h, x.v, K), own_state(None if x.b is None else x.j, x.v, K)
+        o, u = step(x._replace(h=m, j=j))
+        return o, m, j, u
+    x = prepare(x, wide=("h", "j"))
+    found = o, final_m, final_j, u = _rooms(x)
     launch(
-        synapse_delta_step_kernel,
-        (v.shape[0] * HV, -(-V // tiles.BV)),
-        tiles,
-        q=q,
-        k=k,
-        e=e,
-        c=c,
-        v=v,
-        beta=beta,
-        b=b,
-        g=g,
-        prior=prior,
-        m=m,
-        j=j,
+        synapse_delta_kernel,
+        final_m.shape[0],
+        forward_tiles(K, V, x.b is None and x.g is not None),
+        x,
+        across="V",
+        c=x.evidence,
+        initial_m=x.h,
+        initial_j=x.j,
+        final_m=final_m,
+        final_j=final_j,
         o=o,
-        u=u,
-        GATE=gate_kind(g),
-        EXACT=gain,
-        DIAGONAL=diagonal,
-        PREV=prev,
-        HQ=q.shape[2],
-        HK=k.shape[2],
-        HE=e.shape[2],
-        HC=c.shape[2],
-        HV=HV,
-        K=K,
-        V=V,
-        BK=tiles.BK,
-        BV=tiles.BV,
-        RECIP=reciprocal_kind(exact),
+        u=u if x.uncertainty else None,
+        kept=None,
+        # No states are kept: any table of offsets serves.
+        kept_offsets=x.cu_seqlens,
+        PIECE=PIECE,
     )
-    return o, v.new_empty(0) if u is None else u
+    return found
 
 
-_synapse_delta_step = torch.library.custom_op(
-    "glazoo::synapse_delta_step", run_synapse_delta_step, mutates_args=("m", "j")
+def gradients(x: SynapseDelta, grads: Any, _wanted: Any) -> tuple[Tensor | None, ...]:
+    """Gradients of the operands, in order."""
+    x = prepare(x, wide=("h", "j"))
+    v, K, V = x.v, x.k.shape[3], x.v.shape[3]
+    o, m, j, _ = _rooms(x)
+    do, dm, dj = (given_or_zeros(*pair) for pair in zip(grads, (o, m, j), strict=False))
+    du = grads[3].contiguous() if x.uncertainty and grads[3] is not None else None
+    B, T, HV, _ = v.shape
+    chunks = make_chunks(B, T, x.cu_seqlens, PIECE)
+    kept = v.new_empty(chunks.number, HV, 2, K, V, dtype=torch.float32)
+    launch(
+        synapse_delta_kernel,
+        chunks.sequences,
+        forward_tiles(K, V, x.b is None and x.g is not None),
+        x,
+        across="V",
+        c=x.evidence,
+        initial_m=x.h,
+        initial_j=x.j,
+        final_m=None,
+        final_j=None,
+        o=None,
+        u=None,
+        kept=kept,
+        kept_offsets=chunks.chunk_offsets,
+        PIECE=PIECE,
+    )
+    tiles = backward_tiles(K, V)
+    NV = -(-V // tiles.BV)
+    trace = v.new_empty(chunks.sequences, HV, PIECE, 2, K, V, dtype=torch.float32)
+
+    def part(there: bool) -> Tensor:
+        return v.new_zeros(B, T, HV, K, dtype=torch.float32) if there else v.new_empty(0)
+
+    dq, dk = part(True), part(True)
+    de, dc, dg = part(x.correction == "full"), part(x.b is not None), part(x.g is not None)
+    dprior = v.new_empty(chunks.sequences, HV, NV, K, dtype=torch.float32)
+    dv, dbeta = torch.empty_like(v), torch.empty_like(x.beta)
+    db = v.new_empty(0) if x.b is None else torch.empty_like(x.b)
+    dm0, dj0 = torch.empty_like(dm), torch.empty_like(dj)
+    launch(
+        synapse_delta_backward_kernel,
+        chunks.sequences,
+        tiles,
+        x,
+        across="V",
+        c=x.evidence,
+        kept=kept,
+        trace=trace,
+        do=do,
+        du=du,
+        dfinal_m=dm,
+        dfinal_j=dj,
+        dq=dq,
+        dk=dk,
+        de=de,
+        dc=dc,
+        dv=dv,
+        dbeta=dbeta,
+        db=db,
+        dg=dg,
+        dprior=dprior,
+        dm=dm0,
+        dj=dj0,
+        kept_offsets=chunks.chunk_offsets,
+        PIECE=PIECE,
+    )
+
+    def whole(found: Tensor, y: Any) -> Tensor | None:
+        return reduce_heads(found, y.shape[2]) if found.numel() else None
+
+    return (
+        whole(dq, x.q),
+        whole(dk, x.k),
+        dv,
+        dbeta,
+        db,
+        dg.sum(3) if gate_kind(x.g) == 1 else dg,
+        whole(de, x.e),
+        whole(dc, x.evidence),
+        dprior.sum((0, 2)),
+        dm0,
+        dj0,
+        None,
+    )
+
+
+_synapse_delta = register(
+    "synapse_delta",
+    SynapseDelta,
+    results=("out", "final_mu", "final_j", "doubt"),
+    forward=forward,
+    allocate=lambda x, keep: _rooms(x),
+    gradients=gradients,
 )
 
 
-@_synapse_delta_step.register_fake
-def _(q, k, e, c, v, *rest):  # type: ignore[no-untyped-def]
-    o = torch.empty_like(v, memory_format=torch.contiguous_format)
-    return o, torch.empty_like(o) if rest[-2] else v.new_empty(0)
+def step(x: SynapseDelta) -> tuple[Tensor, Tensor]:
+    """Output and uncertainty (empty if not asked for) of one token; h and j are updated in
+    place."""
+    x = prepare(x)
+    o, _, _, u = _rooms(x)
+    launch(
+        synapse_delta_step_kernel,
+        x.v.shape[0],
+        forward_tiles(x.k.shape[3], x.v.shape[3]),
+        x,
+        across="V",
+        c=x.evidence,
+        m=x.h,
+        o=o,
+        u=u if x.uncertainty else None,
+    )
+    return o, u
 
 
-def _spread(name: str, x: Tensor | None, v: Tensor) -> Tensor:
-    """A gate [B, T, HV] or [B, T, HV, 1 or V] as v's shape."""
-    if x is None:
-        return v.new_ones(()).expand(v.shape)
-    if x.ndim == 3:
-        x = x.unsqueeze(3)
-    if x.shape[:3] != v.shape[:3] or x.shape[3] not in (1, v.shape[3]):
+_synapse_delta_step = register_step(
+    "synapse_delta_step",
+    SynapseDelta,
+    results=("out", "doubt"),
+    updates=("h", "j"),
+    step=step,
+    allocate=lambda x: _rooms(x)[::3],
+)
+
+
+def _check(*given: Any, reciprocal: str) -> SynapseDelta:
+    """Checked operands, all of them there but b, g and the states."""
+    x = SynapseDelta._make((*given, reciprocal == "exact"))
+    check_choice("gain", x.gain, GAINS)
+    check_choice("correction", x.correction, ("full", "diagonal"))
+    check_choice("base", x.base, ("decayed", "prev"))
+    check_choice("reciprocal", reciprocal, RECIPROCALS)
+    if x.correction == "diagonal" and x.gain != "exact":
         raise ValueError(
-            f"{name}: got shape {tuple(x.shape)}; expected {tuple(v.shape[:3])}, or that with 1 or "
-            f"{v.shape[3]} values"
+            f"correction: got 'diagonal' with gain {x.gain!r}; accepted with it is 'full'"
         )
-    check_device(name, x)
-    return x.expand(v.shape)
-
-
-def _operands(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    beta: Tensor | None,
-    b: Tensor | None,
-    g: Tensor | None,
-    e: Tensor | None,
-    evidence: Tensor | None,
-    prior: Tensor,
-    gain: str,
-    correction: str,
-    base: str,
-    cu_seqlens: Tensor | None,
-) -> tuple[list[Any], list[Any]]:
-    """Checked and spread operands, and the flags of the rule, in the operators' order."""
-    for name, choice, accepted in (
-        ("gain", gain, GAINS),
-        ("correction", correction, ("full", "diagonal")),
-        ("base", base, ("decayed", "prev")),
-    ):
-        if choice not in accepted:
-            raise ValueError(
-                f"{name}: got {choice!r}; accepted are {', '.join(map(repr, accepted))}"
-            )
-    if correction == "diagonal" and gain != "exact":
-        raise ValueError(
-            f"correction: got 'diagonal' with gain {gain!r}; accepted with it is 'full'"
-        )
-    e = k if e is None else e
-    c = k if evidence is None else evidence
-    keys = {"q": q, "k": k, "e": e, "evidence": c}
-    check_operands(v, keys, g, None, cu_seqlens)
-    for name, x in keys.items():
-        check_device(name, x)
-    beta = _spread("beta", beta, v)
-    b = None if b is None else _spread("b", b, v)
-    prior = full_prior(prior, v.shape[2], k.shape[3])
-    flags = [GAINS.index(gain), correction == "diagonal", base == "prev"]
-    return [q, k, e, c, v, beta, b, g, prior], flags
+    e = x.k if x.e is None else x.e
+    c = x.k if x.evidence is None else x.evidence
+    keys = {"q": x.q, "k": x.k, "e": e, "evidence": c}
+    check_operands(x.v, keys, x.g, [x.h, x.j], x.cu_seqlens)
+    for name, y in keys.items():
+        check_device(name, y)
+    return x._replace(
+        beta=spread("beta", x.beta, x.v),
+        b=None if x.b is None else spread("b", x.b, x.v),
+        e=e,
+        evidence=c,
+        prior=full_prior(x.prior, x.v.shape[2], x.k.shape[3]),
+    )
 
 
 def synapse_delta_step(
@@ -986,13 +799,10 @@ def synapse_delta_step(
         ValueError: a shape, an option or a state is not one of the above.
         TypeError: a dtype that the kernels do not accept.
     """
-    if v.ndim < 2 or v.shape[1] != 1:
-        raise ValueError(f"v: got shape {tuple(v.shape)}; a step takes one token, T = 1")
-    given, flags = _operands(q, k, v, beta, b, g, e, evidence, prior, gain, correction, base, None)
-    exact = check_reciprocal(reciprocal)
-    for x in state:
-        check_step(x, (v.shape[0], v.shape[2], k.shape[3], v.shape[3]))
-    o, u = _synapse_delta_step(*given, *state, *flags, uncertainty, exact)
+    check_step("v", v, k.shape[3], *state)
+    given = (q, k, v, beta, b, g, e, evidence, prior, *state, None)
+    x = _check(*given, gain, correction, base, uncertainty, reciprocal=reciprocal)
+    o, u = _synapse_delta_step(*x)
     return o, u if uncertainty else None
 
 
@@ -1060,23 +870,8 @@ def synapse_delta(
     (arXiv:2602.09075), predict and correct steps; Longhorn (arXiv:2407.14207) is the exact gain
     with the diagonal correction and no b.
     """
-    given, flags = _operands(
-        q, k, v, beta, b, g, e, evidence, prior, gain, correction, base, cu_seqlens
-    )
-    exact = check_reciprocal(reciprocal)
-    HV, V = v.shape[2:]
-    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    m, j = check_states(initial_state, (sequences, HV, k.shape[3], V))
-    if v.shape[1] == 1 and cu_seqlens is None and not wants_gradient(*given, m, j):
-        if m is None or j is None:
-            m = v.new_zeros(sequences, HV, k.shape[3], V, dtype=torch.float32)
-            state = m, torch.zeros_like(m)
-        else:
-            state = m.contiguous().clone(), j.contiguous().clone()
-            if b is None:
-                state[1].zero_()
-        o, u = _synapse_delta_step(*given, *state, *flags, uncertainty, exact)
-    else:
-        o, m, j, u = synapse_delta_forward(*given, m, j, cu_seqlens, *flags, uncertainty, exact)
-        state = m, j
-    return o, state, u if uncertainty else None
+    start = initial_state or (None, None)
+    given = (q, k, v, beta, b, g, e, evidence, prior, *start, cu_seqlens)
+    x = _check(*given, gain, correction, base, uncertainty, reciprocal=reciprocal)
+    o, m, j, u = _synapse_delta(*x)
+    return o, (m, j), u if uncertainty else None

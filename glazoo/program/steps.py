@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from glazoo.kernels.register import wants_derivative
 from glazoo.program.core import Core, Kernel
 from glazoo.program.elementwise import exact_strength, forgetting, over, whitened
 from glazoo.program.sequences import interleave, last, positions, previous
@@ -710,7 +711,7 @@ class OneToken:
     def run(self, env: Env) -> None:
         x, step = env.x, env.core.posterior_step
         whole = step is not None and x["v"].shape[1] == 1 and env.cu_seqlens is None
-        if step is None or not whole or _differentiated(env):
+        if step is None or not whole or wants_derivative(*x.values()):
             for part in self.steps:
                 part.run(env)
             return
@@ -732,10 +733,6 @@ class OneToken:
             uncertainty=env.uncertainty,
         )
         env.take(result)
-
-
-def _differentiated(env: Env) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in env.x.values())
 
 
 @dataclass(frozen=True, slots=True)

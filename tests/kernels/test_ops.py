@@ -7,6 +7,7 @@ from kernel_cases import in_dtype, make_operands
 from glazoo.kernels import delta, delta_step, importance, importance_step, linear, linear_step
 
 ONE = {"q": 1, "e": 1, "k": 1, "w": 2}
+OPTION = {"linear": ["post"], "delta": ["decayed"], "importance": []}
 
 
 def operands(names, gate="head", T=5, dtype=torch.float32, **options):
@@ -25,20 +26,19 @@ def test_opcheck(name, names, gate, packed):
     given = operands(names, gate, T=3, sequences=3 if packed else None)
     given = [None if x is None else x.requires_grad_() for x in given.values()]
     cu_seqlens = torch.tensor([0, 2, 2, 3]) if packed else None
-    flags = [] if name == "importance" else [False]
-    torch.library.opcheck(getattr(torch.ops.glazoo, name).default, (*given, cu_seqlens, *flags))
+    given += [cu_seqlens, *OPTION[name], False]
+    torch.library.opcheck(getattr(torch.ops.glazoo, name).default, tuple(given))
 
 
 @pytest.mark.parametrize(
     ("name", "names"), [("linear", "qkw"), ("delta", "qekw"), ("importance", "kb")]
 )
 def test_opcheck_step(name, names):
-    given = [*operands(names, T=1).values()]
-    flags = [] if name == "importance" else [False]
+    given = [*operands(names, T=1).values(), None, *OPTION[name]]
     # Steps update a state: they have no gradients to check.
     torch.library.opcheck(
         getattr(torch.ops.glazoo, f"{name}_step").default,
-        (*given, *flags),
+        tuple(given),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 

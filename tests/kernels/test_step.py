@@ -234,7 +234,7 @@ def test_opcheck_posterior_step(state, uncertainty):
     given = posterior_operands("key", {"own": True}, 5, 6, state=state)
     tensors = {name: None if x is None else x.float() for name, x in given.items()}
     names = ("q", "k", "e", "v", "beta", "b", "g", "prior", "memory", "importance")
-    flags = (True, False, False, False, False, True, uncertainty)
+    flags = ("full", "first_order", "post", "decayed", True, uncertainty)
     torch.library.opcheck(
         torch.ops.glazoo.posterior_step.default,
         (*(tensors[name] for name in names), *flags),

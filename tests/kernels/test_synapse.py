@@ -11,6 +11,7 @@ import triton.language as tl
 from kernel_cases import make_gate
 from synapse_cases import assert_matches, synapse_loop, synapse_operands, values_and_gradients
 
+from glazoo.kernels import synapse_kernels
 from glazoo.kernels.synapse import synapse, synapse_step
 
 # The package's attribute of that name is the function.
@@ -124,7 +125,7 @@ def test_an_approximate_reciprocal_stays_in_the_budget(scale, monkeypatch):
     error."""
     operands = synapse_operands(1, 37, 1, 1, 4, 8, gate="head", scale=scale)
     exact = run(**{k: x.float() for k, x in operands.items()})["output"]
-    monkeypatch.setattr(module, "reciprocal", approximate_reciprocal)
+    monkeypatch.setattr(synapse_kernels, "reciprocal", approximate_reciprocal)
     changed = run(**{k: x.float() for k, x in operands.items()})["output"]
     assert not torch.equal(exact, changed)
     check(operands, uncertainty=True)
@@ -181,15 +182,15 @@ def positional(given, cu_seqlens=None):
 def test_opcheck(uncertainty):
     given = {k: x.requires_grad_() for k, x in arguments(gate="key").items()}
     operator = torch.ops.glazoo.synapse.default
-    torch.library.opcheck(operator, (*positional(given), False, uncertainty, False))
+    torch.library.opcheck(operator, (*positional(given), "post", uncertainty, False, False))
 
 
 def test_opcheck_step():
     operands = synapse_operands(1, 1, 1, 2, 4, 3)
-    *given, _ = positional({k: x.float() for k, x in operands.items()})
+    given = positional({k: x.float() for k, x in operands.items()})
     torch.library.opcheck(
         torch.ops.glazoo.synapse_step.default,
-        (*given, False, True, False),
+        (*given, "post", True, False),
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )
 

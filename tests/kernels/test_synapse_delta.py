@@ -164,12 +164,11 @@ def test_no_token():
 @pytest.mark.parametrize("frozen", [False, True], ids=["metaplastic", "frozen"])
 def test_opcheck(frozen):
     operands = synapse_delta_operands(1, 2, 1, 2, 4, 3, own_keys=True, frozen=frozen)
-    order = ("q", "k", "e", "evidence", "v", "beta", "b", "g", "prior", "h", "j")
+    order = ("q", "k", "v", "beta", "b", "g", "e", "evidence", "prior", "h", "j")
     given = [None if operands[k] is None else operands[k].float() for k in order]
     given = [x if x is None else x.requires_grad_() for x in given]
-    torch.library.opcheck(
-        torch.ops.glazoo.synapse_delta.default, (*given, None, 1, False, False, True, False)
-    )
+    options = (None, "exact", "full", "decayed", True, False, False)
+    torch.library.opcheck(torch.ops.glazoo.synapse_delta.default, (*given, *options))
 
 
 def test_compile_as_one_graph():
