@@ -8,8 +8,10 @@ pointers, `i_` indices.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -353,25 +355,53 @@ _CHOICES: dict[str, tuple[str, Callable[[Any], object]]] = {
 }
 
 
-@functools.cache
-def _sources(kernel: Any) -> dict[str, list[tuple[str, int]]]:
-    """By every parameter of a kernel the operands, and axes of theirs, that have its size."""
-    operands = [(x, _AXES[x]) for x in kernel.arg_names if x in _AXES]
-    return {
-        name: [(x, axes.index(name)) for x, axes in operands if name in axes]
-        for name in kernel.arg_names
-    }
+_Rule = Callable[[Sequence[Any], Tiles], object]
 
 
-def _size(name: str, given: Mapping[str, Any], sources: list[tuple[str, int]]) -> int:
-    for operand, axis in sources:
-        x = given[operand]
-        if x is not None and axis < x.ndim:
-            return x.shape[axis]
-    if name[0] == "H" and name != "HV":
-        # Heads of an operand that is not there.
-        return 1
-    raise TypeError(f"launch: nothing gives the kernel's {name}")
+class _Binding:
+    """How a kernel's parameters follow from what launches of one form give, by place."""
+
+    def __init__(self, kernel: Any, names: Sequence[str]) -> None:
+        self.kernel = kernel
+        # The last of a name holds.
+        self.places = {name: i for i, name in enumerate(names)}
+        self.given = [x for x in kernel.arg_names if x in self.places]
+        self.take = operator.itemgetter(*(self.places[x] for x in self.given))
+        self.rules = [(x, self.rule(x)) for x in kernel.arg_names if x not in self.places]
+
+    def rule(self, name: str) -> _Rule:
+        """How a parameter that is not given follows."""
+        places = self.places
+        if name in ("BK", "BV"):
+            of = operator.attrgetter(name)
+            return lambda values, tiles: of(tiles)
+        if name in _CHOICES:
+            source, choose = _CHOICES[name]
+            place = places[source]
+            return lambda values, tiles: choose(values[place])
+        if name == "PREC":
+            alike = [places[x] for x in ("w", "do", "k") if x in places]
+            return lambda values, tiles: dot_precision(
+                next(values[i].dtype for i in alike if values[i] is not None)
+            )
+        operands = [x for x in self.given if name in _AXES.get(x, ())]
+        sources = [(places[x], _AXES[x].index(name)) for x in operands]
+
+        def size(values: Sequence[Any], tiles: Tiles) -> int:
+            for i, axis in sources:
+                x = values[i]
+                if x is not None and axis < x.ndim:
+                    return x.shape[axis]
+            if name[0] == "H" and name != "HV":
+                # Heads of an operand that is not there.
+                return 1
+            raise TypeError(f"launch: nothing gives {name} of {self.kernel.__name__}")
+
+        return size
+
+
+# By the kernel's id (a binding keeps it alive; its hash takes long), records and further names.
+_bindings: dict[tuple[Any, ...], _Binding] = {}
 
 
 def launch(
@@ -394,24 +424,15 @@ def launch(
         across: of "K" and "V", the axes that are cut into tiles for programs of their own.
         own: operands and constants, before those that are shared.
     """
-    given: dict[str, Any] = {}
-    for record in shared:
-        given.update(record._asdict())
-    given.update(own)
-    arguments: dict[str, Any] = {}
-    for name, sources in _sources(kernel).items():
-        if name in given:
-            arguments[name] = given[name]
-        elif name in ("BK", "BV"):
-            arguments[name] = getattr(tiles, name)
-        elif name in _CHOICES:
-            source, choose = _CHOICES[name]
-            arguments[name] = choose(given[source])
-        elif name == "PREC":
-            x = next(given[x] for x in ("w", "do", "k") if given.get(x) is not None)
-            arguments[name] = dot_precision(x.dtype)
-        else:
-            arguments[name] = _size(name, given, sources)
+    form = (id(kernel), *map(type, shared), *own)
+    binding = _bindings.get(form)
+    if binding is None:
+        names = [x for record in shared for x in record._fields]
+        binding = _bindings[form] = _Binding(kernel, [*names, *own])
+    values = [*itertools.chain(*shared), *own.values()]
+    arguments: dict[str, Any] = dict(zip(binding.given, binding.take(values), strict=True))
+    for name, rule in binding.rules:
+        arguments[name] = rule(values, tiles)
     if isinstance(rows, int):
         cut = [-(-arguments[x] // getattr(tiles, f"B{x}")) for x in across]
         grid = (rows * arguments["HV"], *[math.prod(cut)] * bool(cut))

@@ -149,14 +149,13 @@ def prepare(
     x: Record, dtype: torch.dtype | None = None, low: Sequence[str] = (), wide: Sequence[str] = ()
 ) -> Record:
     """A record whose tensors are contiguous, those named in `low` of dtype, in `wide` float32."""
-    dtypes = dict.fromkeys(low, dtype) | dict.fromkeys(wide, torch.float32)
-
-    def made(name: str, y: Any) -> Any:
-        if not isinstance(y, Tensor):
-            return y
-        return (y.to(dtypes[name]) if name in dtypes else y).contiguous()
-
-    return type(x)(*(made(name, y) for name, y in zip(x._fields, x, strict=True)))
+    names = x._fields
+    values = [y.contiguous() if isinstance(y, Tensor) else y for y in x]
+    for name in (*low, *wide):
+        i = names.index(name)
+        if values[i] is not None:
+            values[i] = values[i].to(dtype if name in low else torch.float32)
+    return type(x)._make(values)
 
 
 def sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:

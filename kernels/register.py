@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
     enable_single_level_autograd_function,
 )
@@ -40,7 +40,16 @@ _KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "int", 
 def wants_derivative(*operands: object) -> bool:
     """Whether a derivative with respect to an operand may be asked for, in either mode."""
     given = [x for x in operands if isinstance(x, Tensor)]
-    return _requires_grad(given) or _has_tangent(given)
+    return _requires_grad(given) or (_transformed() and _has_tangent(given))
+
+
+def _transformed() -> bool:
+    """Whether tensors of a caller in Python may carry tangents; asking every one takes longer."""
+    return (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or peek_interpreter_stack() is not None
+    )
 
 
 def _requires_grad(tensors: Iterable[Tensor]) -> bool:
@@ -48,10 +57,13 @@ def _requires_grad(tensors: Iterable[Tensor]) -> bool:
 
 
 def _has_tangent(tensors: Iterable[Tensor]) -> bool:
+    traced, outside = torch.compiler.is_compiling(), forward_ad._current_level < 0
+
     def tangent(x: Tensor) -> Tensor | None:
         # The level that Python knows of is not that of a graph which is being traced.
-        traced = torch.compiler.is_compiling() or is_functorch_wrapped_tensor(x)
-        return forward_ad.unpack_dual(x, level=0 if traced else None).tangent
+        if traced or is_functorch_wrapped_tensor(x):
+            return forward_ad.unpack_dual(x, level=0).tangent
+        return None if outside else forward_ad.unpack_dual(x).tangent
 
     return any(tangent(x) is not None for x in tensors)
 
@@ -338,7 +350,7 @@ def register_step(
     op.register_fake(of(allocate))
 
     def call(*inputs: Any) -> Any:
-        if _has_tangent(x for x in inputs if isinstance(x, Tensor)):
+        if _transformed() and _has_tangent(x for x in inputs if isinstance(x, Tensor)):
             raise NotImplementedError(
                 f"{name}: an operand carries a tangent, and a step of decoding has no derivatives; "
                 f"call the operation that takes any number of tokens"
