@@ -7,6 +7,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import glazoo
+
+NAMES = set(glazoo.names())
 ROOT = Path(__file__).parents[2]
 ROW = re.compile(r"^\| `(\w+)` \| [^|]+ \| ([^|]*) \|$", re.M)
 
@@ -66,3 +69,11 @@ def test_arrows_lead_upwards() -> None:
     for name, targets in arrows().items():
         assert targets <= above, f"{name} imports {sorted(targets - above)}, which stand below it"
         above.add(name)
+
+
+def test_no_code_asks_for_the_name_of_a_variant() -> None:
+    for path in modules().values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare | ast.MatchValue):
+                asked = {x.value for x in ast.walk(node) if isinstance(x, ast.Constant)}
+                assert not asked & NAMES, f"{path}:{node.lineno}"
