@@ -87,7 +87,7 @@ PLAIN = ("importance", "chunk_gate", "chunk_table")
 
 
 def given(arguments: Mapping[str, Any], name: str) -> bool:
-    """Whether a kernel got an optional operand."""
+    """Return whether a kernel got an optional operand."""
     return arguments.get(name) is not None
 
 
@@ -241,7 +241,7 @@ def _calls(K: int, V: int, gate: str, B: int, T: int) -> Iterator[Callable[[], o
 
 
 def _identity(launch: Launch) -> str:
-    """What decides the machine code of a launch."""
+    """Return what decides the machine code of a launch."""
     constants = {
         name: str(x.dtype) if isinstance(x, Tensor) else x
         for name, x in launch.arguments.items()

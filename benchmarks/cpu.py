@@ -117,7 +117,7 @@ def operands(size: Size) -> dict[str, Tensor]:
 
 
 def contenders(x: dict[str, Tensor], size: Size) -> dict[str, Callable[[], Tensor]]:
-    """What is timed: functions of the operands that return the output."""
+    """Return what is timed: functions of the operands that return the output."""
     mamba2 = inspect.unwrap(modeling_mamba2.mamba2_chunk_scan)
     delta_rule = inspect.unwrap(modeling_qwen3_next.torch_chunk_gated_delta_rule)
     kimi = inspect.unwrap(modeling_kimi_linear.chunk_kimi_delta_attention)
@@ -346,7 +346,7 @@ def show(size: Size, timings: list[Timing], compared: list[dict[str, Any]], to: 
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """What the numbers depend on."""
+    """Return what the numbers depend on."""
     model = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -195,7 +195,7 @@ def hardware(sizes: Sizes) -> Row:
 
 
 def environment() -> Row:
-    """What ran."""
+    """Return what ran."""
 
     def output(*command: str) -> str:
         try:
@@ -527,7 +527,8 @@ def differentiated(operation: Operation, x: Row) -> list[str]:
 
 @functools.cache
 def check(name: str, gate: str, sizes: Sizes) -> str:
-    """What is wrong with an operation: errors over twice those of a loop that rounds its states.
+    """Return what is wrong with an operation: errors over twice those of a loop that rounds its
+    states.
 
     Both errors are root mean squares against float64; an ulp of the result is allowed on top.
     """

@@ -197,7 +197,7 @@ _PROGRAMS: list[Program] = []
 
 
 def warn_of_layout(function: Operation) -> Operation:
-    """Returns the operation with a warning where operands look as if heads came before tokens.
+    """Return the operation with a warning where operands look as if heads came before tokens.
 
     Both layouts have four axes, and gates may follow the same mistake, so that nothing else shows
     it. A few tokens and many heads are no mistake, though: layers, which know their layout, call
@@ -236,7 +236,7 @@ _captured._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def schedule(gate: Gate, heads: int, *, layer: int = 0, layers: int = 1) -> Float[Tensor, "HV"]:
-    """Gives the log decays of a fixed schedule.
+    """Return the log decays of a fixed schedule.
 
         one_minus_power_of_two   g_h = log(1 - 2^(-5 - h))
         alibi_depth              g_h = -2^(-8 (h + 1) / H) (1 - layer / (layers - 1 + 1e-5) + 1e-5)

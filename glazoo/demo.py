@@ -312,7 +312,7 @@ def _convert(folder: Path) -> dict[str, Any]:
 
 
 def _row(task: Task, sources: Sequence[Run], more: int, results: dict[str, Any]) -> dict[str, Any]:
-    """Gives a task's accuracies in percent, by model, one per seed."""
+    """Return a task's accuracies in percent, by model, one per seed."""
     row: dict[str, Any] = {"task": task.name}
     for source in sources:
         for run in (source, *_after(source, more)):
@@ -449,7 +449,7 @@ def _draw(
 
 
 def _projected(model: Any, tokens: Int[Tensor, "B T"]) -> list[Float[Tensor, "B T G K"]]:
-    """Gives the keys and queries of the first mixer."""
+    """Return the keys and queries of the first mixer."""
     block = model.backbone.layers[0]
     mixer, width = block.mixer, block.mixer.n_groups * block.mixer.ssm_state_size
     _, mixed, _ = mixer.in_proj(block.norm(model.backbone.embeddings(tokens))).split(

@@ -64,7 +64,7 @@ class Report:
         return all(f.level != "error" for f in self.findings)
 
     def to_json(self) -> dict[str, Any]:
-        """Gives the report as plain data."""
+        """Return the report as plain data."""
         return asdict(self) | {"healthy": self.healthy}
 
 
@@ -122,7 +122,7 @@ def _devices() -> list[dict[str, str]]:
 
 
 def judge(versions: dict[str, str | None], *, gpu: bool, interpreting: bool) -> list[Finding]:
-    """Gives the findings for a set of versions: a pure function, so that it can be tested.
+    """Return the findings for a set of versions: a pure function, so that it can be tested.
 
     Args:
         versions: installed versions by package name, None where absent.

@@ -10,6 +10,6 @@ class ConversionError(ValueError):
 
 
 def one_line(error: OSError) -> str:
-    """Gives an operating system's refusal in one line."""
+    """Return an operating system's refusal in one line."""
     reason = error.strerror or type(error).__name__
     return f"{error.filename}: {reason}" if error.filename else reason

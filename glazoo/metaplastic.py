@@ -48,7 +48,7 @@ def metaplasticize(
     seed: int | None = None,
     impl: str | None = None,
 ) -> Any:
-    """Returns the metaplastic form of a spec, or turns a layer or a model into its own, in place.
+    """Return the metaplastic form of a spec, or turns a layer or a model into its own, in place.
 
         J_t = a_t J_{t-1} + b_t k_t^2 ;   I_t = J_t + I_p ;
         b_t = kappa r_t 2 sigmoid(b_up b_down x_t)

@@ -14,7 +14,7 @@ MISSING = "plots need matplotlib, which is not installed: pip install 'glazoo[pl
 
 
 def can_plot() -> bool:
-    """Says whether matplotlib is installed."""
+    """Return whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
@@ -44,7 +44,7 @@ def style() -> Iterator[None]:
 
 
 def png(figure: Any) -> bytes:
-    """Gives a figure as a PNG file."""
+    """Return a figure as a PNG file."""
     buffer = io.BytesIO()
     # No version in the file: the same data gives the same picture.
     figure.savefig(buffer, format="png", metadata={"Software": None})

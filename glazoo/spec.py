@@ -690,7 +690,7 @@ def metaplasticize(
     gain: Literal["first_order", "exact"] | None = None,
     rank: int = 16,
 ) -> Spec:
-    """Returns the metaplastic counterpart of a spec: it gains an importance gate and a prior, and
+    """Return the metaplastic counterpart of a spec: it gains an importance gate and a prior, and
     nothing else changes. What `glazoo.metaplasticize`, which says more, does with specs.
 
         precision frozen -> diagonal;  correction none -> diagonal;  J_t = a_t J_{t-1} + b_t k_t^2,
@@ -762,7 +762,7 @@ def metaplasticize(
 
 
 def freeze(spec: Spec) -> Spec:
-    """Gives the spec without its importance state: the inverse of `metaplasticize`.
+    """Return the spec without its importance state: the inverse of `metaplasticize`.
 
         precision diagonal -> frozen;  correction diagonal with the first-order gain -> none;
         exact gain of a rate -> first-order gain

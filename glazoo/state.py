@@ -32,7 +32,7 @@ class State(NamedTuple):
     """Value of the last token, for the same specs."""
 
     def sequence(self, n: int) -> State:
-        """Gives the state of one sequence, as a batch of one."""
+        """Return the state of one sequence, as a batch of one."""
         return self.map(lambda x: x[n : n + 1])
 
     @staticmethod

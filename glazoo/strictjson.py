@@ -17,14 +17,14 @@ _NUMBERS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 
 
 def dumps(data: Any, *, indent: int | None = None, sort_keys: bool = False) -> str:
-    """Returns plain data as JSON text."""
+    """Return plain data as JSON text."""
     return json.dumps(
         plain(data), indent=indent, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False
     )
 
 
 def loads(text: str | bytes) -> Any:
-    """Returns the data of a JSON text, of `dumps` or of others.
+    """Return the data of a JSON text, of `dumps` or of others.
 
     Raises:
         ValueError: it is no JSON text.
@@ -33,7 +33,7 @@ def loads(text: str | bytes) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Returns plain data as every JSON writer takes it: lists for tuples, and no number that JSON
+    """Return plain data as every JSON writer takes it: lists for tuples, and no number that JSON
     lacks."""
     if isinstance(value, float) and not math.isfinite(value):
         name = "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"

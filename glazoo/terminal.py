@@ -21,7 +21,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines in
 
 
 def console() -> Console:
-    """Gives the console of standard output; wide enough for tables when it is no terminal."""
+    """Return the console of standard output; wide enough for tables when it is no terminal."""
     return Console() if sys.stdout.isatty() else Console(width=160)
 
 

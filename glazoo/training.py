@@ -155,7 +155,7 @@ def _known(given: dict[str, Any], cls: type[Any], where: str) -> None:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """Gives a tokenizer of the 256 bytes, an end of text (256) and a padding token (257)."""
+    """Return a tokenizer of the 256 bytes, an end of text (256) and a padding token (257)."""
     # The byte-level alphabet: printable bytes stand for themselves, the others, in order, are
     # written as the symbols from 256 on.
     hidden = [*range(0x21), *range(0x7F, 0xA1), 0xAD]
@@ -178,7 +178,7 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def tokens_of(data: Data, tokenizer: PreTrainedTokenizerBase) -> NDArray[Any]:
-    """Gives all token ids of the data, one axis; texts are separated by the end of text.
+    """Return all token ids of the data, one axis; texts are separated by the end of text.
 
     Raises:
         ValueError: a token file is none, or has the wrong shape or dtype; a text is not UTF-8.

@@ -19,7 +19,7 @@ _PREFIX = "metaplastic_"
 
 @functools.cache
 def names() -> tuple[str, ...]:
-    """Gives the names of the shipped variants, in alphabetical order."""
+    """Return the names of the shipped variants, in alphabetical order."""
     folder = resources.files("glazoo.specs")
     return tuple(
         sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
@@ -27,7 +27,7 @@ def names() -> tuple[str, ...]:
 
 
 def load(name_or_path: str | Path | Spec) -> Spec:
-    """Gives a spec by its name or from a TOML file.
+    """Return a spec by its name or from a TOML file.
 
     Args:
         name_or_path: a shipped variant's name; `metaplastic_<name>` for the metaplastic counterpart
@@ -108,7 +108,7 @@ def _explain(error: object) -> str:
 
 
 def _field_model(model: object, field: str) -> object:
-    """Gives the model class behind a field of a model, through optional types."""
+    """Return the model class behind a field of a model, through optional types."""
     info = getattr(model, "model_fields", {}).get(field)
     annotation = getattr(info, "annotation", None)
     for candidate in (annotation, *getattr(annotation, "__args__", ())):
@@ -118,5 +118,5 @@ def _field_model(model: object, field: str) -> object:
 
 
 def schema() -> dict[str, object]:
-    """Gives the JSON Schema of a spec file."""
+    """Return the JSON Schema of a spec file."""
     return Spec.model_json_schema()

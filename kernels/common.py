@@ -208,12 +208,12 @@ _INTERPRETING = not isinstance(locate_chunk, triton.runtime.JITFunction)
 
 
 def recording() -> bool:
-    """Whether launches are recorded, not run."""
+    """Return whether launches are recorded, not run."""
     return _recording is not None
 
 
 def interpreting() -> bool:
-    """Whether Triton runs kernels in its interpreter."""
+    """Return whether Triton runs kernels in its interpreter."""
     return _INTERPRETING
 
 

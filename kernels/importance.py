@@ -61,7 +61,7 @@ def load_decay(g, row0, i_h, o_t, o_k, m_tk, HEAD: tl.constexpr, HV: tl.constexp
 def load_term(
     k, b, dj, row0, i_h, o_t, o_k, m_tk, HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr
 ):
-    """What a token adds: b k^2, or the gradient of J in the backward pass."""
+    """Return what a token adds: b k^2, or the gradient of J in the backward pass."""
     if dj is None:
         b_k = tl.load(
             k + ((row0 + o_t) * HK + i_h // (HV // HK))[:, None] * K + o_k[None, :],

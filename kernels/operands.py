@@ -180,7 +180,7 @@ def given_or_zeros(x: Tensor | None, room: Tensor) -> Tensor:
 
 
 def is_step(w: Tensor, cu_seqlens: Tensor | None, keep: bool) -> bool:
-    """Whether a call is one token of decoding, of which nobody wants a gradient."""
+    """Return whether a call is one token of decoding, of which nobody wants a gradient."""
     return w.shape[1] == 1 and cu_seqlens is None and not keep
 
 

@@ -38,13 +38,14 @@ _KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "int", 
 
 
 def wants_derivative(*operands: object) -> bool:
-    """Whether a derivative with respect to an operand may be asked for, in either mode."""
+    """Return whether a derivative with respect to an operand may be asked for, in either mode."""
     given = [x for x in operands if isinstance(x, Tensor)]
     return _requires_grad(given) or (_transformed() and _has_tangent(given))
 
 
 def _transformed() -> bool:
-    """Whether tensors of a caller in Python may carry tangents; asking every one takes longer."""
+    """Return whether tensors of a caller in Python may carry tangents; asking every one takes
+    longer."""
     return (
         torch.compiler.is_compiling()
         or forward_ad._current_level >= 0

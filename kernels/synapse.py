@@ -188,7 +188,7 @@ def forward(x: Synapse, keep: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def operand_type(dtype: torch.dtype) -> Any:
-    """What the triangular products multiply; float16 has too little range for 1 / I."""
+    """Return what the triangular products multiply; float16 has too little range for 1 / I."""
     return tl.bfloat16 if dtype == torch.bfloat16 else tl.float32
 
 

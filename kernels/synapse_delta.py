@@ -90,7 +90,8 @@ def add(p_x, b_x, m_x, PARTS: tl.constexpr):
 
 @triton.jit
 def gain_total(b_k, b_before, b_beta, EXACT: tl.constexpr):
-    """What the exact gain divides beta by; and for a rate (EXACT 2) s and sum k^2, else twice 0."""
+    """Return what the exact gain divides beta by; and for a rate (EXACT 2) s and sum k^2, else
+    twice 0."""
     b_z = b_beta * tl.sum((b_k * b_k)[:, None] * b_before, 0)
     b_s = b_z * 0.0
     b_n = b_s

@@ -537,10 +537,11 @@ def synapse_columns_kernel(
     SPLIT: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """What the keys of a block need, the tokens of a key side by side: q, k and, of the gate, the
-    decays from the block's start to each read and from each write to the block's end, and its sums,
-    in bits, from the start to each read and each write. SPLIT: both parts of the sums; else they
-    are added, exact enough where the decay between two tokens is then rounded to bfloat16."""
+    """Return what the keys of a block need, the tokens of a key side by side: q, k and, of the
+    gate, the decays from the block's start to each read and from each write to the block's end, and
+    its sums, in bits, from the start to each read and each write. SPLIT: both parts of the sums;
+    else they are added, exact enough where the decay between two tokens is then rounded to
+    bfloat16."""
     ROWS: tl.constexpr = column_rows(GATE, K)
     i_b = (tl.program_id(0) // HV).to(tl.int64)
     i_h = tl.program_id(0) % HV

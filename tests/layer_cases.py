@@ -39,7 +39,7 @@ VOCABULARY = 40
 
 
 def sizes(spec: Spec) -> dict[str, Any]:
-    """Gives tiny head counts that exercise the spec's way of sharing heads."""
+    """Return tiny head counts that exercise the spec's way of sharing heads."""
     sharing = spec.layer.heads.sharing
     return {
         "num_heads": 1 if sharing == "one" else 4,
@@ -50,7 +50,7 @@ def sizes(spec: Spec) -> dict[str, Any]:
 
 
 def layer(name: str, *, seed: int = 0, **options: Any) -> GatedLinearAttention:
-    """Gives a float64 layer, not the first of its model, with every importance gate open."""
+    """Return a float64 layer, not the first of its model, with every importance gate open."""
     spec = glazoo.load(name)
     torch.manual_seed(seed)
     # Engines have tests of their own: what the layer adds is tested on the definition.
@@ -64,13 +64,13 @@ def layer(name: str, *, seed: int = 0, **options: Any) -> GatedLinearAttention:
 
 
 def inputs(batch: int, tokens: int, *, seed: int = 1) -> Tensor:
-    """Gives a float64 input [batch, tokens, HIDDEN]."""
+    """Return a float64 input [batch, tokens, HIDDEN]."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, tokens, HIDDEN, generator=generator, dtype=torch.float64)
 
 
 def extras(made: GatedLinearAttention, batch: int, tokens: int, *, seed: int = 2) -> dict[str, Any]:
-    """Gives what earlier layers of a model would give this one."""
+    """Return what earlier layers of a model would give this one."""
     generator = torch.Generator().manual_seed(seed)
     given: dict[str, Any] = {}
     if made.needs_lower_bound:
@@ -88,7 +88,7 @@ def segment(given: dict[str, Any], start: int, end: int) -> dict[str, Any]:
 
 
 def float32_error(made: GatedLinearAttention, x: Tensor, given: dict[str, Any]) -> float:
-    """Gives the error that the same call has in float32: two float64 ways must agree within it."""
+    """Return the error that the same call has in float32: two float64 ways must agree within it."""
     exact = made(x, **given).output
     state = {k: v.clone() for k, v in made.state_dict().items()}
     low = made.float()(x.float(), **{k: v.float() for k, v in given.items()}).output
@@ -99,7 +99,7 @@ def float32_error(made: GatedLinearAttention, x: Tensor, given: dict[str, Any]) 
 
 
 def distance(a: LayerState | None, b: LayerState | None) -> float:
-    """Gives the largest difference between two states of the same kind."""
+    """Return the largest difference between two states of the same kind."""
     assert a is not None
     assert b is not None
     assert a.keys() == b.keys()
@@ -107,7 +107,7 @@ def distance(a: LayerState | None, b: LayerState | None) -> float:
 
 
 def config(pattern: Any, **options: Any) -> GlazooConfig:
-    """Gives the configuration of a three-layer model with tiny heads for every spec in it."""
+    """Return the configuration of a three-layer model with tiny heads for every spec in it."""
     names = [pattern] if isinstance(pattern, str) else pattern
     specs = {name: glazoo.load(name) for name in names if name != "attention"}
     given: dict[str, Any] = {
@@ -122,17 +122,17 @@ def config(pattern: Any, **options: Any) -> GlazooConfig:
 
 
 def tiny(spec: Spec) -> dict[str, int]:
-    """Gives the head counts of `sizes` that are set."""
+    """Return the head counts of `sizes` that are set."""
     return {name: n for name, n in sizes(spec).items() if n is not None}
 
 
 def model(pattern: Any, *, seed: int = 0, **options: Any) -> GlazooForCausalLM:
-    """Gives a small model in evaluation mode."""
+    """Return a small model in evaluation mode."""
     torch.manual_seed(seed)
     return GlazooForCausalLM(config(pattern, **options)).eval()
 
 
 def tokens(batch: int, length: int, *, seed: int = 3) -> Tensor:
-    """Gives token ids in 1 .. VOCABULARY - 1, [batch, length]; 0 is left for padding."""
+    """Return token ids in 1 .. VOCABULARY - 1, [batch, length]; 0 is left for padding."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, VOCABULARY, (batch, length), generator=generator)

@@ -74,7 +74,7 @@ class Measurement:
     """Why there is no measurement."""
 
     def to_json(self) -> dict[str, Any]:
-        """Gives the measurement as plain data."""
+        """Return the measurement as plain data."""
         return {
             "label": self.label,
             "engine": self.engine,

@@ -106,7 +106,7 @@ class CapacityCurve:
         return self.pairs[0] <= min(self.capacities) and max(self.capacities) < self.pairs[-1]
 
     def to_json(self) -> dict[str, Any]:
-        """Gives the curve as plain data."""
+        """Return the curve as plain data."""
         return {
             "label": self.label,
             "keys": self.keys,
@@ -132,7 +132,7 @@ class CapacityCurve:
 
 
 def default_pairs(state_bytes: int, value_size: int) -> tuple[int, ...]:
-    """Gives numbers of pairs in steps of about the square root of two, around the number of values
+    """Return numbers of pairs in steps of about the square root of two, around the number of values
     that fit into the state as they are: from a twentieth to four times as many."""
     center = max(state_bytes / 4 / value_size, 2.0)
     return tuple(sorted({max(1, round(center * 2 ** (i / 2))) for i in range(-9, 5)}))

@@ -15,7 +15,7 @@ __all__ = ["Clock", "duration", "estimate"]
 
 
 def duration(seconds: float) -> str:
-    """Gives a time in the unit that fits."""
+    """Return a time in the unit that fits."""
     for size, unit in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
@@ -57,7 +57,7 @@ class Clock:
         self._share.pop(run.key, None)
 
     def left(self, results: Results) -> float | None:
-        """Gives about how many seconds are left; None while nothing is known."""
+        """Return about how many seconds are left; None while nothing is known."""
         took: dict[Line, list[float]] = {}
         done: dict[Line, float] = {}
         for run in self.plan.wanted(results):

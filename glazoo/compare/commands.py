@@ -364,7 +364,7 @@ def _jobs(jobs: int | None) -> int:
 
 
 def _command() -> str:
-    """Gives the command that makes these results again."""
+    """Return the command that makes these results again."""
     return shlex.join(["glazoo", *sys.argv[1:]])
 
 

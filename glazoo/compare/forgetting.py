@@ -69,7 +69,7 @@ class Forgetting:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Gives the curve as plain data."""
+        """Return the curve as plain data."""
         return {
             "label": self.label,
             "gates": self.gates,
@@ -160,7 +160,7 @@ def _effective(program: Program, gates: Gates) -> Gates:
 
 
 def _lags(after: int) -> list[int]:
-    """Gives lag 0 and lags in steps of a factor of about 1.4."""
+    """Return lag 0 and lags in steps of a factor of about 1.4."""
     spread = {round(2 ** (i / 2)) for i in range(2 * after.bit_length())}
     return sorted({0, after, *(lag for lag in spread if lag <= after)})
 
@@ -228,7 +228,7 @@ class _MeanField:
         self.prior = gates.prior if program.role("prior") else 0.0
 
     def step(self, decay: float) -> tuple[float, float, float]:
-        """Gives forgetting f, gain c and removal e of one write."""
+        """Return forgetting f, gain c and removal e of one write."""
         spec, imp = self.spec, self.spec.importance
         rate = before = 1.0
         forget = decay
@@ -256,25 +256,25 @@ class _MeanField:
         return forget, self.beta * rate, removal * rate * base
 
     def kept(self, forget: float, removal: float) -> float:
-        """Gives the share of the energy along a direction that stays there."""
+        """Return the share of the energy along a direction that stays there."""
         share = forget * forget - 2 * forget * removal / self.size
         if self.spec.posterior.correction == "full":
             return share
         return share + 3 * (removal / self.size) ** 2
 
     def mixed(self, removal: float) -> float:
-        """Gives the share of the energy along other directions that a removal brings in."""
+        """Return the share of the energy along other directions that a removal brings in."""
         full = self.spec.posterior.correction == "full"
         return removal * removal / self.size if full else 0.0
 
     def own_removal(self, forget: float, removal: float) -> float:
-        """Gives the factor on the energy of interference along the key that is written."""
+        """Return the factor on the energy of interference along the key that is written."""
         if self.spec.posterior.correction == "full":
             return (forget - removal) ** 2
         return self.kept(forget, removal)
 
     def read_scale(self) -> float:
-        """Gives the factor between what is stored and what is read."""
+        """Return the factor between what is stored and what is read."""
         if self.spec.hebbian and self.spec.importance is not None:
             return 1 / (self.importance + self.prior)
         return 1.0

@@ -13,7 +13,7 @@ __all__ = ["cores", "machine", "versions"]
 
 
 def versions() -> dict[str, str]:
-    """Gives the versions of Python and of what computes."""
+    """Return the versions of Python and of what computes."""
     out = {"python": platform.python_version()}
     for name in ("glazoo", "torch", "triton", "numpy"):
         try:

@@ -205,7 +205,7 @@ class Model(nn.Module):
     def forward(
         self, tokens: Int[Tensor, "B T"] | Float[Tensor, "B T D"]
     ) -> Float[Tensor, "B T N"]:
-        """Gives the logits, or the output channels, of every token."""
+        """Return the logits, or the output channels, of every token."""
         x = self.embedding(tokens)
         previous = F.pad(x, (0, 0, 1, 0))[:, :-1]
         x = self.mix(torch.cat([x, previous], -1))
@@ -238,7 +238,7 @@ def _set(layer: GatedLinearAttention, config: ModelConfig) -> None:
 
 
 def has_plasticity(spec: Spec) -> bool:
-    """Says whether a spec's importance gate has a factor that is trained, the plasticity."""
+    """Return whether a spec's importance gate has a factor that is trained, the plasticity."""
     return spec.importance is not None and spec.importance.scale.parameterization != "none"
 
 

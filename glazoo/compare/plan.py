@@ -61,7 +61,7 @@ class Preset:
     """What is different for a task."""
 
     def for_task(self, name: TaskName) -> Self:
-        """Gives the defaults of a task."""
+        """Return the defaults of a task."""
         return replace(self, **self.tasks.get(name, {}))
 
 
@@ -86,7 +86,7 @@ def _paper(
     ours: ModelConfig,
     seeds: int,
 ) -> Preset:
-    """Gives the paper's protocol: all variants at its width, every rate on the reported seeds; and
+    """Return the paper's protocol: all variants at its width, every rate on the reported seeds; and
     beside it at equal bytes, where the plasticity starts from nothing. Sizes are vocabulary, length
     and load."""
     start: dict[str, Any] = {"layers": 2, "mlp": 0, "start": "drawn", "decays": (0.01, 0.16)}
@@ -177,7 +177,7 @@ class Arm:
 
 
 def _plasticity_rate(arm: Arm) -> float:
-    """Gives the share of the learning rate that an arm's plasticity gets if none is asked for: one
+    """Return the share of the learning rate that an arm's plasticity gets if none is asked for: one
     by family where it was measured, otherwise all of it."""
     if arm.source is not None and arm.source.spec.posterior.correction == "none":
         return _CONVERTED_HEBBIAN
@@ -214,7 +214,7 @@ class Plan:
     device: str = "cpu"
 
     def config(self) -> dict[str, Any]:
-        """Gives what all runs of a results folder share; variants, seeds, rates, state budgets and
+        """Return what all runs of a results folder share; variants, seeds, rates, state budgets and
         the control may be added later."""
         tuning = None if self.tuning is None else self.tuning.training.model_dump(mode="json")
         shared = self.models[0].model_dump(
@@ -347,7 +347,7 @@ class Plan:
         return [r for r in runs if r is not None]
 
     def chosen(self, arm: Arm, results: Results) -> Rates | None:
-        """Gives an arm's rates: those with the best mean accuracy, and then loss, over the seeds
+        """Return an arm's rates: those with the best mean accuracy, and then loss, over the seeds
         that choose; None while one of these runs is missing."""
         choices = self.choices(arm)
         return choices[0] if len(choices) == 1 else best(self.selection(arm, results), results)
@@ -424,7 +424,7 @@ class Plan:
         return list(out.values())
 
     def counts(self) -> list[tuple[Arm, int]]:
-        """Gives every line with the number of its runs in the whole comparison."""
+        """Return every line with the number of its runs in the whole comparison."""
         out = []
         for arm in self.arms:
             choices = len(self.choices(arm))
@@ -445,7 +445,7 @@ Results = Mapping[str, dict[str, Any]]
 
 
 def best(runs: Iterable[Run], results: Results) -> Rates | None:
-    """Gives the rates of the best runs, by the mean over seeds of accuracy and then loss; None
+    """Return the rates of the best runs, by the mean over seeds of accuracy and then loss; None
     while a run is missing. Rates at which a run diverged are worse than all others."""
     by_rates: dict[Rates, list[dict[str, Any]]] = {}
     for run in runs:

@@ -60,8 +60,8 @@ class Axes:
 
 
 def styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Gives every label its colour, marker and line; a metaplastic form has its source's colour and
-    marker, hollow and dashed."""
+    """Return every label its colour, marker and line; a metaplastic form has its source's colour
+    and marker, hollow and dashed."""
     out: dict[str, dict[str, Any]] = {}
     families: dict[str, int] = {}
     for label in labels:

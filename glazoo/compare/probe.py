@@ -64,7 +64,7 @@ class Gates:
     """Length of the keys, for specs that a key's length changes by more than a factor."""
 
     def describe(self, program: Program) -> dict[str, float]:
-        """Gives the gates that a program uses, by name."""
+        """Return the gates that a program uses, by name."""
         used: set[str] = {o.role for o in program.operands}
         if program.spec.key != "operand":
             used -= {"decay"}
@@ -82,8 +82,8 @@ def mapped_size(program: Program, size: int) -> int:
 
 
 def key_size_for(program: Program, floats: int, value_size: int) -> int:
-    """Gives the largest key size, before feature maps, whose state has at most `floats` numbers per
-    head.
+    """Return the largest key size, before feature maps, whose state has at most `floats` numbers
+    per head.
 
     Raises:
         CompareError: the smallest state is larger.
@@ -121,7 +121,7 @@ def draw_keys(
 
 
 def key_scale_matters(program: Program) -> bool:
-    """Whether the length of a key changes more than the size of what it writes."""
+    """Return whether the length of a key changes more than the size of what it writes."""
     spec = program.spec
     mapped = "none" not in (spec.layer.q.feature_map, spec.layer.k.feature_map)
     mapped = mapped and mapped_size(program, 2) != 2
@@ -319,7 +319,7 @@ def read(
 def retrieval_error(
     outputs: Float[Tensor, "B T HV V"], values: Float[Tensor, "B T V"]
 ) -> Float[Tensor, "B HV"]:
-    """Gives the share of the values' energy that is not read back, at the best output scale.
+    """Return the share of the values' energy that is not read back, at the best output scale.
 
         error = min_c sum |v - c y|^2 / sum |v|^2 = 1 - (sum y . v)^2 / (sum |y|^2 sum |v|^2)
 
@@ -334,7 +334,7 @@ def retrieval_error(
 
 
 def crossing(pairs: list[int], errors: list[float], threshold: float) -> float:
-    """Gives the number of pairs at which the error first exceeds a threshold, interpolated in the
+    """Return the number of pairs at which the error first exceeds a threshold, interpolated in the
     logarithm of the pairs; the last number of pairs if it never does."""
     previous_n, previous_e = float(pairs[0]), errors[0]
     if previous_e > threshold:

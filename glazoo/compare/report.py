@@ -59,7 +59,7 @@ class Row:
         return self.arm.shape
 
     def over_seeds(self, get: Callable[[dict[str, Any]], float]) -> Interval | None:
-        """Gives an interval of a number that every run has."""
+        """Return an interval of a number that every run has."""
         return interval([get(r) for r in self.results]) if self.results else None
 
     @property
@@ -125,7 +125,7 @@ _LEFT = ("variant", "setting", "now")
 
 
 def _columns(plan: Plan, found: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
-    """Gives the columns of the main table, with what they show of a row: differences first."""
+    """Return the columns of the main table, with what they show of a row: differences first."""
     measure, control = plan.task.measure, plan.task.control
     against = "to the source trained on" if plan.tuning else "to its source"
 
@@ -168,7 +168,7 @@ def _columns(plan: Plan, found: Sequence[Row]) -> dict[str, Callable[[Row], str]
 
 
 def _more_columns() -> dict[str, Callable[[Row], str]]:
-    """Gives what the report's table has beside the main columns."""
+    """Return what the report's table has beside the main columns."""
 
     def spread(row: Row) -> str:
         every = [100 * _accuracy(r) for r in row.results]
@@ -356,8 +356,8 @@ _GROUPS = {"0": "keys that stayed", "1": "keys that changed"}
 
 
 def _groups(found: Sequence[Row]) -> list[list[str]]:
-    """Gives a table of the accuracies per group of queries, for tasks that have groups: differences
-    first. Its first line is the head."""
+    """Return a table of the accuracies per group of queries, for tasks that have groups:
+    differences first. Its first line is the head."""
 
     def of(row: Row, group: str) -> dict[int, float]:
         own = row.arm.task
@@ -431,7 +431,7 @@ def write_report(
 
 
 def _with_controls(found: Sequence[Row]) -> list[Row]:
-    """Gives the rows that have results, and those of their controls."""
+    """Return the rows that have results, and those of their controls."""
     every = [x for r in found for x in (r, r.control) if x is not None]
     return [r for r in every if r.results]
 
@@ -539,7 +539,7 @@ def _explained(plan: Plan, found: Sequence[Row]) -> str:
 
 
 def _choices(plan: Plan, found: Sequence[Row]) -> list[list[str]]:
-    """Gives a line for all rates of every row that has a choice of them."""
+    """Return a line for all rates of every row that has a choice of them."""
     out = []
     for row in (x for r in found for x in (r, r.control) if x is not None):
         for rates in plan.choices(row.arm) if len(plan.choices(row.arm)) > 1 else ():

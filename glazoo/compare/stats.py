@@ -25,15 +25,15 @@ class Interval(NamedTuple):
         return (self.high - self.low) / 2
 
     def times(self, factor: float) -> Interval:
-        """Gives the interval in another unit."""
+        """Return the interval in another unit."""
         return Interval(factor * self.mean, factor * self.low, factor * self.high, self.seeds)
 
     def text(self, digits: int = 3) -> str:
-        """Gives `mean +- half`, or the bare mean where there is no interval."""
+        """Return `mean +- half`, or the bare mean where there is no interval."""
         return self._text(f".{digits}f", digits)
 
     def signed(self, digits: int = 1) -> str:
-        """Gives the text of a difference."""
+        """Return the text of a difference."""
         return self._text(f"+z.{digits}f", digits)
 
     def _text(self, form: str, digits: int) -> str:
@@ -42,7 +42,7 @@ class Interval(NamedTuple):
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Gives the mean over seeds and its t interval.
+    """Return the mean over seeds and its t interval.
 
         mean +- t_{n - 1} s / sqrt(n)
 
@@ -71,7 +71,7 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
 
 
 def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Interval | None:
-    """Gives the interval of a difference, seed by seed.
+    """Return the interval of a difference, seed by seed.
 
     What a seed does to both, such as its data, is not in the interval; a difference is there where
     the interval excludes zero.
@@ -88,7 +88,7 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Interval | None:
 
 
 def compare(a: Interval, b: Interval) -> Verdict:
-    """Says whether `a` is higher or lower than `b`: only where both have an interval and the
+    """Return whether `a` is higher or lower than `b`: only where both have an interval and the
     intervals do not touch."""
     if min(a.seeds, b.seeds) < 2:
         return "not separated"

@@ -17,7 +17,7 @@ _PREFIX = "metaplastic_"
 
 
 def source_of(label: str) -> str | None:
-    """Gives the label of a metaplastic form's source, or None."""
+    """Return the label of a metaplastic form's source, or None."""
     if not label.startswith(_PREFIX):
         return None
     return label.removeprefix(_PREFIX).split(" ")[0]
@@ -35,7 +35,7 @@ def against_source(label: str, values: dict[str, Interval], *, good: str = "high
 
 
 def capacity_rows(curves: Sequence[CapacityCurve]) -> list[dict[str, Any]]:
-    """Gives one row per variant, kind of keys and number of pairs."""
+    """Return one row per variant, kind of keys and number of pairs."""
     return [
         {
             "label": c.label,

@@ -140,11 +140,11 @@ class Task(BaseModel):
         return self.keys[1], self.vocab
 
     def smallest_length(self, load: int) -> int:
-        """Gives the shortest example that has room for a load."""
+        """Return the shortest example that has room for a load."""
         return _KINDS[self.name].room(self, load)
 
     def largest_load(self) -> int:
-        """Gives the load that the vocabulary has enough keys for."""
+        """Return the load that the vocabulary has enough keys for."""
         return _KINDS[self.name].most(self)
 
     def check(self) -> None:
@@ -184,7 +184,7 @@ class Batch(NamedTuple):
 
 
 def generator(*parts: int | str) -> Generator:
-    """Gives the random generator of a purpose, named by numbers and words."""
+    """Return the random generator of a purpose, named by numbers and words."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -221,7 +221,7 @@ def draw(
 
 
 def data_hash(*batches: Batch) -> str:
-    """Gives the SHA-256 of examples, for reports: equal data has equal hashes."""
+    """Return the SHA-256 of examples, for reports: equal data has equal hashes."""
     digest = hashlib.sha256()
     for batch in batches:
         for x in (batch.inputs, batch.labels):
@@ -240,7 +240,7 @@ def _any(span: tuple[int, int], shape: tuple[int, ...], rng: Generator) -> Tenso
 
 
 def _blank(task: Task, count: int, rng: Generator) -> tuple[Tensor, Tensor]:
-    """Gives filler everywhere, and labels that ask for nothing."""
+    """Return filler everywhere, and labels that ask for nothing."""
     inputs = _any(task.filler, (count, task.length), rng)
     return inputs, torch.full_like(inputs, IGNORED)
 

@@ -106,7 +106,7 @@ class Run(BaseModel):
     """Device."""
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Gives a changed copy, which has a key of its own."""
+        """Return a changed copy, which has a key of its own."""
         copy = super().model_copy(update=update, deep=deep)
         copy.__dict__.pop("key", None)
         return copy
@@ -166,7 +166,7 @@ def _step_batch(run: Run, step: int) -> Batch:
 
 
 def _losses(given: Tensor, wanted: Tensor) -> Tensor:
-    """Gives the loss of every answer: nats, or for vectors half the mean squared error."""
+    """Return the loss of every answer: nats, or for vectors half the mean squared error."""
     if wanted.is_floating_point():
         return (given - wanted).square().mean(-1) / 2
     return F.cross_entropy(given, wanted, reduction="none")
@@ -179,7 +179,7 @@ def _loss(model: nn.Module, batch: Batch, device: str) -> Tensor:
 
 @torch.no_grad()
 def _evaluate(model: nn.Module, batch: Batch, device: str, size: int = 64) -> dict[str, Any]:
-    """Gives loss, accuracy and, where the task has groups, the accuracy of each. The accuracy of
+    """Return loss, accuracy and, where the task has groups, the accuracy of each. The accuracy of
     vectors is the share of their variance that is explained."""
     model.eval()
     asked, wanted = batch.asked, batch.labels[batch.asked]
@@ -337,8 +337,8 @@ def step_seconds(run: Run) -> float:
 
 
 def evaluate(model: nn.Module, run: Run) -> list[dict[str, Any]]:
-    """Gives load, length, loss and accuracy of a model at every evaluation point of the run's task,
-    its own first."""
+    """Return load, length, loss and accuracy of a model at every evaluation point of the run's
+    task, its own first."""
     held_out = evaluation_data(run.task, run.training.eval_examples)
     points = [
         {"load": load, "length": length} | _evaluate(model, batch, run.device)
@@ -439,7 +439,7 @@ def _start(run: Run, folder: Path | None) -> Model:
 
 
 def _peak_memory(device: str) -> int:
-    """Gives the device's peak in bytes, on a CPU that of the whole process."""
+    """Return the device's peak in bytes, on a CPU that of the whole process."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -22,7 +22,7 @@ def base_model(folder: Path) -> str:
 
 
 def _front_matter(card: str) -> list[str]:
-    """Gives the metadata lines of a source's card, but for its own base model."""
+    """Return the metadata lines of a source's card, but for its own base model."""
     match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card, re.DOTALL)
     kept: list[str] = []
     inside = False
@@ -54,7 +54,7 @@ def model_card(
     remote_code: bool = False,
     dtype: str | None = None,
 ) -> str:
-    """Gives the text of the card.
+    """Return the text of the card.
 
     Args:
         source: the source folder.

@@ -45,11 +45,11 @@ class Cast:
     """Largest difference of a number from what it was."""
 
     def changes(self, shard: Shard) -> bool:
-        """Says whether any tensor of a file gets another dtype."""
+        """Return whether any tensor of a file gets another dtype."""
         return any(self.targets[key] != info.dtype for key, info in shard.tensors.items())
 
     def tensors(self, shard: Shard) -> dict[str, TensorInfo]:
-        """Gives the new header's entries, in the old order."""
+        """Return the new header's entries, in the old order."""
         found = {}
         for key, info in shard.tensors.items():
             code = self.targets[key]
@@ -60,7 +60,7 @@ class Cast:
         return found
 
     def header(self, shard: Shard) -> bytes:
-        """Gives the first bytes of the new file, up to its data."""
+        """Return the first bytes of the new file, up to its data."""
         entries: dict[str, object] = {}
         if shard.metadata:
             entries["__metadata__"] = dict(shard.metadata)
@@ -78,7 +78,7 @@ class Cast:
         return struct.pack("<Q", len(raw)) + raw
 
     def size(self, shard: Shard) -> int:
-        """Gives the new file's length."""
+        """Return the new file's length."""
         return len(self.header(shard)) + sum(t.nbytes for t in self.tensors(shard).values())
 
     def write(self, f: BinaryIO, shard: Shard) -> None:
@@ -110,7 +110,7 @@ class Cast:
 
 
 def _blocks(shard: Shard) -> Iterator[tuple[str, TensorInfo, bytes]]:
-    """Gives the data of a file in order, in blocks of whole numbers."""
+    """Return the data of a file in order, in blocks of whole numbers."""
     with shard.path.open("rb") as f:
         f.seek(shard.size - shard.data_bytes)
         for key, info in shard.tensors.items():
@@ -177,7 +177,7 @@ def plan_cast(
 
 
 def _kept_by_family(dtype: Dtype, family: Family, architecture: str, config: Any) -> set[str]:
-    """Gives the tensors, by their names in files, that transformers keeps in float32 when it loads
+    """Return the tensors, by their names in files, that transformers keeps in float32 when it loads
     the model in a narrower dtype."""
     # Late, since that module imports this one.
     from glazoo.converters.checkpoint import _stored, _without_text_prefix
@@ -198,7 +198,7 @@ def _kept_by_family(dtype: Dtype, family: Family, architecture: str, config: Any
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """Gives a configuration that names another dtype, in its parts too."""
+    """Return a configuration that names another dtype, in its parts too."""
     changed = dict(config)
     for key, value in config.items():
         if key in ("dtype", "torch_dtype") and (value is None or isinstance(value, str)):
@@ -245,7 +245,7 @@ def is_cast_of(old: Sequence[Shard], new: Sequence[Shard], dtype: str) -> tuple[
 
 
 def _tensor(shard: Shard, key: str, step: int) -> Iterator[bytes]:
-    """Gives one tensor's data in pieces."""
+    """Return one tensor's data in pieces."""
     start = shard.size - shard.data_bytes
     for name, info in shard.tensors.items():
         if name == key:

@@ -285,7 +285,7 @@ def _quant_method(raw: Mapping[str, Any]) -> str:
 def _packed_modules(
     folder: Path, family: Family, raw: Mapping[str, Any], shards: Sequence[Shard]
 ) -> set[str]:
-    """Gives the modules whose tensors a quantised checkpoint holds in a form of its own."""
+    """Return the modules whose tensors a quantised checkpoint holds in a form of its own."""
     if raw.get("quantization_config") is None:
         return set()
     packed = {
@@ -303,7 +303,7 @@ def _packed_modules(
 
 
 def _within(key: str, modules: set[str]) -> bool:
-    """Says whether a tensor belongs to one of the modules or to a part of it."""
+    """Return whether a tensor belongs to one of the modules or to a part of it."""
     return any(key[: at.start()] in modules for at in re.finditer(r"\.", key)) if modules else False
 
 
@@ -452,20 +452,20 @@ def _check_model(
 
 
 def _without_text_prefix(family: Family, key: str) -> str:
-    """Gives a name as it is in a text model, if multimodal checkpoints may hold it under
+    """Return a name as it is in a text model, if multimodal checkpoints may hold it under
     another."""
     return key if family.multimodal else re.sub(r"^model\.language_model\.", "model.", key)
 
 
 def _stored_shapes(model: Any) -> tuple[dict[str, tuple[int, ...]], bool]:
-    """Gives the shapes of a model's tensors by the names that files have for them, and whether that
-    could be worked out."""
+    """Return the shapes of a model's tensors by the names that files have for them, and whether
+    that could be worked out."""
     state, known = _stored(model, model.state_dict())
     return {key: tuple(t.shape) for key, t in state.items()}, known
 
 
 def _stored(model: Any, state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], bool]:
-    """Gives a model's tensors by the names that files have for them, and whether that could be
+    """Return a model's tensors by the names that files have for them, and whether that could be
     worked out."""
     try:
         from transformers.core_model_loading import revert_weight_conversion
@@ -521,7 +521,7 @@ def _aside(folder: Path, paths: Sequence[Path]) -> list[Path]:
 
 
 def _stored_names(folder: Path, paths: Sequence[Path], replaced: set[str]) -> dict[Path, str]:
-    """Gives the places of a source's further files in the converted folder.
+    """Return the places of a source's further files in the converted folder.
 
     Weights in other formats would be mistaken for the converted model's, our own folder must not be
     overwritten, and the files in `replaced` get successors: they are kept aside. What belongs to
@@ -922,7 +922,7 @@ def revert_checkpoint(
     force: bool = False,
     progress: Progress | None = None,
 ) -> RevertReport:
-    """Gives back, byte for byte, the folder that a converted one was made from.
+    """Restore, byte for byte, the folder that a converted one was made from.
 
     If the conversion was asked to cast the weights, they come back as they were cast, under their
     old names, and configuration and index say so.
@@ -1002,7 +1002,7 @@ def revert_checkpoint(
 def _recast(
     kept: Path, entries: Sequence[tuple[str, str, int, str]], source: Path, dtype: str
 ) -> bytes:
-    """Gives the source's configuration or index as it is for weights in another dtype."""
+    """Return the source's configuration or index as it is for weights in another dtype."""
     data = _read_json(kept, kept.name)
     if kept.name == CONFIG:
         return _dump(with_dtype(data, dtype))

@@ -61,7 +61,7 @@ def load_converted(folder: str | Path, **options: Any) -> nn.Module:
 
 
 def _measured(model: nn.Module) -> Iterator[tuple[nn.Module, ImportanceGate, Spec]]:
-    """Returns the layers whose importance is what gates add to a prior, each with its gate and its
+    """Return the layers whose importance is what gates add to a prior, each with its gate and its
     metaplastic spec."""
     for layer, gate, spec in metaplastic_layers(model):
         if "none" not in (gate.spec.gate.shape, gate.spec.prior.shape):
@@ -70,7 +70,7 @@ def _measured(model: nn.Module) -> Iterator[tuple[nn.Module, ImportanceGate, Spe
 
 @torch.no_grad()
 def gate_summaries(model: nn.Module) -> tuple[GateSummary, ...]:
-    """Gives plasticity and prior of every layer and head."""
+    """Return plasticity and prior of every layer and head."""
     found: dict[int, GateSummary] = {}
     for _, gate, _ in _measured(model):
         kappa, prior = gate.kappa(), gate.prior(torch.float64)

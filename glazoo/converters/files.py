@@ -44,7 +44,7 @@ class Terminated(SystemExit):
 
 
 def checksum(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """Gives a file's SHA-256, read in blocks."""
+    """Return a file's SHA-256, read in blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as f:
         while block := f.read(_BLOCK):
@@ -55,7 +55,7 @@ def checksum(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
 
 
 def size_text(n: int) -> str:
-    """Gives a number of bytes for people."""
+    """Return a number of bytes for people."""
     value, unit = float(n), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1024 or unit == "TiB":
@@ -86,7 +86,7 @@ _LEFT = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-[^.]*")
 
 
 def leftovers(folder: Path, name: str | None = None) -> list[Leftover]:
-    """Returns what killed runs have left in a folder, of one destination or of all.
+    """Return what killed runs have left in a folder, of one destination or of all.
 
     Raises:
         OSError: the folder cannot be read.

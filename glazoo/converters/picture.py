@@ -63,7 +63,7 @@ def write_plot(report: InspectReport, path: Path) -> Path:
 
 
 def numbers(report: InspectReport) -> str:
-    """Gives the numbers of the picture as CSV: one line per layer and head."""
+    """Return the numbers of the picture as CSV: one line per layer and head."""
     out = io.StringIO()
     head = ["layer", "head", "plasticity", "prior"]
     if report.use:
@@ -157,7 +157,7 @@ def _maps(report: InspectReport) -> list[_Map]:
 
 
 def _log_range(rows: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Gives limits of a logarithmic scale that differ even if the values do not."""
+    """Return limits of a logarithmic scale that differ even if the values do not."""
     values = [x for row in rows for x in row if x > 0 and math.isfinite(x)]
     low, high = (min(values), max(values)) if values else (1.0, 1.0)
     return (low, high) if high > 1.5 * low else (low / 1.5, high * 1.5)
@@ -179,7 +179,7 @@ def _log_ticks(low: float, high: float) -> Any:
 
 
 def _some(count: int, most: int) -> list[int]:
-    """Gives at most so many positions, evenly spaced."""
+    """Return at most so many positions, evenly spaced."""
     step = -(-count // most)
     return list(range(0, count, step))
 

@@ -33,7 +33,7 @@ __all__ = [
 
 
 def versions() -> dict[str, str]:
-    """Gives the versions of Python and of the packages that a conversion depends on."""
+    """Return the versions of Python and of the packages that a conversion depends on."""
     found = {"python": platform.python_version()}
     for name in ("glazoo", "torch", "transformers", "safetensors"):
         try:
@@ -57,12 +57,12 @@ class Report:
     """Common to all reports."""
 
     def to_json(self) -> dict[str, Any]:
-        """Gives the report as JSON data."""
+        """Return the report as JSON data."""
         data: dict[str, Any] = plain(dataclasses.asdict(self))
         return data
 
     def to_markdown(self) -> str:
-        """Gives the report as readable text."""
+        """Return the report as readable text."""
         raise NotImplementedError
 
     def write(self, path: Path | str) -> None:
@@ -325,7 +325,7 @@ class VerifyReport(Report):
         return all(c.passed for c in self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        """Gives the report as JSON data."""
+        """Return the report as JSON data."""
         return {"passed": self.passed, **Report.to_json(self)}
 
     def to_markdown(self) -> str:

@@ -28,7 +28,7 @@ def read_tokens(
     split: str | None = None,
     limit: int | None = None,
 ) -> NDArray[Any]:
-    """Gives the token ids of texts, one axis; texts are separated by the end of text.
+    """Return the token ids of texts, one axis; texts are separated by the end of text.
 
     Args:
         texts: UTF-8 text files, or one folder with a data set: written by `save_to_disk`, or one of
@@ -65,7 +65,7 @@ def read_splits(
     limit: int | None = None,
     validation_limit: int | None = None,
 ) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """Gives the token ids for training and for evaluation, the latter None where there is no split
+    """Return the token ids for training and for evaluation, the latter None where there is no split
     for it.
 
     Args:
@@ -101,7 +101,7 @@ def read_splits(
 
 
 def _folder(texts: Sequence[str | Path]) -> Path | None:
-    """Gives the data set's folder, if it is one."""
+    """Return the data set's folder, if it is one."""
     if not texts:
         raise ConversionError("texts: got no file, expected at least one")
     folders = [Path(t) for t in texts if Path(t).is_dir()]
@@ -192,7 +192,7 @@ def _chosen(splits: Mapping[str, Any], asked: str | None) -> str:
 
 
 def _rows(folder: Path, data: Any, column: str) -> Iterator[str]:
-    """Gives the texts of one split; checks the column before it gives the first."""
+    """Return the texts of one split; checks the column before it gives the first."""
     try:
         rows = iter(data)
         first = next(rows, None)

@@ -107,7 +107,7 @@ def _processor(folder: Path, model_type: str, found: dict[str, Any]) -> dict[str
 
 
 def source_tokenizer(folder: Path) -> Any | None:
-    """Returns the tokenizer of a source folder, None if it has none.
+    """Return the tokenizer of a source folder, None if it has none.
 
     Raises:
         ConversionError: it does not load.
@@ -126,7 +126,7 @@ def source_tokenizer(folder: Path) -> Any | None:
 
 
 def difference(own: Any, destination: Path, converted_type: str) -> str | None:
-    """Returns how the token ids of a converted folder differ from those of its source's tokenizer,
+    """Return how the token ids of a converted folder differ from those of its source's tokenizer,
     with glazoo or without it; None if they do not."""
     expected = _ids(own)
     for model_type in (None, converted_type):
@@ -147,7 +147,8 @@ def _problem(folder: Path, expected: list[list[int]], model_type: str | None) ->
 
 
 def _ids(tokenizer: Any) -> list[list[int]]:
-    """Gives the ids of every text, with special tokens and without, and those of special tokens."""
+    """Return the ids of every text, with special tokens and without, and those of special
+    tokens."""
     return [
         *(tokenizer(text)["input_ids"] for text in TEXTS),
         *(tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS),

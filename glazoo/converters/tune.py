@@ -84,7 +84,7 @@ def save_gates(
 
 
 def _gates_apart(folder: Path) -> bool:
-    """Says whether a folder keeps its gates in files of their own, as conversions write them."""
+    """Return whether a folder keeps its gates in files of their own, as conversions write them."""
     _, shards = _read_shards(folder)
     kinds = [{".metaplastic." in key for key in shard.tensors} for shard in shards]
     return {True} in kinds and {True, False} not in kinds
@@ -118,7 +118,7 @@ def _examples(
     validation: float,
     **options: Any,
 ) -> tuple[Blocks, Blocks]:
-    """Gives the examples for training and for evaluation, which are apart."""
+    """Return the examples for training and for evaluation, which are apart."""
     from glazoo.training import Blocks
 
     # The end of the text is kept for evaluation: so much more is to be read.

@@ -48,7 +48,7 @@ class _Run:
 
 
 def _prompts(config: Any, batch: int, tokens: int, steps: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Gives random token ids [batch, tokens + steps] and a mask [batch, tokens] with padding of
+    """Return random token ids [batch, tokens + steps] and a mask [batch, tokens] with padding of
     uneven length on the left."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, int(config.vocab_size), (batch, tokens + steps), generator=generator)
@@ -84,7 +84,7 @@ class _Caller:
         self.cache = next((name for name in CACHES if name in taken), CACHES[0])
 
     def __call__(self, ids: Tensor, cache: Any = None, start: int = 0) -> tuple[Tensor, Any]:
-        """Gives the logits of tokens that follow `start` cached ones, and the cache."""
+        """Return the logits of tokens that follow `start` cached ones, and the cache."""
         arguments: dict[str, Any] = {"use_cache": True}
         if cache is not None:
             arguments[self.cache] = cache
@@ -97,7 +97,7 @@ class _Caller:
 
 
 def _decode(call: _Caller, ids: Tensor, tokens: int) -> Tensor:
-    """Gives the logits of the last token of a prompt and of those decoded one at a time after
+    """Return the logits of the last token of a prompt and of those decoded one at a time after
     it."""
     logits, cache = call(ids[:, :tokens])
     decoded = [logits[:, -1:]]
@@ -444,7 +444,7 @@ def _check_ids(source: Path, destination: Path, family: Family) -> tuple[Check, 
 
 
 def _cast_dtype(folder: Path) -> str | None:
-    """Gives the dtype that a conversion cast the source's weights to, None if it did not."""
+    """Return the dtype that a conversion cast the source's weights to, None if it did not."""
     from glazoo.converters.checkpoint import MANIFEST, _read_json
 
     if not (folder / MANIFEST).is_file():
@@ -494,7 +494,7 @@ def _distance(
     seed: int,
     device: str | torch.device,
 ) -> float:
-    """Gives the largest difference of two folders' logits, loaded one after the other."""
+    """Return the largest difference of two folders' logits, loaded one after the other."""
     found: list[Tensor] = []
     for folder in (one, other):
         model: Any = _load(cls, folder, torch.float32).to(device).eval()
@@ -662,8 +662,8 @@ def _own_model(module: ModuleType, config: Any) -> Any:
 
 
 def _clean_module(family: Family) -> ModuleType:
-    """Gives a copy of a family's modeling code that computes in float64 where the original casts to
-    float32."""
+    """Return a copy of a family's modeling code that computes in float64 where the original casts
+    to float32."""
     name = family.modeling + _CLEAN
     if name in sys.modules:
         return sys.modules[name]
@@ -695,7 +695,7 @@ def _clean_module(family: Family) -> ModuleType:
 
 
 def clean_float64_model(family: Family | str, architecture: str | None = None) -> type[Any]:
-    """Gives a copy of a source model's class whose casts to float32 go to float64 instead.
+    """Return a copy of a source model's class whose casts to float32 go to float64 instead.
 
     Cast to float64, the original rounds to float32 in several places: two float64 runs then agree
     to float32 only.

@@ -38,7 +38,7 @@ _ENGINES: dict[str, Engine] = {
 
 
 def available() -> tuple[str, ...]:
-    """Gives the names of the engines that run everywhere and in every precision.
+    """Return the names of the engines that run everywhere and in every precision.
 
     `triton` needs a GPU, or its interpreter, and has no float64.
     """
@@ -51,7 +51,7 @@ def _say(name: str, device: str) -> None:
 
 
 def pick(impl: str, call: Call) -> Engine:
-    """Gives the engine that `impl` names; `auto` is the chunked engine, which serves every program
+    """Return the engine that `impl` names; `auto` is the chunked engine, which serves every program
     and device.
 
     Raises:

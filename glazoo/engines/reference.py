@@ -158,7 +158,7 @@ class _Sequence:
         return self.spec.posterior.precision == "full" or self.spec.importance_per_synapse
 
     def _writes(self, t: int) -> list[_Write]:
-        """Gives the writes of token t in order, each with the decay that acts right before it."""
+        """Return the writes of token t in order, each with the decay that acts right before it."""
         steps = self.spec.steps
         decay = self._decay(t)
         if steps.source == "lagged":
@@ -263,7 +263,7 @@ class _Sequence:
         self.memory = mean + rate * (w.k * (strength * w.v) - removed)
 
     def _exact_strength(self, w: _Write, before: Tensor) -> Tensor:
-        """Gives what the exact gain makes of the write gate: [B, HV, 1, 1 or V]."""
+        """Return what the exact gain makes of the write gate: [B, HV, 1, 1 or V]."""
         found = w.beta * (w.k.square() / before).sum(2, keepdim=True)
         if self.spec.posterior.beta == "precision":
             return w.beta / (1 + found)

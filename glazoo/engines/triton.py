@@ -13,7 +13,7 @@ __all__ = ["run", "runnable"]
 
 
 def runnable() -> bool:
-    """Whether kernels can run here: on a GPU, or on a CPU in Triton's interpreter."""
+    """Return whether kernels can run here: on a GPU, or on a CPU in Triton's interpreter."""
     return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
@@ -44,7 +44,7 @@ def run(call: Call) -> Result:
 
 
 def _tokens(call: Call) -> torch.dtype:
-    """Gives the dtype in which kernels take the tokens: that in which they came, if it can be.
+    """Return the dtype in which kernels take the tokens: that in which they came, if it can be.
 
     Kernels accumulate in float32 and keep float32 states whatever the tokens' dtype.
     """

@@ -59,7 +59,7 @@ class Call:
     parameters: tuple[str, ...]
     """Its leading parameters, as far as mixers pass them by position."""
     read: _Reader
-    """Gives the operands of a call."""
+    """Return the operands of a call."""
     operands: Mapping[str, str] = field(default_factory=dict)
     """Operand to parameter, where the names differ."""
     unequal: Mapping[str, object] = field(default_factory=dict)
@@ -134,7 +134,7 @@ def _tokens(call: Call, found: Mapping[str, Any]) -> Recurrence:
 
 
 def _log_decay(found: Mapping[str, Any], x: Tensor) -> Tensor:
-    """Give the log decays that a function makes of its argument itself: one per head, or one per
+    """Return the log decays that a function makes of its argument itself: one per head, or one per
     head and key channel."""
     rate: Tensor | None = found.get("A_log")
     bias: Tensor | None = found.get("dt_bias")

@@ -142,8 +142,8 @@ def _names(code: CodeType) -> set[str]:
 
 
 def _methods(cls: type) -> Iterator[tuple[str, Any, FunctionType]]:
-    """Give every method of a class and its bases, as it is found there and as it was written; what
-    is overridden comes first."""
+    """Return every method of a class and its bases, as it is found there and as it was written;
+    what is overridden comes first."""
     for base in reversed(cls.__mro__):
         if base in (nn.Module, object):
             continue

@@ -38,7 +38,8 @@ class Packed:
         return rows, self.positions
 
     def apart(self, x: Tensor, fill: float = 0) -> Tensor:
-        """Give every document a row of its own: [B, T, ...] to [N, L, ...], filled on the right."""
+        """Return every document a row of its own: [B, T, ...] to [N, L, ...], filled on the
+        right."""
         rows, columns = self.places
         shape = (int(rows.max()) + 1, int(columns.max()) + 1, *x.shape[2:])
         return x.new_full(shape, fill).index_put((rows, columns), x)

@@ -117,7 +117,7 @@ class Settings:
         )
 
     def metaplastic_spec(self, source: Spec) -> Spec:
-        """Gives the spec that the converted mixers follow, from that of the source's."""
+        """Return the spec that the converted mixers follow, from that of the source's."""
         gain: Gain | None = "first_order" if source.posterior.gain == "first_order" else None
         data = metaplasticize(source, gate=self.gate, gain=gain, rank=self.rank).model_dump()
         data["posterior"] |= {"gain": self.gain, "beta": self.beta}
@@ -125,7 +125,7 @@ class Settings:
         return Spec.model_validate(data)
 
     def to_block(self) -> dict[str, Any]:
-        """Gives the block as JSON data."""
+        """Return the block as JSON data."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod

@@ -595,7 +595,7 @@ class GatedLinearAttention(KeepsWide):
                 )
 
     def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
-        """Gives the shape of every tensor of the layer's state, by name."""
+        """Return the shape of every tensor of the layer's state, by name."""
         n = self.sizes
         sizes = {"N": batch, "HV": n.heads, "K": self.keys, "V": n.value, "H": self.op_key_heads}
         shapes = {p.name: tuple(sizes[d] for d in p.shape) for p in self._parts}
@@ -620,7 +620,7 @@ class GatedLinearAttention(KeepsWide):
         return self.sizes.heads if per_head else self.sizes.key_heads
 
     def _inputs(self, x: Tensor, ctx: _Context) -> _Inputs:
-        """Gives what the projections read: the input, its shifted forms, the inner branch."""
+        """Return what the projections read: the input, its shifted forms, the inner branch."""
         shifted: dict[str, Tensor] = {}
         branch = conv = None
         if self.shift is not None:
@@ -654,7 +654,7 @@ class GatedLinearAttention(KeepsWide):
         ctx: _Context,
         first_values: Tensor | None,
     ) -> dict[str, Tensor]:
-        """Gives q, k and v as the recurrence takes them, and the erase key if there is one."""
+        """Return q, k and v as the recurrence takes them, and the erase key if there is one."""
         layer = self.spec.layer
         q = self._projected("q", inputs, ctx)
         k = self._projected("k", inputs, ctx) if self.spec.key == "operand" else None
@@ -817,7 +817,7 @@ class GatedLinearAttention(KeepsWide):
             operands |= self.metaplastic(inputs.hidden, self._observed(operands))
 
     def _observed(self, operands: dict[str, Tensor]) -> Tensor | None:
-        """Gives what the importance gate multiplies."""
+        """Return what the importance gate multiplies."""
         if "beta" not in operands:
             return None
         # Keys that follow from the decay are no stream of the layer.
@@ -912,7 +912,7 @@ class _Inputs(NamedTuple):
     conv: Tensor | None
 
     def of(self, use: str, kind: str) -> Tensor:
-        """Gives the input of one use."""
+        """Return the input of one use."""
         if kind == "shift":
             return self.shifted[use]
         found = {"hidden": self.hidden, "branch": self.branch, "conv": self.conv}[kind]
@@ -921,7 +921,7 @@ class _Inputs(NamedTuple):
 
 
 def _take(x: Tensor, order: Int[Tensor, "B T"]) -> Tensor:
-    """Gives every row's tokens in an order of its own."""
+    """Return every row's tokens in an order of its own."""
     return x[torch.arange(x.shape[0], device=x.device)[:, None], order]
 
 

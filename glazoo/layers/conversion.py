@@ -25,19 +25,20 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def layers_of(module: nn.Module) -> dict[str, GatedLinearAttention]:
-    """Gives the gated linear attention layers of a module by name; the module may be one itself."""
+    """Return the gated linear attention layers of a module by name; the module may be one
+    itself."""
     return {n: m for n, m in module.named_modules() if isinstance(m, GatedLinearAttention)}
 
 
 def gates(module: nn.Module) -> Iterator[tuple[str, ImportanceGate]]:
-    """Returns the importance gates of a metaplastic layer or model with their names."""
+    """Return the importance gates of a metaplastic layer or model with their names."""
     for name, m in module.named_modules():
         if isinstance(m, ImportanceGate):
             yield name, m
 
 
 def metaplastic_layers(module: nn.Module) -> Iterator[tuple[nn.Module, ImportanceGate, Spec]]:
-    """Returns the metaplastic layers of a model, our own or converted, each with gate and spec."""
+    """Return the metaplastic layers of a model, our own or converted, each with gate and spec."""
     for m in module.modules():
         gate = getattr(m, "metaplastic", None)
         if isinstance(gate, ImportanceGate):

@@ -86,7 +86,7 @@ class GateModule(KeepsWide):
     def forward(
         self, x: Float[Tensor, "B T D"], lower_bound: Float[Tensor, "width"] | None = None
     ) -> GateValue:
-        """Gives the gate of every token.
+        """Return the gate of every token.
 
         Args:
             x: [B, T, in_features], what is projected.

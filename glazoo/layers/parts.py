@@ -37,7 +37,7 @@ __all__ = [
 
 
 def wide_dtype(*xs: Tensor) -> torch.dtype:
-    """Gives the dtype of gate arithmetic: float32, or float64 if any tensor is."""
+    """Return the dtype of gate arithmetic: float32, or float64 if any tensor is."""
     dtype = torch.float32
     for x in xs:
         dtype = torch.promote_types(dtype, x.dtype)
@@ -45,7 +45,7 @@ def wide_dtype(*xs: Tensor) -> torch.dtype:
 
 
 def wide_parameter(*shape: int, trainable: bool = True) -> nn.Parameter:
-    """Gives an unset parameter in float32 or wider, whatever the default dtype is."""
+    """Return an unset parameter in float32 or wider, whatever the default dtype is."""
     dtype = torch.promote_types(torch.float32, torch.get_default_dtype())
     return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=trainable)
 
@@ -227,7 +227,7 @@ def projection(
     weight_init: Init | None = None,
     bias_init: Init | None = None,
 ) -> Projection | LowRank:
-    """Gives a full or a low-rank projection."""
+    """Return a full or a low-rank projection."""
     if rank is None:
         return Projection(
             in_features, out_features, bias=bias, weight_init=weight_init, bias_init=bias_init
@@ -304,7 +304,7 @@ class OutputNorm(nn.Module):
 def _tail(
     extended: Tensor, count: int, ends: Int[Tensor, "B"] | None
 ) -> Float[Tensor, "B count C"]:
-    """Gives the last `count` real entries of `extended`, whose first `count` are the old context.
+    """Return the last `count` real entries of `extended`, whose first `count` are the old context.
 
     `ends` is the number of entries after the old context up to the last real token.
     """
@@ -422,7 +422,7 @@ class TokenShift(KeepsWide):
         ends: Int[Tensor, "B"] | None = None,
         starts: Int[Tensor, "T"] | None = None,
     ) -> tuple[dict[str, Tensor], Float[Tensor, "B 1 D"]]:
-        """Gives one interpolated input per use, and the context for what follows."""
+        """Return one interpolated input per use, and the context for what follows."""
         self.refuse_narrow()
         if context is None:
             context = x.new_zeros(x.shape[0], 1, x.shape[2])
@@ -447,7 +447,7 @@ class TokenShift(KeepsWide):
 
 
 def feature_size(kind: str, size: int) -> int:
-    """Gives the channels of a head after a feature map."""
+    """Return the channels of a head after a feature map."""
     return {"taylor": 1 + size + size * size, "quadratic": size * size}.get(kind, size)
 
 
@@ -526,13 +526,13 @@ def rotate(
 
 
 def frequencies(size: int, base: float, device: torch.device) -> Float[Tensor, "n"]:
-    """Gives the angles per position of a rotary embedding over `size` channels."""
+    """Return the angles per position of a rotary embedding over `size` channels."""
     i = torch.arange(0, size, 2, dtype=torch.float32, device=device)
     return base ** (-i / size)
 
 
 def rotated_size(stream: Stream, size: int) -> int:
-    """Gives the number of channels of a head that the rotation turns, an even number."""
+    """Return the number of channels of a head that the rotation turns, an even number."""
     if stream.rotation == "none":
         return 0
     return 2 * int(size * stream.rotated / 2)

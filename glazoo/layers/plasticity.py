@@ -42,7 +42,7 @@ def observed_precision(
     beta: Float[Tensor, "B nT HV *V"],
     k: Float[Tensor, "B nT H K"],
 ) -> Float[Tensor, "B nT HV *V"]:
-    """Gives what the importance gate of a spec multiplies, from the write gate and the keys.
+    """Return what the importance gate of a spec multiplies, from the write gate and the keys.
 
         importance.gate.tie = precision:  min(beta / (1 - beta k.k), e^8), and e^8 from
                                           beta k.k = 1 on
@@ -92,7 +92,7 @@ def refused_plasticity(spec: Spec, plasticity: object) -> str | None:
 
 
 def default_rank(hidden_size: int) -> int:
-    """Returns the rank of an added gate's projection: a sixteenth of the width, 128 at most."""
+    """Return the rank of an added gate's projection: a sixteenth of the width, 128 at most."""
     return max(1, min(128, hidden_size // 16))
 
 
@@ -102,7 +102,7 @@ def importance_gate(
     write: Float[Tensor, "B nT HV *V"] | None,
     scale: Float[Tensor, " HV"] | None,
 ) -> Float[Tensor, "B nT HV *V"]:
-    """Gives the importance gate b >= 0 from its projection.
+    """Return the importance gate b >= 0 from its projection.
 
         b = scale [write] factor sigmoid(z)   or   scale [write] softplus(z)
 
@@ -229,7 +229,7 @@ class ImportanceGate(KeepsWide):
                 fill(p, self.start(name))
 
     def start(self, name: str) -> Tensor:
-        """Returns the start of one of the module's own parameters, float32, on the CPU."""
+        """Return the start of one of the module's own parameters, float32, on the CPU."""
         spec, shape = self.spec, tuple(self.get_parameter(name).shape)
         if name in ("b_down", "b_up"):
             init = spec.gate.weight_init if name == "b_up" else None
@@ -258,7 +258,7 @@ class ImportanceGate(KeepsWide):
     def forward(
         self, x: Float[Tensor, "B T D"], write: Float[Tensor, "B nT HV *V"] | None
     ) -> dict[str, Tensor]:
-        """Gives the operands of the recurrence that concern importance, those that the spec has.
+        """Return the operands of the recurrence that concern importance, those that the spec has.
 
         Args:
             x: [B, T, D], the layer's input.
@@ -294,14 +294,14 @@ class ImportanceGate(KeepsWide):
         return z if self.b_bias is None else z + self.b_bias.to(dtype)
 
     def kappa(self) -> Float[Tensor, "HV"] | None:
-        """Returns the plasticity kappa >= 0 of every head; None where the spec has none."""
+        """Return the plasticity kappa >= 0 of every head; None where the spec has none."""
         if self.b_scale is None:
             return None
         clamped = self.spec.scale.parameterization == "clamp"
         return live_clamp(self.b_scale) if clamped else F.softplus(self.b_scale)
 
     def prior(self, dtype: torch.dtype) -> Float[Tensor, "HV *K"] | None:
-        """Returns the prior importance I_p > 0, [HV] or [HV, K]; None where the spec has none."""
+        """Return the prior importance I_p > 0, [HV] or [HV, K]; None where the spec has none."""
         if self.ip_log is None:
             return None
         if self.spec.prior.parameterization == "exp":

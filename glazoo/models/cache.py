@@ -74,15 +74,15 @@ class RecurrentCacheLayer(CacheLayerMixin):
         raise ValueError("cache: a recurrent layer's cache holds no keys and values")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Gives the length and offset that a mask over all tokens has."""
+        """Return the length and offset that a mask over all tokens has."""
         return self.tokens + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Gives the number of tokens seen, padding included."""
+        """Return the number of tokens seen, padding included."""
         return self.tokens
 
     def get_max_length(self) -> int:
-        """Gives -1: the state does not grow."""
+        """Return -1: the state does not grow."""
         return -1
 
     def offload(self) -> None:
@@ -151,7 +151,7 @@ STATIC_LAYER_TYPE_MAPPING[RECURRENT] = RecurrentCacheLayer
 
 
 def recurrent_layer(cache: Cache, index: int) -> RecurrentCacheLayer:
-    """Gives the cache of a recurrent layer.
+    """Return the cache of a recurrent layer.
 
     Raises:
         ValueError: the cache was made for another model.

@@ -185,7 +185,7 @@ class GlazooConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def spec(self, layer: int) -> Spec | None:
-        """Gives the spec of a layer, or None for softmax attention."""
+        """Return the spec of a layer, or None for softmax attention."""
         assert self.layer_specs is not None
         name = self.layer_specs[layer]
         if name == ATTENTION:
@@ -195,7 +195,7 @@ class GlazooConfig(PreTrainedConfig):
         return _resolve(self.specs[name])
 
     def sizes(self, layer: int) -> dict[str, int | None]:
-        """Gives the head counts and channels asked for a recurrent layer."""
+        """Return the head counts and channels asked for a recurrent layer."""
         assert self.layer_specs is not None
         own = (self.spec_sizes or {}).get(self.layer_specs[layer], {})
         if strangers := sorted(set(own) - set(_SIZES)):

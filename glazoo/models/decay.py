@@ -19,7 +19,7 @@ _RATES = ("A_log",)
 
 
 def no_weight_decay(model: nn.Module) -> Iterator[str]:
-    """Returns the names of the parameters that no weight decay should act on, beside the biases and
+    """Return the names of the parameters that no weight decay should act on, beside the biases and
     norms that every trainer knows: those that a module's `no_weight_decay` claims as a whole, and
     the decay rates of converted mixers."""
     for prefix, module in model.named_modules():

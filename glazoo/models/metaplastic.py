@@ -80,7 +80,7 @@ class _ConvertedConfig:
         return found, rest
 
     def to_json_string(self, *args: Any, **kwargs: Any) -> str:
-        """Gives the content of config.json."""
+        """Return the content of config.json."""
         data = loads(super().to_json_string(*args, **kwargs))  # type: ignore[misc]
         data["model_type"] = self.glazoo_family.converted_model_type
         return dumps(data, indent=2, sort_keys=True) + "\n"
@@ -93,7 +93,7 @@ class _ConvertedConfig:
 
 @functools.cache
 def config_class(family: Family) -> type[Any]:
-    """Gives the configuration class of a family's converted checkpoints."""
+    """Return the configuration class of a family's converted checkpoints."""
     base = family.source_config()
     if family.native:
         return base
@@ -205,8 +205,8 @@ def _without_cache(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_positions(given: dict[str, Any], packed: Packed, names: Sequence[str]) -> dict[str, Any]:
-    """Give the arguments by which attention takes rows apart: positions, and no mask. The mask has
-    no zeros."""
+    """Return the arguments by which attention takes rows apart: positions, and no mask. The mask
+    has no zeros."""
     positions, mask = given.get("position_ids"), {"attention_mask": None}
     if "position_ids" in names and positions is None:
         given = {**given, "position_ids": packed.positions}
@@ -286,7 +286,7 @@ def _find_packed(given: Mapping[str, Any]) -> Packed | None:
 
 @contextlib.contextmanager
 def _recomputing(model: nn.Module, packed: Packed) -> Iterator[None]:
-    """Give the bounds to the layers' second forward pass too, which gradient checkpointing runs
+    """Return the bounds to the layers' second forward pass too, which gradient checkpointing runs
     after this one has ended."""
 
     def apart(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -455,7 +455,7 @@ def convert_in_place(
 
 
 def _auto_mappings(module: ModuleType) -> Iterator[tuple[str, Any]]:
-    """Gives the mappings from configurations to classes that a module's Auto classes look up, with
+    """Return the mappings from configurations to classes that a module's Auto classes look up, with
     the names of those classes."""
     for name, auto in vars(module).items():
         mapping = getattr(auto, "_model_mapping", None)
@@ -464,7 +464,7 @@ def _auto_mappings(module: ModuleType) -> Iterator[tuple[str, Any]]:
 
 
 def auto_models(family: Family) -> dict[str, type[Any]]:
-    """Gives a family's model classes by the Auto class that loads them."""
+    """Return a family's model classes by the Auto class that loads them."""
     from transformers.models.auto import modeling_auto
 
     config = family.source_config()

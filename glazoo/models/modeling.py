@@ -113,7 +113,7 @@ class LowerBounds(KeepsWide):
         fill(self.logits, 0.0)
 
     def forward(self) -> Float[Tensor, "layers width"]:
-        """Gives the bounds of all layers."""
+        """Return the bounds of all layers."""
         self.refuse_narrow()
         share = self.logits.softmax(0)
         return share.cumsum(0) - share[0]
@@ -467,7 +467,7 @@ class GlazooForCausalLM(GlazooPreTrainedModel, GenerationMixin):
 
 
 def wide_names(module: nn.Module) -> list[str]:
-    """Gives the names of the parameters that stay float32 whatever the model is cast to."""
+    """Return the names of the parameters that stay float32 whatever the model is cast to."""
     return [
         f"{prefix}.{name}" if prefix else name
         for prefix, m in module.named_modules()
@@ -483,7 +483,7 @@ def _packed(
     cache: Cache | None,
     batch: int,
 ) -> Tensor | None:
-    """Gives the bounds of packed sequences, from the caller or from positions that start over."""
+    """Return the bounds of packed sequences, from the caller or from positions that start over."""
     if bounds is None:
         unpackable = mask is not None or cache is not None or batch != 1
         if position_ids is None or unpackable or torch.compiler.is_compiling():
@@ -502,7 +502,7 @@ def _packed(
 
 
 def _seen(cache: Cache, config: GlazooConfig) -> int:
-    """Gives the number of tokens that a cache has seen, after checking that it is this model's."""
+    """Return the number of tokens that a cache has seen, after checking that it is this model's."""
     types = config.layer_types
     if len(cache.layers) != len(types):
         raise ValueError(
@@ -543,7 +543,7 @@ def _padding(mask: Tensor | None, batch: int, past: int, tokens: int) -> Tensor 
 def _causal(
     padding: Tensor | None, packed: Tensor | None, past: int, tokens: int, device: torch.device
 ) -> Tensor | None:
-    """Gives the mask of softmax attention, [B, 1, T, past + T]; None for a plain causal one."""
+    """Return the mask of softmax attention, [B, 1, T, past + T]; None for a plain causal one."""
     if padding is None and packed is None and past == 0:
         return None
     row = torch.arange(past, past + tokens, device=device)[:, None]

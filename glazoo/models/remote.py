@@ -23,7 +23,7 @@ def __getattr__(name):
 
 
 def remote_map(family: Family) -> dict[str, str]:
-    """Gives the entry `auto_map` of config.json that names the classes of `REMOTE_CODE`."""
+    """Return the entry `auto_map` of config.json that names the classes of `REMOTE_CODE`."""
     from glazoo.models.metaplastic import auto_models, config_class
 
     module = REMOTE_CODE.removesuffix(".py")
@@ -45,7 +45,7 @@ def carry_code(config: Any, family: Family, folder: Path) -> None:
 
 
 def without_model_code(named: Any) -> Any:
-    """Gives an entry `auto_map` without the code that a folder brings for its model: the converted
+    """Return an entry `auto_map` without the code that a folder brings for its model: the converted
     model has classes of its own, and that file does not come along."""
     if not isinstance(named, Mapping):
         return named

@@ -65,7 +65,7 @@ def _wide_first(shard: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _topmost(module: nn.Module) -> Iterator[KeepsWide]:
-    """Give the modules with wide parameters that are in no other one and not sharded yet."""
+    """Return the modules with wide parameters that are in no other one and not sharded yet."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(module, FSDPModule):
@@ -78,7 +78,7 @@ def _topmost(module: nn.Module) -> Iterator[KeepsWide]:
 
 
 def _narrow(module: nn.Module) -> Iterator[nn.Module]:
-    """Give the largest parts below a module that have parameters, none of them wide."""
+    """Return the largest parts below a module that have parameters, none of them wide."""
     from torch.distributed.fsdp import FSDPModule
 
     for child in module.children():

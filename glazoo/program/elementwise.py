@@ -154,7 +154,7 @@ def exact_strength(
     found: Float[Tensor, "*shape"],
     square: Float[Tensor, "*shape"] | None,
 ) -> Float[Tensor, "*shape"]:
-    """What the exact gain makes of a write gate: gain = (k / I') strength.
+    """Return what the exact gain makes of a write gate: gain = (k / I') strength.
 
         a precision:  beta / (1 + beta found)
         a rate:       beta / ((m - s + beta found) / m),  s = beta square,  m = max(s, 1)

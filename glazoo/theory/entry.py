@@ -100,7 +100,7 @@ class Domain:
     """Tokens of one further instance that crosses the chunks of every engine; 0: none."""
 
     def sample(self, index: int, seed: int) -> Instance:
-        """Gives the index-th instance of a seed; the first one is large and has no edge cases."""
+        """Return the index-th instance of a seed; the first one is large and has no edge cases."""
         generator = torch.Generator().manual_seed((seed * 7919 + index) % 2**63)
 
         def draw(low: int, high: int) -> int:
@@ -118,7 +118,7 @@ class Domain:
         return Instance(B, T, H, G, K, V, regime, start, (seed * 31 + index) % 2**31)
 
     def sample_long(self, seed: int) -> Instance:
-        """Gives the instance that crosses chunks."""
+        """Return the instance that crosses chunks."""
         return Instance(1, self.long, 1, 2, 4, 3, self.regimes[0], self.start is not False, seed)
 
 
@@ -144,15 +144,15 @@ class Trial:
         return self.spec.scale(self.instance.K)
 
     def operands(self) -> Operands:
-        """Gives the operands; the decays of a fixed schedule are spelt out."""
+        """Return the operands; the decays of a fixed schedule are spelt out."""
         return explicit(self.program, self.instance.operands(self.spec, self.dtype))
 
     def state(self) -> State | None:
-        """Gives the state to start from."""
+        """Return the state to start from."""
         return self.instance.state(self.spec, self.dtype)
 
     def other(self, stream: int = 1) -> Operands:
-        """Gives further operands of the same sizes and regime."""
+        """Return further operands of the same sizes and regime."""
         i = self.instance
         fresh = Instance(
             i.B, i.T, i.H, i.G, i.K, i.V, i.regime, i.start, i.seed + 1_000_000 * stream
@@ -237,7 +237,7 @@ class Entry:
     """Whether it compares an implementation with the reference: says nothing of the reference."""
 
     def describe(self) -> dict[str, Any]:
-        """Gives the entry as plain data."""
+        """Return the entry as plain data."""
         return {
             "id": self.id,
             "statement": self.statement,
@@ -250,7 +250,7 @@ class Entry:
         }
 
     def judge(self, trial: Trial) -> Finding:
-        """Gives the worst comparison of an instance; a raised exception is a failure."""
+        """Return the worst comparison of an instance; a raised exception is a failure."""
         try:
             found = [self._finding(c, trial) for c in self.check(trial)]
         except NotImplementedError as e:
@@ -275,7 +275,7 @@ class Entry:
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
-    """Gives the largest difference over the larger of 1 and the expected size."""
+    """Return the largest difference over the larger of 1 and the expected size."""
     if actual.shape != expected.shape:
         return math.inf
     if actual.numel() == 0:
@@ -288,7 +288,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def excess(value: Tensor, limit: Tensor) -> float:
-    """Gives by how much a value exceeds its limit, over the larger of 1 and the limit's size."""
+    """Return by how much a value exceeds its limit, over the larger of 1 and the limit's size."""
     value, limit = torch.broadcast_tensors(value.detach().double(), limit.detach().double())
     if value.numel() == 0:
         return 0.0

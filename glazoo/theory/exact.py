@@ -22,11 +22,11 @@ class Posterior(NamedTuple):
     """One matrix over keys per value row."""
 
     def predict(self, q: Float[Tensor, "*B T K"]) -> Float[Tensor, "*B T V"]:
-        """Gives the posterior mean of the value at a query."""
+        """Return the posterior mean of the value at a query."""
         return torch.einsum("...tkv,...tk->...tv", self.mean, q.to(self.mean.dtype))
 
     def variance(self, q: Float[Tensor, "*B T K"]) -> Float[Tensor, "*B T V"]:
-        """Gives the posterior variance of the noiseless value at a query."""
+        """Return the posterior variance of the noiseless value at a query."""
         x = q.to(self.mean.dtype)[..., None, :, None]
         solved: Tensor = torch.linalg.solve(self.precision, x)
         return (x * solved).sum((-1, -2))
@@ -41,7 +41,8 @@ def posterior(
     prior: Float[Tensor, "K"] | float = 1.0,
     start: Float[Tensor, "*B K V"] | None = None,
 ) -> Posterior:
-    """Gives the exact posterior of online Bayesian linear regression that forgets toward its prior.
+    """Return the exact posterior of online Bayesian linear regression that forgets toward its
+    prior.
 
     Values are observed as v_s = M^T k_s + noise of precision beta_s per value row; the likelihood
     of token s is tempered by all decays after it; the prior of each row is N(m_0, diag(I_p)^-1):

@@ -29,7 +29,7 @@ _GATES: tuple[Literal["head", "value"], ...] = ("head", "value")
 def forms(
     which: Sequence[str | Path | Spec] | None = None, *, metaplastic: bool = True
 ) -> tuple[Form, ...]:
-    """Gives variants and, for those that have them, their metaplastic forms with both gate shapes
+    """Return variants and, for those that have them, their metaplastic forms with both gate shapes
     and every gain.
 
     Args:

@@ -78,7 +78,7 @@ class Instance:
         )
 
     def generator(self, stream: int = 0) -> torch.Generator:
-        """Gives the random generator of one stream of this instance."""
+        """Return the random generator of one stream of this instance."""
         return torch.Generator().manual_seed((self.seed * 1_000_003 + stream) % 2**63)
 
     def operands(self, spec: Spec, dtype: torch.dtype = torch.float64) -> Operands:
@@ -104,7 +104,8 @@ class Instance:
 
 
 def keys_are_unit(spec: Spec) -> bool:
-    """Whether a spec's keys have norm one: its layer normalises them or its delta rule needs it.
+    """Return whether a spec's keys have norm one: its layer normalises them or its delta rule needs
+    it.
 
     A delta rule on its own key contracts only for beta |k|^2 <= 2; longer keys make it diverge.
     """
@@ -312,7 +313,7 @@ def state(
 
 
 def dims(operand: Operand, x: Tensor) -> tuple[str, ...]:
-    """Gives the names of an operand's axes, for that of its accepted shapes which x has."""
+    """Return the names of an operand's axes, for that of its accepted shapes which x has."""
     return next(s for s in operand.shapes if len(s) == x.ndim)
 
 

@@ -59,7 +59,7 @@ def take_state(program: Program, state: State, dim: str, index: Tensor) -> State
 
 
 def tokens(program: Program, operands: Operands, start: int, end: int) -> Operands:
-    """Gives the operands of the tokens from `start` to `end` - 1."""
+    """Return the operands of the tokens from `start` to `end` - 1."""
     return take(program, operands, "T", torch.arange(start, end))
 
 
@@ -118,7 +118,7 @@ def values_as_heads_state(program: Program, state: State) -> State:
 
 
 def with_importance_gate(spec: Spec, shape: Literal["head", "value"]) -> Spec:
-    """Gives the same spec with an importance gate of another shape."""
+    """Return the same spec with an importance gate of another shape."""
     imp = spec.importance
     if imp is None:
         raise ValueError(f"spec: {spec.name!r} has no importance gate")

@@ -81,7 +81,7 @@ class Distance:
     seeds: int
 
     def to_json(self) -> dict[str, Any]:
-        """Gives the distance as plain data."""
+        """Return the distance as plain data."""
         return asdict(self)
 
 
@@ -210,7 +210,7 @@ def _problem(c: Condition, seeds: int, keys: int, values: int, queries: int) -> 
 
 
 def _errors(spec: Spec, p: _Problem, impl: str) -> Tensor:
-    """Gives the relative distance per seed."""
+    """Return the relative distance per seed."""
     if spec.decay.source == "fixed":
         # A fixed decay would forget at every read; the same decay per token need not.
         spec = data_decay(spec, "head")
@@ -271,7 +271,7 @@ def _operands(spec: Spec, p: _Problem) -> Operands:
 
 
 def _interval(errors: Tensor) -> tuple[float, float, float]:
-    """Gives the mean and its 95 % bootstrap interval; the resamples have a fixed seed."""
+    """Return the mean and its 95 % bootstrap interval; the resamples have a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     index = torch.randint(0, len(errors), (2000, len(errors)), generator=generator)
     means = errors[index].mean(1)
@@ -321,7 +321,7 @@ def _name(labels: Sequence[str]) -> str:
 
 
 def render(distances: Sequence[Distance]) -> Table:
-    """Gives the ranking as a table: distance per kind of keys and load, mean over all.
+    """Return the ranking as a table: distance per kind of keys and load, mean over all.
 
     Args:
         distances: what `run` gives.
@@ -359,7 +359,7 @@ _EXACT = 1e-9
 
 
 def _family_colours(classes: dict[str, list[Distance]]) -> dict[str, str]:
-    """Gives a class and its metaplastic form the same colour."""
+    """Return a class and its metaplastic form the same colour."""
     members = {d: label for label in classes for d in _labels(label)}
     families: dict[str, str] = {}
     for label, mine in classes.items():

@@ -115,7 +115,7 @@ def unrolled(program: Program, operands: Operands, state: State | None = None) -
 
 
 def importance(program: Program, operands: Operands, state: State | None = None) -> Tensor:
-    """Gives J after every token as a sum over the past, [B, T, HV, V, K] (V = 1 where shared)."""
+    """Return J after every token as a sum over the past, [B, T, HV, V, K] (V = 1 where shared)."""
     spec = program.spec
     ops = explicit(program, expand_value_heads(program, operands))
     ops = {name: x.double() for name, x in ops.items()}
@@ -127,7 +127,7 @@ def importance(program: Program, operands: Operands, state: State | None = None)
 
 
 def _over_keys(prior: Tensor | None) -> Tensor:
-    """Gives a prior as [1, 1, HV, 1, K] or with K = 1."""
+    """Return a prior as [1, 1, HV, 1, K] or with K = 1."""
     assert prior is not None
     if prior.ndim == 0:
         return prior
@@ -181,7 +181,7 @@ def _writes(program: Program, ops: Operands, state: State | None) -> _Writes:
 
 
 def _products(decay: Tensor) -> tuple[Tensor, Tensor]:
-    """Gives D_ts [B, t, s, ...] (zero for s > t), and the start's own decay until t."""
+    """Return D_ts [B, t, s, ...] (zero for s > t), and the start's own decay until t."""
     batch, count = decay.shape[:2]
     D = decay.new_zeros(batch, count, count, *decay.shape[2:])
     for t in range(count):
@@ -192,7 +192,7 @@ def _products(decay: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sums(decay: Tensor, written: Tensor, start: Tensor | None) -> Tensor:
-    """Gives sum_s D_ts written_s plus the decayed start, after every write."""
+    """Return sum_s D_ts written_s plus the decayed start, after every write."""
     D, since = _products(decay)
     total = (D * written[:, None]).sum(2)
     return total if start is None else total + since * start[:, None]
@@ -201,7 +201,7 @@ def _sums(decay: Tensor, written: Tensor, start: Tensor | None) -> Tensor:
 def _importances(
     program: Program, ops: Operands, w: _Writes, state: State | None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gives J after, before, and between the decay and the evidence of every write."""
+    """Return J after, before, and between the decay and the evidence of every write."""
     spec = program.spec
     if spec.importance is None:
         return None, None, None
@@ -225,7 +225,8 @@ def _corrected(
     J: tuple[Tensor | None, Tensor | None, Tensor | None],
     start: Tensor | None,
 ) -> Tensor:
-    """Gives the mean after every write of a memory that subtracts predictions, [B, M, HV, V, K]."""
+    """Return the mean after every write of a memory that subtracts predictions, [B, M, HV, V,
+    K]."""
     spec = program.spec
     imp, p, erase = spec.importance, spec.posterior, spec.erase
     after, before, decayed = J
@@ -306,7 +307,7 @@ def _triangular(
 
 
 def _slots(ops: Operands, q: Tensor, state: State | None) -> Unrolled:
-    """Gives weighted means per slot: a softmax over the past of the keys' own logits."""
+    """Return weighted means per slot: a softmax over the past of the keys' own logits."""
     k, v = ops["k"][..., None, :], ops["v"][..., None]
     batch, count, heads, _, keys = k.shape
     if state is not None:

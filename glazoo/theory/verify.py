@@ -58,7 +58,7 @@ class Result:
     """A Python program that shows the failure."""
 
     def to_json(self) -> dict[str, Any]:
-        """Gives the result as plain data; a number that is not finite becomes a string."""
+        """Return the result as plain data; a number that is not finite becomes a string."""
         data = asdict(self)
         if not math.isfinite(self.residual):
             data["residual"] = str(self.residual)
@@ -172,7 +172,7 @@ def _trial(op: Op, name: str, spec: Spec, instance: Instance, dtype: str) -> Tri
 
 
 def passed(results: Iterable[Result]) -> bool:
-    """Whether something was verified and nothing failed."""
+    """Return whether something was verified and nothing failed."""
     verdicts = [r.verdict for r in results]
     return "failed" not in verdicts and "passed" in verdicts
 
@@ -392,7 +392,7 @@ def replay(
 
 
 def render(results: Sequence[Result]) -> Table:
-    """Gives a table: statement, kind, specs, worst residual or fitted rate per engine, verdict."""
+    """Return a table: statement, kind, specs, worst residual or fitted rate per engine, verdict."""
     impls = list(dict.fromkeys(r.impl for r in results if r.verdict != "skipped"))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("statement", overflow="fold", ratio=1)
@@ -433,7 +433,8 @@ def _cell(results: Sequence[Result]) -> Text:
 
 
 def failures(results: Sequence[Result]) -> list[str]:
-    """Gives one text per failed statement and implementation: what failed, and a program for it."""
+    """Return one text per failed statement and implementation: what failed, and a program for
+    it."""
     out = []
     seen: set[tuple[str, str]] = set()
     for r in results:

@@ -27,7 +27,7 @@ HYBRID = ["gated_deltanet", "attention", "mamba3"]
 
 @torch.no_grad()
 def float32_error(made: GlazooForCausalLM, x: torch.Tensor) -> float:
-    """Gives the error of the float32 model's logits: two float64 ways must agree within it."""
+    """Return the error of the float32 model's logits: two float64 ways must agree within it."""
     state = {k: v.clone() for k, v in made.state_dict().items()}
     exact = made(x).logits
     low = made.float()(x).logits

@@ -33,7 +33,7 @@ LENGTH = 32
 
 
 def tables(folder: Path, name: str = "out", **training: Any) -> dict[str, Any]:
-    """Gives the tables of a tiny configuration whose text lies in the folder."""
+    """Return the tables of a tiny configuration whose text lies in the folder."""
     (folder / "text.txt").write_text(TEXT, "utf-8")
     return {
         "model": {

@@ -28,7 +28,7 @@ class Mutant:
     caught_by: tuple[str, ...]
 
     def op(self):
-        """Gives the mistaken implementation of `glazoo.api.attention`."""
+        """Return the mistaken implementation of `glazoo.api.attention`."""
         source = inspect.getsource(reference)
         for old, new in self.edits:
             if old not in source:

@@ -85,13 +85,13 @@ class Config:
         self.read: set[str] = set()
 
     def find(self, name: str, row: Table, default: Any) -> tuple[str, Any]:
-        """Returns an option's name and value."""
+        """Return an option's name and value."""
         name = row.get("file", name)
         self.read.add(name)
         return name, self.raw.get(name, self.defaults.get(name, default))
 
     def accepted(self, row: Table) -> list[Any] | None:
-        """Returns the only values that an option may have, or None."""
+        """Return the only values that an option may have, or None."""
         return [row["fixed"]] if "fixed" in row else row.get("accepted")
 
     def check_all_read(self, ignored: str = "") -> None:
@@ -114,7 +114,7 @@ class Live:
         self.mixer, self.where = mixer, f"{type(mixer).__name__}."
 
     def find(self, name: str, row: Table, default: Any) -> tuple[str, Any]:
-        """Returns an attribute's name and value, of functions and modules the name."""
+        """Return an attribute's name and value, of functions and modules the name."""
         paths = row.get("live", f"{name}|").split("|")
         for path in filter(None, paths):
             try:
@@ -129,7 +129,7 @@ class Live:
         return name, default
 
     def accepted(self, row: Table) -> list[Any] | None:
-        """Returns the only values that an option may have, or None."""
+        """Return the only values that an option may have, or None."""
         return row.get("accepted")
 
 
@@ -149,7 +149,7 @@ def _default(row: Table) -> Any:
 
 
 def _size(rows: str | list[str], at: Mapping[str, Any], source: Config | Live) -> int:
-    """Returns a product of options, of several the first whose options are all given, or an
+    """Return a product of options, of several the first whose options are all given, or an
     attribute."""
     first, text = (rows, rows) if isinstance(rows, str) else rows
     if first.startswith(".") and isinstance(source, Live):

@@ -18,7 +18,7 @@ __all__ = ["dump", "from_mixer", "kind_of", "load", "spec_of", "translated"]
 
 
 def kind_of(mixer: nn.Module) -> str:
-    """Gives the kind of a mixer by its class.
+    """Return the kind of a mixer by its class.
 
     Raises:
         ConversionError: there is no map for it.
@@ -83,7 +83,7 @@ def load(layer: GatedLinearAttention, state: Mapping[str, Tensor], kind: str) ->
 def translated(
     layer: GatedLinearAttention, state: Mapping[str, Tensor], kind: str, *, where: str = ""
 ) -> dict[str, Tensor]:
-    """Gives the tensors of a mixer of another package under our layer's names.
+    """Return the tensors of a mixer of another package under our layer's names.
 
     Args:
         layer: a layer of the sizes of the mixer; its tensors may have no data.
@@ -121,7 +121,7 @@ def translated(
 
 
 def dump(layer: GatedLinearAttention, kind: str) -> dict[str, Tensor]:
-    """Gives our layer's tensors as the state dict of a mixer of another package.
+    """Return our layer's tensors as the state dict of a mixer of another package.
 
     Args:
         layer: a layer.
@@ -201,7 +201,7 @@ def _split(
 
 
 def spec_of(m: KeyMap, found: Options) -> Spec:
-    """Gives the spec that a mixer follows: that of its map, with the values that its options
+    """Return the spec that a mixer follows: that of its map, with the values that its options
     change."""
     data = load_spec(m.table["spec"]).model_dump()
     for path, value in found.changes.items():

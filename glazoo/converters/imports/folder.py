@@ -64,8 +64,8 @@ def _settle_head(tensors: dict[str, Tensor], table: str, *, tied: bool) -> None:
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gives contiguous tensors, of which none shares its memory with another: tensors that a pickle
-    shares are two from now on."""
+    """Return contiguous tensors, of which none shares its memory with another: tensors that a
+    pickle shares are two from now on."""
     seen: set[int] = set()
     out: dict[str, Tensor] = {}
     for key, value in tensors.items():

@@ -55,7 +55,7 @@ def layout_of(config: Mapping[str, Any]) -> str | None:
 def read_state_spaces(
     raw: Mapping[str, Any], state: Mapping[str, Tensor]
 ) -> tuple[Any, dict[str, Tensor], str]:
-    """Gives transformers' configuration and tensors, and the name of the table of embeddings.
+    """Return transformers' configuration and tensors, and the name of the table of embeddings.
 
     Raises:
         ConversionError: the model has something that transformers' Mamba2 has not.
@@ -103,7 +103,7 @@ def _attention_layers(given: Any) -> tuple[frozenset[int], dict[str, Any]]:
 
 
 def _configuration(raw: Mapping[str, Any], m: KeyMap, model: Table) -> tuple[Any, Options]:
-    """Gives our configuration, and the options of the mixers."""
+    """Return our configuration, and the options of the mixers."""
     from glazoo.models import GlazooConfig
     from glazoo.models.configuration import ATTENTION
 
@@ -150,7 +150,7 @@ def _configuration(raw: Mapping[str, Any], m: KeyMap, model: Table) -> tuple[Any
 def _renamed(
     state: Mapping[str, Tensor], m: KeyMap, model: Table, config: Any, *, tied: bool
 ) -> Iterator[tuple[str, str, Tensor]]:
-    """Gives every tensor of the files with its name there and ours."""
+    """Return every tensor of the files with its name there and ours."""
     from glazoo.models import GlazooForCausalLM
 
     with torch.device("meta"):

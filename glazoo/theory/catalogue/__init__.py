@@ -20,7 +20,7 @@ ENTRIES: tuple[Entry, ...] = (
 
 
 def entry(id: str) -> Entry:  # noqa: A002
-    """Gives the statement with an identifier.
+    """Return the statement with an identifier.
 
     Raises:
         ValueError: there is none; the nearest one is suggested.

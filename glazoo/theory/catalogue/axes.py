@@ -125,7 +125,7 @@ def rate(spec: Spec) -> bool:
 
 
 def rate_of(precision: Tensor, k: Tensor) -> Tensor:
-    """Gives the write gate [B, T, HV] or [.., V] whose keys [B, T, HV, K] observe with a
+    """Return the write gate [B, T, HV] or [.., V] whose keys [B, T, HV, K] observe with a
     precision."""
     square = k.square().sum(-1)
     return precision / (1 + precision * (square if precision.ndim == 3 else square[..., None]))
@@ -141,12 +141,12 @@ def freezable(spec: Spec) -> bool:
 
 
 def changed(spec: Spec, **update: Any) -> Spec:
-    """Gives a spec with other values of some fields, validated."""
+    """Return a spec with other values of some fields, validated."""
     return Spec.model_validate(spec.model_copy(update=update).model_dump())
 
 
 def with_gain(spec: Spec, gain: str) -> Spec:
-    """Gives a spec with another gain, of a write gate that is no rate."""
+    """Return a spec with another gain, of a write gate that is no rate."""
     imp = spec.importance
     if imp is not None and imp.gate.tie == "precision":
         gate = imp.gate.model_copy(update={"tie": "write"})
@@ -156,7 +156,7 @@ def with_gain(spec: Spec, gain: str) -> Spec:
 
 
 def data_decay(spec: Spec, shape: str) -> Spec:
-    """Gives a spec with a decay per token of another shape."""
+    """Return a spec with a decay per token of another shape."""
     kept = {"softplus_exp", "softplus_product"}
     parameterization = spec.decay.parameterization
     formula = parameterization if parameterization in kept else "identity"
@@ -164,17 +164,17 @@ def data_decay(spec: Spec, shape: str) -> Spec:
 
 
 def write_gate(spec: Spec, shape: str) -> Spec:
-    """Gives a spec with a write gate of another shape."""
+    """Return a spec with a write gate of another shape."""
     return changed(spec, write=Gate.model_validate({"shape": shape}))
 
 
 def expanded(gate: Tensor, size: int) -> Tensor:
-    """Gives a gate per head [..., HV] as one per channel [..., HV, size]."""
+    """Return a gate per head [..., HV] as one per channel [..., HV, size]."""
     return gate[..., None].expand(*gate.shape, size)
 
 
 def heads_of(operands: Operands, name: str, heads: int) -> Tensor:
-    """Gives an operand [B, T, H, D] per value head."""
+    """Return an operand [B, T, H, D] per value head."""
     x = operands[name]
     return x.repeat_interleave(heads // x.shape[2], 2)
 

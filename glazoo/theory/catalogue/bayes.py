@@ -50,7 +50,7 @@ def _per_head(x: Tensor) -> Tensor:
 
 
 def _head_decay(t: Trial, ops: Operands) -> Tensor | None:
-    """Gives a decay per head and token [B, HV, T], as the exact posterior forgets."""
+    """Return a decay per head and token [B, HV, T], as the exact posterior forgets."""
     g = ops.get("g")
     if g is None:
         return None
@@ -60,7 +60,7 @@ def _head_decay(t: Trial, ops: Operands) -> Tensor | None:
 
 
 def _prior(ops: Operands) -> Tensor:
-    """Gives the prior per head and key channel [HV, K]."""
+    """Return the prior per head and key channel [HV, K]."""
     prior = ops["prior"]
     return prior if prior.ndim == 2 else prior.reshape(-1, 1)
 

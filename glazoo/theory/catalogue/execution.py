@@ -24,7 +24,7 @@ _reference = functools.partial(attention, impl="reference")
 
 
 def _splice(t: Trial, ops: Operands, other: Operands, cut: int) -> Operands:
-    """Gives `ops` before a token and `other` from it on."""
+    """Return `ops` before a token and `other` from it on."""
     i = t.instance
     index = torch.arange(i.T)
     head = take(t.program, ops, "T", index[:cut])

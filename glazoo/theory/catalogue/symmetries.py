@@ -184,7 +184,7 @@ def _scaled_query(t: Trial) -> Found:
 
 
 def _idle(t: Trial, ops: Operands, count: int) -> Operands:
-    """Gives tokens that write nothing and forget nothing."""
+    """Return tokens that write nothing and forget nothing."""
     n = t.spec.substeps
     out = {}
     for operand in t.program.operands:

@@ -37,7 +37,7 @@ from glazoo.layers import GatedLinearAttention
 
 
 def transformers_mixer(kind: str) -> nn.Module:
-    """Gives a small mixer of transformers with random weights everywhere."""
+    """Return a small mixer of transformers with random weights everywhere."""
     # Importable, flash-linear-attention would replace the torch functions by GPU kernels.
     assert "fla" not in sys.modules
     from transformers import Mamba2Config, Qwen3NextConfig
@@ -122,7 +122,7 @@ def test_every_map_is_tested() -> None:
 
 
 def rounding(mixer: nn.Module, tokens: int, y: Tensor) -> float:
-    """Gives how far two float32 evaluations may be apart: half an ulp per term of every sum."""
+    """Return how far two float32 evaluations may be apart: half an ulp per term of every sum."""
     terms = sum(p.shape[-1] for p in mixer.parameters()) + tokens
     return terms * torch.finfo(torch.float32).eps / 2 * float(y.abs().max())
 
