@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -174,6 +174,7 @@ class Measurement:
     work: float
     opcodes: collections.Counter[str]
     stray: int
+    misled: int
 
     @property
     def key(self) -> tuple[str, str]:
@@ -332,6 +333,71 @@ JUMP = re.compile(r"^(?:BRA|s_c?branch)")
 TARGET_LABEL = re.compile(r"\.L\w+")
 
 
+REGISTER = re.compile(r"\b(U?R)(\d+)\b")
+PREDICATE = re.compile(r"!?U?P[T\d]")
+# Opcodes whose results are data: neither constants nor places of threads.
+DATA = (
+    "LD",
+    "LDG",
+    "LDS",
+    "LDSM",
+    "MUFU",
+    "HGMMA",
+    "HMMA",
+    "FADD",
+    "FMUL",
+    "FFMA",
+    "FMNMX",
+    "F2FP",
+)
+
+
+def _width(parts: Sequence[str]) -> int:
+    """Registers that an instruction writes, one after the other."""
+    name = parts[0]
+    if name == "HGMMA":
+        return int(parts[1].removeprefix("64x").split("x")[0]) // 2
+    if "128" in parts or name == "HMMA":
+        return 4
+    if name == "LDSM":
+        return int(parts[-1]) if parts[-1] in ("2", "4") else 1
+    return 2 if "64" in parts or "WIDE" in parts or (name == "CS2R" and "32" not in parts) else 1
+
+
+def misled_products(assembly: str) -> int:
+    """Products of warp groups whose operands' addresses come from data.
+
+    The addresses are constants and places of warps. In kernels without a pipeline ptxas 12.8, which
+    Triton 3.6 has, took them from registers that held entries of tensors or the number of the
+    program: an illegal memory access on an H200. Instructions are followed in the order of the
+    text; what a loop carries is not.
+    """
+    data: set[tuple[str, int]] = set()
+    misled = 0
+    for line in assembly.splitlines():
+        match = SASS.search(line)
+        if match is None or match["label"]:
+            continue
+        parts = match["opcode"].split(".")
+        rest = match["rest"].split(";")[0]
+        operands = [x.strip() for x in re.split(r",(?![^\[]*\])", rest)]
+        operands = [x for i, x in enumerate(operands) if i or not PREDICATE.fullmatch(x)]
+        if parts[0] == "HGMMA":
+            # Four uniform registers, two of each operand; the left one may lie in registers.
+            first = int(re.search(r"gdesc\[UR(\d+)\]", rest)[1])
+            left = 2 * bool(REGISTER.fullmatch(operands[1].split(".")[0]))
+            misled += any(("UR", i) in data for i in range(first + left, first + 4))
+        written = REGISTER.fullmatch(operands[0])
+        if written is None or parts[0].startswith(("ST", "RED")):
+            continue
+        sources = {(kind, int(i)) for x in operands[1:] for kind, i in REGISTER.findall(x)}
+        tainted = parts[0] in DATA or "SR_CTAID" in rest or bool(sources & data)
+        for i in range(_width(parts)):
+            register = (written[1], int(written[2]) + i)
+            (data.add if tainted else data.discard)(register)
+    return misled
+
+
 def main_loop(assembly: str, pattern: re.Pattern[str]) -> list[str]:
     """Opcodes of the longest loop that holds no other, or of everything without a loop."""
     opcodes: list[str] = []
@@ -376,7 +442,8 @@ def measure(name: str, launch: Launch, target: str, shape: tuple[int, int]) -> M
             file.write(compiled.asm["cubin"])
             file.flush()
             usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-            opcodes = main_loop(_tool("nvdisasm", "-c", file.name), SASS)
+            assembly = _tool("nvdisasm", "-c", file.name)
+        opcodes, misled = main_loop(assembly, SASS), misled_products(assembly)
         registers, spill = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     else:
         text = compiled.asm["amdgcn"]
@@ -384,13 +451,13 @@ def measure(name: str, launch: Launch, target: str, shape: tuple[int, int]) -> M
             int(re.search(rf"\.{field}:\s+(\d+)", text)[1])
             for field in ("vgpr_count", "vgpr_spill_count")
         )
-        opcodes = main_loop(text, GCN)
+        opcodes, misled = main_loop(text, GCN), 0
     threads = launch.tiles.num_warps * TARGETS[target].warp_size
     work = len(opcodes) * threads / _unit(launch)
     count = collections.Counter(x.split(".")[0] for x in opcodes)
     stray = stray_dots(compiled.asm["ttgir"])
     shared = compiled.metadata.shared
-    return Measurement(name, target, shape, registers, spill, shared, work, count, stray)
+    return Measurement(name, target, shape, registers, spill, shared, work, count, stray, misled)
 
 
 def matrix(
@@ -456,6 +523,8 @@ def violations(found: Measurement, budget: dict[str, float] | None) -> list[str]
         over.append(f"{where}: {found.spill} bytes spilled")
     if found.stray:
         over.append(f"{where}: {found.stray} products read past the rows of an operand")
+    if found.misled:
+        over.append(f"{where}: {found.misled} products take addresses from data")
     if found.shared > SHARED_LIMIT[found.target]:
         over.append(
             f"{where}: shared memory {found.shared}, the target has {SHARED_LIMIT[found.target]}"

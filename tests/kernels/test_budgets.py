@@ -8,6 +8,15 @@ import sys
 import pytest
 
 CENSUS = pathlib.Path(__file__).parents[2] / "benchmarks" / "census.py"
+# Of delta_state_kernel, as ptxas 12.9 and 12.8 compile the same PTX.
+ADDRESS = """
+    /*0440*/ MOV R30, 0x400 ;
+    /*08a0*/ LDSM.16.M88.4 R8, [R236] ;
+    /*0c70*/ SGXT.U32 R30, R30, 0xe ;
+    /*0c90*/ IADD3 {source}, P3, {source}, 0x20, RZ ;
+    /*0d10*/ R2UR {uniform}, {source} ;
+    /*4110*/ HGMMA.64x16x16.F32.BF16 R24, {left}gdesc[UR8].tnspB, R24 ;
+"""
 
 
 def census(*options: str) -> None:
@@ -31,3 +40,18 @@ def test_every_kernel_and_shape_stays_inside_its_budget(target):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_sums_over_passes_reach_their_goals(target):
     census("--sum", "--target", target)
+
+
+def test_a_product_whose_address_is_data_is_found(monkeypatch):
+    monkeypatch.syspath_prepend(str(CENSUS.parent))
+    from census import misled_products
+
+    def count(source: str, uniform: str, left: str = "") -> int:
+        return misled_products(ADDRESS.format(source=source, uniform=uniform, left=left))
+
+    assert count("R30", "UR10") == 0
+    assert count("R8", "UR10") == 1
+    assert count("R11", "UR8") == 1
+    # A left operand in registers has no address.
+    assert count("R11", "UR8", left="R68, ") == 0
+    assert count("R11", "UR11", left="R68, ") == 1
