@@ -173,7 +173,6 @@ class Measurement:
     shared: int
     work: float
     opcodes: collections.Counter[str]
-    stray: int
     misled: int
 
     @property
@@ -301,22 +300,6 @@ def compile_launch(launch: Launch, target: str) -> "triton.compiler.CompiledKern
     )
     options = {"num_warps": launch.tiles.num_warps, "num_stages": launch.tiles.num_stages}
     return triton.compile(source, target=TARGETS[target], options=options)
-
-
-LAYOUT = re.compile(r"^(#\w+) = #ttg\.nvidia_mma<\{versionMajor = 3.*warpsPerCTA = \[(\d+)", re.M)
-GROUP_DOT = re.compile(
-    r"ttng\.warp_group_dot .* : !ttg\.memdesc<(\d+)x.* -> tensor<[\dx]+xf32, (#\w+)>"
-)
-
-
-def stray_dots(ir: str) -> int:
-    """Products of warp groups that read their left operand past its rows in shared memory.
-
-    Of products that feed each other Triton gives every warp 16 rows of its own, also where these
-    are more rows than there are. On an H200 such reads were an illegal memory access.
-    """
-    warps = {layout: int(count) for layout, count in LAYOUT.findall(ir)}
-    return sum(16 * warps[layout] > int(rows) for rows, layout in GROUP_DOT.findall(ir))
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -455,9 +438,8 @@ def measure(name: str, launch: Launch, target: str, shape: tuple[int, int]) -> M
     threads = launch.tiles.num_warps * TARGETS[target].warp_size
     work = len(opcodes) * threads / _unit(launch)
     count = collections.Counter(x.split(".")[0] for x in opcodes)
-    stray = stray_dots(compiled.asm["ttgir"])
     shared = compiled.metadata.shared
-    return Measurement(name, target, shape, registers, spill, shared, work, count, stray, misled)
+    return Measurement(name, target, shape, registers, spill, shared, work, count, misled)
 
 
 def matrix(
@@ -521,8 +503,6 @@ def violations(found: Measurement, budget: dict[str, float] | None) -> list[str]
     ]
     if found.spill:
         over.append(f"{where}: {found.spill} bytes spilled")
-    if found.stray:
-        over.append(f"{where}: {found.stray} products read past the rows of an operand")
     if found.misled:
         over.append(f"{where}: {found.misled} products take addresses from data")
     if found.shared > SHARED_LIMIT[found.target]:

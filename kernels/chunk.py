@@ -790,8 +790,8 @@ def chunk_dkey_keyed_kernel(
         b_pq2 = b_p if SHIFT_Q else b_p * b_a2
         b_z2 = tl.load(p_ds + o_tt, mask=m_t[:, None] & m_s2, other=0.0)
         b_iq += tl.dot(b_z2, b_kr2, input_precision=PREC, out_dtype=tl.float32) * b_pq2
-        # Not accumulated into by the next: of products that feed each other Triton gives every
-        # warp rows of its own, more than there are, and reads past the operand's end.
+        # Not accumulated into by the next: for products that feed each other ptxas 12.8, which
+        # Triton 3.6 calls for sm_90, takes addresses of operands from registers of data.
         b_y2 = tl.dot(
             tl.trans(b_z2), (b_q2 * b_pq2).to(b_k.dtype), input_precision=PREC, out_dtype=tl.float32
         )

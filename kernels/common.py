@@ -292,9 +292,10 @@ def state_tiles(kernel: str, K: int, V: int, dtype: torch.dtype, programs: int =
         return Tiles(min(64, BK), min(64, BV), 4, 3 if deep else 2)
     if dtype == torch.float32:
         return Tiles(BK, 16, 8, 1)
-    # Four warps on Hopper: eight would read 128 rows of operands that have 64, a chunk's tokens.
-    # Two stages there, for all that they need 223 KB: without a pipeline ptxas 12.8, Triton 3.6's,
-    # takes addresses of operands from registers that hold entries of the initial state.
+    # Four warps on Hopper: of eight, half would repeat the products of the others, since a chunk's
+    # 64 tokens are the rows of four. Two stages there, for all that they need 223 KB: without a
+    # pipeline ptxas 12.8, which Triton 3.6 calls, takes addresses of operands from registers that
+    # hold entries of the initial state.
     if K > 128:
         return Tiles(BK, 16, 4, 2) if target == "sm_90" else Tiles(BK, 16, 8, 1)
     if target.startswith("gfx"):
