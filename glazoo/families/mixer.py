@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -164,19 +164,15 @@ class MetaplasticMixer(nn.Module):
         )
 
 
-@once
-def _parameters(cls: type[nn.Module]) -> tuple[str, ...]:
-    """Return what a converted mixer's source takes by position, after its input."""
-    source: Any = super(InterceptedMixer, cls).forward  # type: ignore[misc]
-    return tuple(inspect.signature(source).parameters)[2:]
-
-
 class InterceptedMixer(MetaplasticMixer):
     """A mixer whose own forward pass runs with its scan replaced."""
 
+    taken: ClassVar[tuple[str, ...]]
+    """What that pass takes by position, after its input. The compiler follows no `inspect`."""
+
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the source's forward pass, with its arguments."""
-        given = {**dict(zip(_parameters(type(self)), args, strict=False)), **kwargs}
+        given = {**dict(zip(self.taken, args, strict=False)), **kwargs}
         with running(self, hidden_states, given.get("attention_mask")):
             return super().forward(hidden_states, *args, **kwargs)
 
@@ -202,5 +198,6 @@ def metaplastic_class(base: type[nn.Module], mixin: type[nn.Module]) -> type[nn.
             "__module__": "glazoo.models.metaplastic",
             "__qualname__": name,
             "__doc__": f"{base.__name__} converted to metaplastic form.",
+            "taken": tuple(inspect.signature(inner.forward).parameters)[2:],
         },
     )

@@ -445,7 +445,8 @@ def convert_in_place(
     base = type(model)
     model.__class__ = model_class(base, family) if family.saves else _live_class(base)
     # transformers notes at construction, by the name of the class, what a model can record.
-    dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(model)), model._can_record_outputs)
+    records = getattr(model, "_can_record_outputs", None)
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(model)), records)
     strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     model._keep_in_fp32_modules_strict = strict | {"metaplastic"}  # type: ignore[assignment]
     teach_trainer()

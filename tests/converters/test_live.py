@@ -512,7 +512,7 @@ def test_layers_that_need_triton_say_so_on_a_cpu() -> None:
     script = (
         "import warnings; warnings.simplefilter('ignore')\n"
         "import fla.models as m\n"
-        "from glazoo.converters import metaplasticize\n"
+        "from glazoo import metaplasticize\n"
         "for conv in (False, True):\n"
         "    c = m.GLAConfig(hidden_size=32, num_heads=2, num_hidden_layers=1, vocab_size=61,"
         " use_short_conv=conv)\n"
