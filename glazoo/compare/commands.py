@@ -450,8 +450,8 @@ def compare(
         str | None,
         typer.Option(
             help="Share of the learning rate that the plasticity of importance gates gets; "
-            "several, like 0.1,1,10, to choose from. Default: 10 for conversions of variants that "
-            "subtract no prediction, otherwise 1."
+            "several, like 0.1,1,10, to choose from. Default: 10 for conversions, "
+            "otherwise 1."
         ),
     ] = None,
     load: Annotated[

@@ -19,9 +19,9 @@ __all__ = ["PRESETS", "Arm", "Plan", "Preset", "Rates", "Tuning"]
 _SELECTION_SEED = 1000
 """First seed of the runs that choose rates: none of those that are reported."""
 
-_CONVERTED_HEBBIAN = 10.0
-"""Plasticity rate of converted Hebbian forms: the smallest that three seeds which are not reported
-did not separate from the best (benchmarks/LOG.md)."""
+_CONVERTED = 10.0
+"""Plasticity rate of converted forms: Hebbian, exact and first order, on three seeds that are not
+reported (benchmarks/LOG.md)."""
 
 
 class Rates(NamedTuple):
@@ -177,11 +177,8 @@ class Arm:
 
 
 def _plasticity_rate(arm: Arm) -> float:
-    """Return the share of the learning rate that an arm's plasticity gets if none is asked for: one
-    by family where it was measured, otherwise all of it."""
-    if arm.source is not None and arm.source.spec.posterior.correction == "none":
-        return _CONVERTED_HEBBIAN
-    return 1.0
+    """Return the share of the learning rate that an arm's plasticity gets if none is asked for."""
+    return 1.0 if arm.source is None else _CONVERTED
 
 
 @dataclass(frozen=True)

@@ -353,7 +353,7 @@ def test_what_depends_on_a_choice_is_run_after_it() -> None:
     assert seeds.isdisjoint(r.seed for r in plan.selection(converted, results))
 
 
-def test_the_default_plasticity_rate_is_that_of_the_family() -> None:
+def test_the_default_plasticity_rate_is_that_of_what_is_trained() -> None:
     shares = {}
     for name in ("mamba2", "deltanet"):
         source = glazoo.load(name)
@@ -366,7 +366,7 @@ def test_the_default_plasticity_rate_is_that_of_the_family() -> None:
     assert shares["mamba2"]["metaplastic_mamba2"] == [Rates(1e-3, 1.0)]
     assert shares["mamba2"]["metaplastic_mamba2, converted"] == [Rates(2e-3, 10.0)]
     assert shares["mamba2"]["mamba2, trained on"] == [Rates(2e-3, 1.0)]
-    assert shares["deltanet"]["metaplastic_deltanet, converted"] == [Rates(2e-3, 1.0)]
+    assert shares["deltanet"]["metaplastic_deltanet, converted"] == [Rates(2e-3, 10.0)]
 
 
 def test_the_start_that_a_config_asks_for() -> None:
