@@ -354,19 +354,17 @@ def test_what_depends_on_a_choice_is_run_after_it() -> None:
 
 
 def test_the_default_plasticity_rate_is_that_of_what_is_trained() -> None:
-    shares = {}
-    for name in ("mamba2", "deltanet"):
+    for name, gain in (("mamba2", None), ("deltanet", "exact"), ("deltanet", "first_order")):
         source = glazoo.load(name)
-        specs = {s.name: s for s in (source, metaplasticize(source))}
+        specs = {"source": source, "form": metaplasticize(source, gain=gain)}
         config = ModelConfig(width=16, heads=2, state_bytes=600, mlp=0)
         plan = Plan(specs, Task(name="mqar", load=4), (config,), Training(steps=1), (1e-3,), 1)
-        shares[name] = {a.label: plan.choices(a) for a in plan.arms}
+        shares = {a.label: plan.choices(a) for a in plan.arms}
+        assert shares == {"source": [Rates(1e-3, 1.0)], "form": [Rates(1e-3, 1.0)]}
         plan = replace(plan, tuning=Tuning(Training(steps=1), (2e-3,)))
-        shares[name] |= {a.label: plan.choices(a) for a in plan.arms}
-    assert shares["mamba2"]["metaplastic_mamba2"] == [Rates(1e-3, 1.0)]
-    assert shares["mamba2"]["metaplastic_mamba2, converted"] == [Rates(2e-3, 10.0)]
-    assert shares["mamba2"]["mamba2, trained on"] == [Rates(2e-3, 1.0)]
-    assert shares["deltanet"]["metaplastic_deltanet, converted"] == [Rates(2e-3, 10.0)]
+        shares = {a.label: plan.choices(a) for a in plan.arms}
+        assert shares["form, converted"] == [Rates(2e-3, 10.0)]
+        assert shares["source, trained on"] == [Rates(2e-3, 1.0)]
 
 
 def test_the_start_that_a_config_asks_for() -> None:
