@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 __all__ = ["TESTED", "installed", "numbers", "untested"]
 
 TESTED: Mapping[str, tuple[str, str]] = {
-    "torch": ("2.11", "2.13"),
+    "torch": ("2.11", "2.14"),
     "triton": ("3.6", "3.9"),
     "transformers": ("5.17", "5.24"),
     "pydantic": ("2.7", "2.14"),
