@@ -512,9 +512,10 @@ def _seen(cache: Cache, config: GlazooConfig) -> int:
     lengths: set[int] = set()
     for i, kind in enumerate(types):
         if kind != "full_attention":
-            lengths.add(recurrent_layer(cache, i).get_seq_length())
+            lengths.add(int(recurrent_layer(cache, i).get_seq_length()))
         elif isinstance(layer := cache.layers[i], DynamicLayer):
-            lengths.add(layer.get_seq_length())
+            # Some versions of transformers count in a tensor, which a set takes for another number.
+            lengths.add(int(layer.get_seq_length()))
         else:
             raise ValueError(
                 f"cache: layer {i} is {type(layer).__name__}, but softmax attention "
