@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from converters.converting import cache_of, layers_of, make_config, make_model, open_gates, prompts
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Mamba2ForCausalLM
 
@@ -402,13 +405,13 @@ def test_offloaded_models_compute_the_same() -> None:
 def test_rows_that_are_a_document_each_are_refused_or_stay_as_they_are() -> None:
     model, ids = convert(make_model()), prompts()[0]
     marks = torch.zeros(ids.shape, dtype=torch.int32)
-    try:
+    found = None
+    # transformers' own refusal, since 5.23, where its convolution keeps nothing apart.
+    with contextlib.suppress(ValueError):
         found = model.backbone(ids, seq_idx=marks).last_hidden_state
-    except ValueError as e:
-        # transformers' own refusal, since 5.23, where its convolution keeps nothing apart.
-        assert "packed sequences" in str(e)
-    else:
-        assert torch.equal(found, model.backbone(ids).last_hidden_state)
+    plain = model.backbone(ids).last_hidden_state
+    assert (found is None) == (Version(transformers.__version__) >= Version("5.23"))
+    assert found is None or torch.equal(found, plain)
 
 
 @pytest.mark.parametrize(
