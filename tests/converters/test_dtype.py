@@ -171,7 +171,9 @@ def test_what_is_wide_on_purpose_stays(make_source: MakeSource, tmp_path: Path) 
     assert convert_checkpoint(source, tmp_path / "w", dtype="float32").kept_wide == ()
 
 
-@pytest.mark.parametrize("name", ["nemotron_h", "kimi_linear", "glm5_next", "qwen3_next"])
+@pytest.mark.parametrize(
+    "name", [n for n in ("nemotron_h", "kimi_linear", "glm5_next", "qwen3_next") if n in TINY]
+)
 def test_what_the_family_keeps_in_float32_stays(tmp_path: Path, name: str) -> None:
     model = tiny_model(name)
     model.save_pretrained(tmp_path / "s", max_shard_size="50KB")
