@@ -662,19 +662,16 @@ def convert_checkpoint(
     source, destination = Path(src), Path(os.path.abspath(dst))
     checkpoint = inspect_checkpoint(source)
     family, config, found = checkpoint.family, checkpoint.config, checkpoint.found
-    settings = Settings.make(
-        base_model_type=family.model_type,
-        base_architectures=(checkpoint.architecture,),
-        spec=family.source_spec(config, found),
-        hidden_size=next(iter(found.values())).hidden,
-        convertible=checkpoint.layers,
+    settings = family.settings(
+        config,
+        checkpoint.architecture,
+        found,
         plasticity=plasticity,
         gate=gate,
         rank=rank,
         layers=layers,
         seed=seed,
         gain=gain,
-        no_exact_gain=family.no_exact_gain(config, found),
     )
     _check_apart(source, destination)
     for layer in settings.layers:

@@ -445,6 +445,20 @@ class Family:
             return f"{field} lets the write gate exceed 1, and a rate above 1 has no precision"
         return no_exact_gain(self.source_spec(config, found))
 
+    def settings(
+        self, config: Any, architecture: str, found: Mapping[int, Found], **asked: Any
+    ) -> Settings:
+        """Return what a conversion of a model will be, checked: `Settings.make` says of what."""
+        return Settings.make(
+            base_model_type=self.model_type,
+            base_architectures=(architecture,),
+            spec=self.source_spec(config, found),
+            hidden_size=next(iter(found.values())).hidden,
+            convertible=tuple(sorted(found)),
+            no_exact_gain=self.no_exact_gain(config, found),
+            **asked,
+        )
+
 
 class LiveFamily(Family):
     """The models of one class that is not transformers' own, in memory only: neither folders nor

@@ -13,7 +13,6 @@ from torch import nn
 from glazoo.errors import ConversionError
 from glazoo.families import Family, LiveFamily, families, find_family
 from glazoo.families.mixer import MetaplasticMixer
-from glazoo.families.settings import Settings
 from glazoo.layers import GatedLinearAttention, gates
 from glazoo.versions import installed, untested
 
@@ -58,19 +57,16 @@ def metaplasticize_mixers(
     family = _family_of(model)
     config: Any = model.config
     found = family.examine(model)
-    settings = Settings.make(
-        base_model_type=family.model_type,
-        base_architectures=(type(model).__name__,),
-        spec=family.source_spec(config, found),
-        hidden_size=next(iter(found.values())).hidden,
-        convertible=tuple(found),
+    settings = family.settings(
+        config,
+        type(model).__name__,
+        found,
         plasticity=plasticity,
         gate=gate,
         rank=rank,
         layers=layers,
         seed=seed,
         gain=gain,
-        no_exact_gain=family.no_exact_gain(config, found),
     )
     for what in untested(installed(("transformers",))).values():
         warnings.warn(what, stacklevel=2)
