@@ -6,7 +6,6 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from enum import StrEnum
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast, overload
@@ -22,19 +21,10 @@ from glazoo.spec import Gate, Spec
 from glazoo.state import Output, OutputWithUncertainty, State
 from glazoo.zoo import load
 
-__all__ = ["Impl", "attention", "schedule", "warn_of_layout"]
+__all__ = ["attention", "schedule", "warn_of_layout"]
 
 
 Operation = TypeVar("Operation", bound=Callable[..., Any])
-
-
-class Impl(StrEnum):
-    """Which engine runs a call; `auto` picks by device and says so in the log."""
-
-    AUTO = "auto"
-    REFERENCE = "reference"
-    CHUNKED = "chunked"
-    TRITON = "triton"
 
 
 @overload
@@ -50,7 +40,7 @@ def attention(
     prior: Tensor | float | None = None,
     erase: Tensor | None = None,
     p: Tensor | None = None,
-    a: Tensor | None = None,
+    removal: Tensor | None = None,
     u: Tensor | None = None,
     trap: Tensor | None = None,
     g_importance: Tensor | None = None,
@@ -75,7 +65,7 @@ def attention(
     prior: Tensor | float | None = None,
     erase: Tensor | None = None,
     p: Tensor | None = None,
-    a: Tensor | None = None,
+    removal: Tensor | None = None,
     u: Tensor | None = None,
     trap: Tensor | None = None,
     g_importance: Tensor | None = None,
@@ -99,7 +89,7 @@ def attention(
     prior: Float[Tensor, "..."] | float | None = None,
     erase: Float[Tensor, "B T HV K"] | None = None,
     p: Float[Tensor, "B nT H K"] | None = None,
-    a: Float[Tensor, "B T HV K"] | None = None,
+    removal: Float[Tensor, "B T HV K"] | None = None,
     u: Float[Tensor, "HV K"] | None = None,
     trap: Float[Tensor, "B T HV"] | None = None,
     g_importance: Float[Tensor, "B T HV"] | None = None,
@@ -113,8 +103,10 @@ def attention(
 ) -> Output | OutputWithUncertainty:
     """Runs the recurrence of a spec on activated operands.
 
-        predict   J' = a J                   mu' = (a I_prev / (J' + I_p)) mu_prev           a =
-        exp(g) observe   J  = J' + b k^2            I = J + I_p correct   mu = mu' + write - erase
+        decay     a  = exp(g)
+        predict   J' = a J                   mu' = (a I_prev / (J' + I_p)) mu_prev
+        observe   J  = J' + b k^2            I = J + I_p
+        correct   mu = mu' + write - erase
         read      y  = mu^T (scale q)        uncertainty = sum_k (scale q)_k^2 / I_k
 
     `glazoo show NAME` (or `glazoo.lower(spec)`) prints the recurrence of a variant and the operands
@@ -136,7 +128,7 @@ def attention(
         prior: prior importance I_p > 0: a number, [HV] or [HV, K]. Default: the spec's.
         erase: erase gate on the predicting key, [B, T, HV, K].
         p: erase key, [B, T, H, K].
-        a: removal gate, [B, T, HV, K].
+        removal: removal gate (r in formulas), [B, T, HV, K].
         u: same-token bonus, [HV, K].
         trap: weight of the current tap in [0, 1], [B, T, HV].
         g_importance: importance's own log decay, <= 0, [B, T, HV].
@@ -148,7 +140,7 @@ def attention(
         cu_seqlens: [N + 1], int: packed sequences, B = 1; sequence n has tokens cu_seqlens[n] to
             cu_seqlens[n + 1] - 1 and may be empty.
         impl: "reference" (token by token, the definition), "chunked" (matrix products, any device),
-            "triton" (GPU kernels), or "auto": the fastest that serves the device.
+            "triton" (GPU kernels), or "auto": chunked, which serves every spec and device.
 
     Returns:
         `Output(output, final_state)`, with a third field `uncertainty` if asked for. Arithmetic and
@@ -174,7 +166,7 @@ def attention(
         "prior": prior,
         "erase": erase,
         "p": p,
-        "a": a,
+        "removal": removal,
         "u": u,
         "trap": trap,
         "g_importance": g_importance,

@@ -308,8 +308,8 @@ class Erase(_Data):
     key: Literal["write", "free"] = "write"
     """The key of the prediction: the write key, or an operand of its own (`p`)."""
     strength: Literal["write", "own"] = "write"
-    """Scaled by the write gate, or by a gate of its own (`erase` on the prediction key, `a` on the
-    removal)."""
+    """Scaled by the write gate, or by a gate of its own (`erase` on the prediction key, `removal`
+    on the removal)."""
     gate: Gate = Gate()
     """The own gate, key-shaped."""
     side: Literal["prediction", "removal"] = "prediction"
@@ -456,7 +456,7 @@ class Layer(_Data):
     query_correction: bool = False
     """Subtracts D_h p from the query before it is normalised."""
     key_rate: bool = False
-    """The written key is k (1 + (a - 1) c) with the removal gate a and a learned c per channel."""
+    """The written key is k (1 + (r - 1) c) with the removal gate r and a learned c per channel."""
     value_residual: bool = False
     """Values interpolate with those of the first layer."""
     skip: Literal["none", "head", "branch", "same_token"] = "none"

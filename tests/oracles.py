@@ -200,7 +200,7 @@ def _over_heads(name: str, sig: Signature, loop: Loop) -> Oracle:
                         x.al = np.exp(g[j]) * x.al
                     else:  # [B, T, HV] or [B, T, HV, K]
                         x.al = np.exp(g[i, :, j, None] if g.ndim == 3 else g[i, :, j])
-                for n in ("beta", "erase", "a", "trap"):
+                for n in ("beta", "erase", "removal", "trap"):
                     if n in ops:
                         setattr(x, n, ops[n][i, :, j])
                 if "b" in ops:
@@ -476,11 +476,11 @@ def gated_deltaproduct(x: Head) -> None:
     x.S = S
 
 
-@oracle("rwkv7", g="key", keys="unit", extra=("p", "a"), scale=1.0)
+@oracle("rwkv7", g="key", keys="unit", extra=("p", "removal"), scale=1.0)
 def rwkv7(x: Head) -> None:
     S = x.S
     for t in range(x.T):
-        k, v, kk, a, w = x.k[t], x.v[t], x.p[t], x.a[t], x.al[t]
+        k, v, kk, a, w = x.k[t], x.v[t], x.p[t], x.removal[t], x.al[t]
         S = S @ (np.diag(w) - outer(kk, kk * a)) + outer(v, k)
         x.y[t] = S @ x.sq[t]
     x.S = S
@@ -811,7 +811,7 @@ def meta_gated_deltaproduct(x: Head) -> None:
 def meta_rwkv7(x: Head) -> None:
     mu, J = x.S, x.J
     for t in range(x.T):
-        k, v, kk, a, last = x.k[t], x.v[t][:, None], x.p[t], x.a[t], mu
+        k, v, kk, a, last = x.k[t], x.v[t][:, None], x.p[t], x.removal[t], mu
         mu, J = predict(x.al[t], mu, J, x.prior)
         J = J + outer(x.b[t], k**2)
         I_t = J + x.prior
@@ -929,8 +929,8 @@ def make_operands(
         ops["erase"] = rng.uniform(0.0, 1.0, (B, T, HV, K))
     if "p" in sig.extra:  # near the key, but not it
         ops["p"] = unit(k + 0.3 * rng.standard_normal(k.shape))
-    if "a" in sig.extra:
-        ops["a"] = rng.uniform(0.0, 1.0, (B, T, HV, K))
+    if "removal" in sig.extra:
+        ops["removal"] = rng.uniform(0.0, 1.0, (B, T, HV, K))
     if "u" in sig.extra:
         ops["u"] = rng.standard_normal((HV, K))
     if "trap" in sig.extra:

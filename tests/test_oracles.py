@@ -88,7 +88,7 @@ def head_of(name: str, gate: str | None, ops: Ops, i: int, j: int) -> Ops:
     H, HV = ops["q"].shape[2], ops["v"].shape[2]
     T, K, V = ops["q"].shape[1], ops["q"].shape[3], ops["v"].shape[3]
     x: Ops = {n: ops[n][i, :, j // (HV // H)] for n in ("q", "k", "p") if ops.get(n) is not None}
-    names = ("v", "g", "beta", "b", "erase", "a", "trap", "g_importance")
+    names = ("v", "g", "beta", "b", "erase", "removal", "trap", "g_importance")
     x |= {n: a[i, :, j] for n in names if (a := ops.get(n)) is not None and a.ndim > 1}
     x |= {n: ops[n][j] for n in ("u", "center", "prior") if n in ops}
     al = np.exp(x.get("g", np.zeros(T)))
@@ -208,7 +208,7 @@ def dense_delta_row(name: str, x: Ops, row: int, first_order: bool = False) -> t
         y, S = solve_row(
             substeps(al, np.ones_like(al)),
             substeps(kk, zero),
-            substeps(kk * x["a"] / after, k / after),
+            substeps(kk * x["removal"] / after, k / after),
             substeps(np.zeros_like(v), v),
             substeps(zero, q),
             prev=True,
@@ -622,7 +622,7 @@ def test_identities_of_the_delta_variants() -> None:
     )
     # RWKV7 with removal key Diag(al) k, removed along beta k, and beta v written.
     general = {"q": kda["q"], "k": kda["k"], "v": kda["beta"][..., None] * kda["v"], "g": kda["g"]}
-    general |= {"p": a_k, "a": kda["beta"][..., None] * np.exp(-kda["g"])}
+    general |= {"p": a_k, "removal": kda["beta"][..., None] * np.exp(-kda["g"])}
     same(run("rwkv7", general), run("kda", kda, scale=1.0))
 
     # Householder products: one step is the gated delta rule, a second one that writes nothing too.

@@ -206,7 +206,8 @@ class _Sequence:
             return x[:, i, :, None, :] if x.ndim == 4 else x[:, i, :, None, None]
 
         k = 1 - decay if self.spec.key == "one_minus_decay" else keyed("k")
-        own = next((ops[name][:, i, ..., None] for name in ("erase", "a") if name in ops), None)
+        own = next((ops[name] for name in ("erase", "removal") if name in ops), None)
+        own = None if own is None else own[:, i, ..., None]
         p = keyed("p") if "p" in ops else k
         own_decay = gate("g_importance").exp() if "g_importance" in ops else None
         return _Write(

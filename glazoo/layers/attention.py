@@ -506,7 +506,7 @@ class GatedLinearAttention(KeepsWide):
             first_values = operands["v"]
         self._gate_operands(operands, inputs, decay, ctx)
         if self.spec.layer.key_rate:
-            rate = operands["a"]
+            rate = operands["removal"]
             written = 1 + (rate - 1) * self.key_rate.to(rate.dtype)
             operands["k"] = operands["k"] * written.to(operands["k"].dtype)
         if mask is not None:

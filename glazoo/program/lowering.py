@@ -170,18 +170,18 @@ def _steps(spec: Spec) -> Iterator[Step | step.OneToken]:
     if spec.key == "one_minus_decay":
         yield step.TiedKey()
     # The key that predicts, and the one along which is removed where that is another.
-    e, removal = "p" if erase.key == "free" else "k", None
+    e, removed = "p" if erase.key == "free" else "k", None
     if erase.strength == "own" and erase.side == "prediction":
         yield step.Times("e", "erase", e)
         e = "e"
     elif erase.strength == "own":
-        yield step.Times("removal", "a", e)
-        removal, count = "removal", 2
+        yield step.Times("removed_key", "removal", e)
+        removed, count = "removed_key", 2
     if spec.steps.source == "lagged":
         beta = "beta"
         gates = (beta,) if imp is None or imp.gate.shape == "none" else (beta, "b")
         yield step.Lag(gates)
-        taps = {name: (f"{name}_before", name) for name in ("k", "v", *gates)}
+        taps = {name: (f"{name}_previous", name) for name in ("k", "v", *gates)}
         yield _split(q=(None, "q"), g=(None, g), **taps)
     rated = spec.write.shape == "value" and erase.strength == "write"
     if p.precision == "full":
@@ -191,13 +191,13 @@ def _steps(spec: Spec) -> Iterator[Step | step.OneToken]:
             w = "w"
         yield step.Full(w, beta, g)
     elif spec.importance_per_synapse or (rated and not spec.hebbian):
-        yield from _per_synapse(spec, g, beta, e, removal)
+        yield from _per_synapse(spec, g, beta, e, removed)
     elif spec.log_evidence:
         yield step.LogImportance()
         yield step.Variance("z")
         yield step.Linear("q", "kappa", "v", "forget", symbol="mu")
     else:
-        parts = tuple(_per_key(spec, g, beta, e, removal))
+        parts = tuple(_per_key(spec, g, beta, e, removed))
         # An engine may have a token in one piece, where importance scales one write.
         if imp is not None and imp.preconditioner is None and count == 1:
             yield step.OneToken(
@@ -233,7 +233,7 @@ def _split(**parts: tuple[str | None, ...]) -> step.SubTokens:
 
 
 def _per_synapse(
-    spec: Spec, g: str | None, beta: str | None, e: str, removal: str | None
+    spec: Spec, g: str | None, beta: str | None, e: str, removed: str | None
 ) -> Iterator[Step]:
     """Importance with one entry per key and value channel, or a gain with one."""
     p, imp, v, evidence = spec.posterior, spec.importance, "v", "k"
@@ -247,11 +247,11 @@ def _per_synapse(
     if imp is None:
         yield step.Variance(None)
     q, k, b = "q", "k", None if imp is None else "b"
-    if removal is not None:
+    if removed is not None:
         # The first sub-token sees all evidence, so that both use the same importance.
         yield _split(
             read=(None, q),
-            kappa=(removal, k),
+            kappa=(removed, k),
             w=(None, v),
             e=(e, None),
             evidence=(k, None),
@@ -277,22 +277,22 @@ def _per_synapse(
 
 
 def _per_key(
-    spec: Spec, g: str | None, beta: str | None, e: str, removal: str | None
+    spec: Spec, g: str | None, beta: str | None, e: str, removed: str | None
 ) -> Iterator[Step]:
     """Importance that is constant or one vector over keys: the classes of matrix products."""
     p, imp, when = spec.posterior, spec.importance, spec.read.when
     q, k, w, forget, found, symbol = "q", "k", "v", g, None, "S"
-    J = "J" if when == "post" else "J_before"
+    J = "J" if when == "post" else "J_previous"
     if imp is None:
         yield step.Variance(None)
     elif imp.preconditioner is not None:
-        yield step.Importance("g_importance", before=False)
+        yield step.Importance("g_importance", keeps_previous=False)
         yield step.Precondition(imp.preconditioner.base, imp.preconditioner.eps)
         yield step.Times("kappa", "m", "k")
         k, symbol = "kappa", "mu"
     else:
         pulled = not spec.hebbian and (g is not None or p.gain == "exact")
-        yield step.Importance(g, before=pulled or when == "pre")
+        yield step.Importance(g, keeps_previous=pulled or when == "pre")
         yield step.Variance(J)
         symbol = "h" if spec.hebbian else "mu"
         if spec.hebbian:
@@ -323,12 +323,12 @@ def _per_key(
     if imp is not None and imp.preconditioner is None:
         yield step.Divide("kappa", "k", "J")
         k = "kappa"
-        if removal is not None:
-            yield step.Divide("removed", removal, "J")
-            removal = "removed"
-    if removal is not None:
+        if removed is not None:
+            yield step.Divide("removed_kappa", removed, "J")
+            removed = "removed_kappa"
+    if removed is not None:
         yield _split(
-            read=(None, q), e=(e, None), kappa=(removal, k), w=(None, w), forget=(forget, None)
+            read=(None, q), e=(e, None), kappa=(removed, k), w=(None, w), forget=(forget, None)
         )
         q, e, k, w, forget = "read", "e", "kappa", "w", None if forget is None else "forget"
     yield step.Delta(q, e, k, w, forget, spec.erase.base, symbol)

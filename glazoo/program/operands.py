@@ -132,9 +132,8 @@ def operands(spec: Spec) -> Iterator[Operand]:
         yield Operand("p", "erase_key", key, "erase key", idle=0.0, wide=False)
     if erase.strength == "own":
         predicts, shape = erase.side == "prediction", gate(steps, "key")
-        name = "erase" if predicts else "a"
+        name, symbol = ("erase", None) if predicts else ("removal", "r")
         meaning = f"own gate of the {'prediction key' if predicts else 'removal, r in formulas'}"
-        symbol = name if predicts else "r"
         yield Operand(name, "erase", shape, meaning, symbol=symbol, idle=0.0, usual=(0.0, 1.0))
     if spec.read.bonus:
         yield Operand("u", "bonus", _shapes("HV K"), "same-token bonus")

@@ -173,21 +173,21 @@ class Lag(Step):
         x, trap = env.x, env.x["trap"]
         for name, part in (("k", "lag_key"), ("v", "lag_value")):
             first = x.get(part)
-            x[f"{name}_before"] = previous(x[name], first, env.cu_seqlens)
+            x[f"{name}_previous"] = previous(x[name], first, env.cu_seqlens)
             x[part] = last(x[name], first, env.cu_seqlens, env.wide)
         for name in self.gates:
             gate = x.get(name)
             now = trap if gate is None or gate.ndim == trap.ndim else trap[..., None]
-            x[f"{name}_before"] = 1 - now if gate is None else gate * (1 - now)
+            x[f"{name}_previous"] = 1 - now if gate is None else gate * (1 - now)
             x[name] = now if gate is None else gate * now
 
     def write(self, names: Names) -> None:
         x, trap = names.x, names.x["trap"]
         for name in ("k", "v"):
-            x[f"{name}_before"] = names.before(name, x[name].shape)
+            x[f"{name}_previous"] = names.previous(name, x[name].shape)
         for name in self.gates:
             gate = x.get(name)
-            x[f"{name}_before"] = _ONE - trap if gate is None else gate * (_ONE - trap)
+            x[f"{name}_previous"] = _ONE - trap if gate is None else gate * (_ONE - trap)
             x[name] = trap if gate is None else gate * trap
 
     def state(self) -> tuple[StatePart, ...]:
@@ -242,8 +242,8 @@ class Importance(Step):
     """The scan of an importance over keys, above the prior."""
 
     g: str | None
-    before: bool
-    """Whether the importance before each token is needed, too."""
+    keeps_previous: bool
+    """Whether later steps need the importance that each token finds, too."""
     operations = (("K", 4),)
 
     def run(self, env: Env) -> None:
@@ -255,12 +255,12 @@ class Importance(Step):
             initial_state=first,
             cu_seqlens=env.cu_seqlens,
         )
-        if self.before:
-            x["J_before"] = previous(x["J"], first, env.cu_seqlens)
+        if self.keeps_previous:
+            x["J_previous"] = previous(x["J"], first, env.cu_seqlens)
 
     def write(self, names: Names) -> None:
         x = names.x
-        x["J_before"] = names.before("J", _KEY)
+        x["J_previous"] = names.previous("J", _KEY)
         x["J"] = names.let("J", names.decayed(self.g, "J", _KEY) + x["b"] * x["k"].squared)
 
     def state(self) -> tuple[StatePart, ...]:
@@ -303,10 +303,10 @@ class LogImportance(Step):
         x["forget"], x["kappa"] = previous(z, first, cu) - z, (env.heads("k") - z).exp()
 
     def write(self, names: Names) -> None:
-        x, before = names.x, names.before("z", _KEY)
-        z = names.let("z", apply("log", apply("exp", before) + apply("exp", x["k"])))
+        x, old = names.x, names.previous("z", _KEY)
+        z = names.let("z", apply("log", apply("exp", old) + apply("exp", x["k"])))
         x["z"] = z
-        x["forget"], x["kappa"] = apply("exp", before - z), apply("exp", x["k"] - z)
+        x["forget"], x["kappa"] = apply("exp", old - z), apply("exp", x["k"] - z)
 
     def state(self) -> tuple[StatePart, ...]:
         return (StatePart("importance", "z", ("N", "HV", "K"), "logarithm of importance"),)
@@ -323,17 +323,17 @@ class Forget(Step):
     def run(self, env: Env) -> None:
         x, g = env.x, env.gate(self.g)
         if g is None:
-            x["found"] = x["J_before"] + x["prior"]
+            x["found"] = x["J_previous"] + x["prior"]
         else:
             wide = g if g.ndim == 4 else g[..., None]
-            x["forget"], x["found"] = forgetting(x["J_before"], wide, x["prior"])
+            x["forget"], x["found"] = forgetting(x["J_previous"], wide, x["prior"])
 
     def write(self, names: Names) -> None:
         x = names.x
         found = names.let("I'", names.decayed(self.g, "J", _KEY) + _PRIOR)
         x["found"] = found
         if self.g is not None:
-            x["forget"] = x[self.g] * (x["J_before"] + _PRIOR) / found
+            x["forget"] = x[self.g] * (x["J_previous"] + _PRIOR) / found
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,7 +343,7 @@ class Divide(Step):
     out: str
     of: str
     importance: str
-    """J or J_before."""
+    """J or J_previous."""
     operations = (("K", 2),)
 
     def run(self, env: Env) -> None:
@@ -451,7 +451,7 @@ class Linear(Step):
         )
 
     def write(self, names: Names) -> None:
-        x, old = names.x, names.before(self.symbol, _MEMORY)
+        x, old = names.x, names.previous(self.symbol, _MEMORY)
         new = names.decayed(self.g, self.symbol, _MEMORY) + x[self.k] @ x[self.w].T
         new = names.let(self.symbol, new)
         x["y"] = (new if self.read == "post" else old).T @ x[self.q]
@@ -499,7 +499,7 @@ class Delta(Step):
         )
 
     def write(self, names: Names) -> None:
-        x, old = names.x, names.before(self.symbol, _MEMORY)
+        x, old = names.x, names.previous(self.symbol, _MEMORY)
         mean = _decayed_mean(names, self.g, self.symbol)
         seen = mean if self.base == "decayed" else old
         new = mean + x[self.k] @ (x[self.w] - seen.T @ x[self.e]).T
@@ -548,7 +548,7 @@ class Synapse(Step):
         h = names.let("h", h + x["k"] @ x[self.w].T)
         J = names.let("J", J + x["k"].squared @ x["b"].T)
         if self.read == "pre":
-            h, J = (names.before(s, _MEMORY) for s in ("h", "J"))
+            h, J = (names.previous(s, _MEMORY) for s in ("h", "J"))
         x["y"] = (h / (J + _PRIOR)).T @ x["q"]
         x["uncertainty"] = (_ONE / (J + _PRIOR)).T @ x["q"].squared
 
@@ -622,15 +622,15 @@ class SynapseDelta(Step):
             shape, square = (_KEY if self.shared else _MEMORY), x[self.evidence].squared
             new = x[self.b] * square if self.shared else square @ x[self.b].T
             total = names.let("J", names.decayed(self.g, "J", shape) + new) + _PRIOR
-            mean = names.before(symbol, _MEMORY)
+            mean = names.previous(symbol, _MEMORY)
             if self.g is not None or self.gain != "first_order":
                 found = names.let("I'", names.decayed(self.g, "J", shape) + _PRIOR)
                 scaled = k / found
                 if self.g is not None:
-                    forget = x[self.g] * (names.before("J", shape) + _PRIOR) / found
+                    forget = x[self.g] * (names.previous("J", shape) + _PRIOR) / found
                     mean = names.let("mu'", forget * mean)
         beta = None if self.beta is None else x[self.beta]
-        old = names.before(symbol, _MEMORY)
+        old = names.previous(symbol, _MEMORY)
         seen = mean if self.base == "decayed" else old
         if self.gain == "first_order":
             error = v - seen.T @ x[self.e]
@@ -740,7 +740,7 @@ class Variance(Step):
     """The posterior variance of the output, if a call asks for it."""
 
     importance: str | None
-    """J, J_before, z for its logarithm; None: importance is the constant one."""
+    """J, J_previous, z for its logarithm; None: importance is the constant one."""
 
     def run(self, env: Env) -> None:
         if not env.uncertainty:

@@ -91,11 +91,11 @@ class Names:
         self.lines.append(("" if self.index == "t" else "    ") + f"{name} = {value.text}")
         return Term(name, value.shape)
 
-    def before(self, symbol: str, shape: Shape) -> Term:
+    def previous(self, symbol: str, shape: Shape) -> Term:
         """Return a symbol one token earlier."""
         return Term(f"{symbol}_{{{self.index}-1}}", shape)
 
     def decayed(self, g: str | None, symbol: str, shape: Shape) -> Term:
         """Return a state after the decay of the name g, if there is one."""
-        old = self.before(symbol, shape)
+        old = self.previous(symbol, shape)
         return old if g is None else self.x[g] * old

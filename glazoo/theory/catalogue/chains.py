@@ -152,7 +152,8 @@ def _gdn_is_kda(t: Trial) -> Found:
 def _kda_is_generalised(t: Trial) -> Found:
     ops = expand_value_heads(t.program, t.operands())
     decay, k, beta = ops["g"].exp(), ops["k"], ops["beta"][..., None]
-    right = _only(ops, "q", "k", "g") | {"v": beta * ops["v"], "p": decay * k, "a": beta / decay}
+    right = _only(ops, "q", "k", "g") | {"v": beta * ops["v"], "p": decay * k}
+    right["removal"] = beta / decay
     yield from same(
         t.run(t.spec, ops, initial_state=t.state()),
         t.run(load("rwkv7"), right, initial_state=t.state(), scale=t.scale),
@@ -421,7 +422,7 @@ def _head_gate_is_generalised_delta(t: Trial) -> Found:
         "v": beta * ops["v"].double(),
         "g": retained.log().clamp(max=0),
         "p": retained * ops["k"].double(),
-        "a": beta / (J + I_p) / retained,
+        "removal": beta / (J + I_p) / retained,
     }
     right = {name: x.to(t.dtype) for name, x in right.items()}
     source_state = None if state is None else state._replace(importance=None)
@@ -590,9 +591,9 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry(
         "kda-is-generalised-delta",
-        "S Diag(a) (I - beta k k^T) = S (Diag(a) - p (a^r p)^T): p = a k, a^r = beta / a",
+        "S Diag(a) (I - beta k k^T) = S (Diag(a) - p (r p)^T): p = a k, r = beta / a",
         "kda",
-        "rwkv7 with p = a k, removal beta / a, v = beta v",
+        "rwkv7 with p = a k, removal = beta / a, v = beta v",
         "arXiv:2503.14456, eq. 2",
         _kda_is_generalised,
         named("kda"),
