@@ -44,6 +44,8 @@ def attention(
     u: Tensor | None = None,
     trap: Tensor | None = None,
     g_importance: Tensor | None = None,
+    noise: Tensor | None = None,
+    basis: Tensor | None = None,
     center: Tensor | float | None = None,
     scale: float | None = None,
     initial_state: State | None = None,
@@ -69,6 +71,8 @@ def attention(
     u: Tensor | None = None,
     trap: Tensor | None = None,
     g_importance: Tensor | None = None,
+    noise: Tensor | None = None,
+    basis: Tensor | None = None,
     center: Tensor | float | None = None,
     scale: float | None = None,
     initial_state: State | None = None,
@@ -93,6 +97,8 @@ def attention(
     u: Float[Tensor, "HV K"] | None = None,
     trap: Float[Tensor, "B T HV"] | None = None,
     g_importance: Float[Tensor, "B T HV"] | None = None,
+    noise: Float[Tensor, "B T HV *K"] | None = None,
+    basis: Float[Tensor, "H K K"] | None = None,
     center: Float[Tensor, "..."] | float | None = None,
     scale: float | None = None,
     initial_state: State | None = None,
@@ -132,6 +138,10 @@ def attention(
         u: same-token bonus, [HV, K].
         trap: weight of the current tap in [0, 1], [B, T, HV].
         g_importance: importance's own log decay, <= 0, [B, T, HV].
+        noise: variance >= 0 that a token adds to that of every key, [B, T, HV] or [B, T, HV, K];
+            > 0 where exp(g) is 0.
+        basis: orthogonal matrices R, [H, K, K], whose columns are the axes of the importance.
+            Default: the identity.
         center: center of the preconditioner, a number or [HV].
         scale: factor on q. Default: the spec's.
         initial_state: state of the N sequences before the first token; default: nothing written.
@@ -170,6 +180,8 @@ def attention(
         "u": u,
         "trap": trap,
         "g_importance": g_importance,
+        "noise": noise,
+        "basis": basis,
         "center": center,
     }
     call = _validated(program, given, scale, initial_state, cu_seqlens, output_uncertainty)
@@ -297,6 +309,7 @@ def _validated(
         "HV": value_heads,
         "K": key_size,
         "V": value_size,
+        "1": 1,
     }
     operands: dict[str, Tensor] = {}
     for operand in program.operands:
@@ -310,11 +323,11 @@ def _validated(
         if not operand.per_token:
             x = operands.get(operand.name)
             if x is None:
-                x = _default(operand, spec, value_heads).to(q.device, compute_dtype)
+                x = _default(operand, spec, sizes).to(q.device, compute_dtype)
             # A number per head, and on the right whatever broadcasts over channels.
             trailing = len(operand.shapes[-1]) - x.ndim
             x = x.reshape(*x.shape, *[1] * trailing)
-            operands[operand.name] = x.expand(value_heads, *x.shape[1:])
+            operands[operand.name] = x.expand(sizes[operand.shapes[-1][0]], *x.shape[1:])
     if uncertainty and not spec.has_variance:
         raise ValueError(
             f"output_uncertainty: {spec.name!r} uses importance to rescale its write key, "
@@ -333,9 +346,11 @@ def _validated(
     )
 
 
-def _default(operand: Operand, spec: Spec, heads: int) -> Tensor:
+def _default(operand: Operand, spec: Spec, sizes: Mapping[str, int]) -> Tensor:
     if operand.default == "schedule":
-        return schedule(spec.decay, heads)
+        return schedule(spec.decay, sizes["HV"])
+    if operand.default == "identity":
+        return torch.eye(sizes["K"], dtype=torch.float64).expand(sizes["H"], -1, -1)
     assert operand.default is not None
     return torch.tensor(operand.default, dtype=torch.float64)
 
@@ -362,10 +377,23 @@ def _checked(operand: Operand, x: Tensor | float, sizes: Mapping[str, int], q: T
     return x
 
 
+# Largest entry of R^T R - 1 that passes for rounding, of a basis in bfloat16 as well.
+_ORTHOGONAL = 0.02
+
+
 def _check_domain(operand: Operand, x: Tensor) -> None:
     """Checks values where looking at them is cheap: on a CPU, outside of graph capture."""
-    bounded = operand.low > -math.inf or operand.high < math.inf
+    bounded = operand.low > -math.inf or operand.high < math.inf or operand.role == "basis"
     if not bounded or x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling():
+        return
+    if operand.role == "basis":
+        turn = x.detach().double()
+        far = (turn.mT @ turn - torch.eye(x.shape[-1], dtype=turn.dtype)).abs().max().item()
+        if not far < _ORTHOGONAL:
+            raise ValueError(
+                f"{operand.name}: its columns are not orthogonal and of length 1 (R^T R differs "
+                f"from the identity by up to {far:.2g}, accepted is {_ORTHOGONAL})"
+            )
         return
     low, high = (y.item() for y in x.detach().aminmax())
     if low < operand.low or high > operand.high or (operand.open and low == operand.low):

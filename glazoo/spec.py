@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 __all__ = [
     "Decay",
@@ -182,14 +182,16 @@ class Decay(Gate):
 class Posterior(_Data):
     """The posterior approximation: three orthogonal axes."""
 
-    precision: Literal["frozen", "diagonal", "full"]
-    """Whether importance is a constant, one number per synapse, or a matrix over keys."""
+    precision: Literal["frozen", "isotropic", "diagonal", "full"]
+    """Whether importance is a constant, one number per head, one per synapse, or a matrix over
+    keys."""
     correction: Literal["none", "diagonal", "full"]
     """How much of the prediction is subtracted before writing: nothing (Hebbian), the synapse's own
     part, all of it (delta rule)."""
-    gain: Literal["first_order", "exact"] = "first_order"
-    """Learning rate beta k / I_t, or the exact rank-one gain (k / I') r / (1 + r sum k^2 / I') of
-    an observation with precision r."""
+    gain: Literal["first_order", "exact", "flow"] = "first_order"
+    """Learning rate beta k / I_t; the exact rank-one gain (k / I') r / (1 + r sum k^2 / I') of an
+    observation with precision r; or, with constant importance, the delta rule as a flow in
+    continuous time, whose rate is (1 - exp(-beta k.k)) / k.k."""
     beta: Literal["precision", "rate"] = "precision"
     """What the write gate is to the exact gain. precision: r = beta. rate: beta k is the step at
     importance 1, as in a delta rule, so that r = beta / (1 - beta k.k) and the gain is
@@ -198,22 +200,27 @@ class Posterior(_Data):
 
     @model_validator(mode="after")
     def _known_combination(self) -> Self:
-        exact_delta = ("diagonal", "full", "exact")
-        if self.beta == "rate" and (self.precision, self.correction, self.gain) != exact_delta:
-            raise ValueError(
-                "posterior.beta = rate belongs to precision, correction, gain = "
-                f"{', '.join(exact_delta)}: with constant importance it is the first-order gain"
-            )
         here = (self.precision, self.correction, self.gain)
+        if self.beta == "rate" and (self.precision == "frozen" or here[1:] != ("full", "exact")):
+            raise ValueError(
+                "posterior.beta = rate belongs to correction, gain = full, exact with an "
+                "importance: with constant importance it is the first-order gain"
+            )
         allowed = {
             ("frozen", "none", "first_order"),
             ("frozen", "full", "first_order"),
             ("frozen", "full", "exact"),
+            ("frozen", "full", "flow"),
             ("frozen", "diagonal", "exact"),
+            ("isotropic", "none", "first_order"),
+            ("isotropic", "full", "first_order"),
+            ("isotropic", "full", "exact"),
             ("diagonal", "diagonal", "first_order"),
             ("diagonal", "diagonal", "exact"),
             ("diagonal", "full", "first_order"),
             ("diagonal", "full", "exact"),
+            ("full", "none", "first_order"),
+            ("full", "full", "first_order"),
             ("full", "full", "exact"),
         }
         if here not in allowed:
@@ -271,7 +278,19 @@ class Importance(_Data):
     scale: PlasticityScale = PlasticityScale()
     """Learned factor of the gate."""
     evidence: Literal["key_squared", "exp_key", "outer_product"] = "key_squared"
-    """What a token adds: b k^2, e^k, or beta k k^T."""
+    """What a token adds: b k^2, e^k, or b k k^T (without an importance gate b is beta). An
+    isotropic precision counts the mean of b k^2 over keys."""
+    forgetting: Literal["temper", "discount", "diffuse"] = "temper"
+    """How a decay a acts on the importance I and the mean. temper: I' = a I + (1 - a) I_p, the
+    mean's natural parameter I mu by a, so that old evidence fades; discount: I' = a I and the mean
+    stays, recursive least squares; diffuse: the variance grows as in a Kalman filter,
+    1 / I' = a^2 / I + noise, and the mean decays by a."""
+    noise: Gate = Gate()
+    """diffuse: the variance that a token adds, an operand > 0 per head or key. Without a gate it is
+    (1 - a^2) / I_p, which keeps the prior where it is."""
+    basis: Literal["own", "rotated"] = "own"
+    """Over which axes importance is diagonal: those of the keys, or those of an orthogonal matrix
+    per key head, an operand; keys and queries are turned into them."""
     decay: Literal["shared", "own"] = "shared"
     """Whether importance forgets as the mean does, or by a decay of its own."""
     own_decay: Decay | None = None
@@ -295,9 +314,25 @@ class Importance(_Data):
                 "an own importance decay and a preconditioner go together: without the prior pull "
                 "of a shared decay, the reciprocal of importance is not a posterior variance"
             )
-        if (self.gate.shape == "none") != (self.evidence != "key_squared"):
+        gated = {"key_squared": True, "exp_key": False}.get(self.evidence)
+        if gated is not None and gated != (self.gate.shape != "none"):
             raise ValueError(
-                "the importance gate belongs to evidence = key_squared; other evidence takes none"
+                "evidence = key_squared needs an importance gate, and evidence = exp_key takes none"
+            )
+        if self.evidence == "outer_product" and self.gate.shape == "value":
+            raise ValueError(
+                "evidence = outer_product takes an importance gate per head or none, not "
+                "gate.shape = value: a matrix over keys for every value channel is out of reach"
+            )
+        if self.noise.shape not in ("none", "head", "key"):
+            raise ValueError(f"importance.noise.shape is none, head or key: {self.noise.shape!r}")
+        if self.noise.shape != "none" and self.forgetting != "diffuse":
+            raise ValueError("importance.noise belongs to forgetting = diffuse")
+        plain = self.evidence != "exp_key" and self.decay == "shared"
+        if (self.forgetting, self.basis) != ("temper", "own") and not plain:
+            raise ValueError(
+                "importance.forgetting and importance.basis belong to an importance that decays "
+                "as the mean does (decay = shared) and counts k^2 or k k^T"
             )
         return self
 
@@ -544,6 +579,26 @@ class Spec(_Data):
         return self.steps.count if self.steps.source == "projected" else 1
 
     @property
+    def sums_writes(self) -> bool:
+        """Whether importance times mean is a plain sum of decayed writes: nothing is predicted, or
+        what the exact gain subtracts is what the precision matrix forgets."""
+        p, imp = self.posterior, self.importance
+        own = imp is not None and imp.gate.shape == "none" and p.precision == "full"
+        return self.forgetting != "diffuse" and (self.hebbian or own)
+
+    @property
+    def forgetting(self) -> str:
+        """How the decay acts on importance and mean."""
+        return "temper" if self.importance is None else self.importance.forgetting
+
+    @property
+    def turned(self) -> bool:
+        """Whether the memory is kept in the basis of the importance, and not in that of the
+        keys."""
+        imp = self.importance
+        return imp is not None and imp.basis == "rotated" and imp.forgetting != "diffuse"
+
+    @property
     def log_evidence(self) -> bool:
         """Whether keys are logarithms of evidence, and importance is kept as a logarithm."""
         return self.importance is not None and self.importance.evidence == "exp_key"
@@ -556,7 +611,9 @@ class Spec(_Data):
     @property
     def memory_is_mean(self) -> bool:
         """Whether the memory is the posterior mean itself rather than importance times mean."""
-        return self.posterior.precision != "full" and (not self.hebbian or self.log_evidence)
+        if self.forgetting == "diffuse" or self.log_evidence:
+            return True
+        return self.posterior.precision != "full" and not self.hebbian
 
     @property
     def has_variance(self) -> bool:
@@ -603,9 +660,9 @@ class Spec(_Data):
             raise ValueError("importance.prior.shape = none divides by zero before the first write")
         if p.correction != "full" and self.erase != Erase():
             raise ValueError("[erase] belongs to posterior.correction = full")
-        if p.gain == "exact" and self.erase != Erase():
+        if p.gain != "first_order" and self.erase != Erase():
             raise ValueError(
-                "gain = exact predicts with the written key: [erase] must stay at its defaults"
+                f"gain = {p.gain} predicts with the written key: [erase] must stay at its defaults"
             )
         if p.beta == "rate" and (reason := _no_rate(self.write)):
             raise ValueError(f"posterior.beta = rate: {reason}")
@@ -620,8 +677,8 @@ class Spec(_Data):
                 "write.shape = key: a key-shaped input gate belongs to the key stream, "
                 "[layer.k.gate]"
             )
-        if p.precision == "full" and (self.write.shape == "value" or self.decay.shape == "key"):
-            raise ValueError("precision = full takes a head-shaped decay and write gate")
+        if imp is not None:
+            self._known_forgetting(imp)
         if self.key == "one_minus_decay" and self.decay.shape != "key":
             raise ValueError("key = one_minus_decay needs decay.shape = key")
         if self.read.bonus and self.read.when != "pre":
@@ -649,6 +706,68 @@ class Spec(_Data):
                 "(softplus_exp, softplus_product)"
             )
         return self
+
+    def _known_forgetting(self, imp: Importance) -> None:
+        p, precision = self.posterior, self.posterior.precision
+        rates = self.write.shape == "value" and self.erase.strength == "write"
+        if precision in ("full", "isotropic") and p.correction == "full" and rates:
+            raise ValueError(
+                f"precision = {precision} takes a write gate per head, not write.shape = value: a "
+                "learning rate per value channel would need an importance for each"
+            )
+        if precision == "isotropic" and (imp.gate.shape != "head" or imp.prior.shape != "head"):
+            raise ValueError(
+                "precision = isotropic is one number per head: importance.gate.shape and "
+                "importance.prior.shape must be head"
+            )
+        if precision == "isotropic" and imp.basis == "rotated":
+            raise ValueError("precision = isotropic looks the same in every basis: basis = own")
+        if precision == "full" and imp.basis == "rotated":
+            raise ValueError("precision = full needs no basis: it is exact in every one")
+        if imp.basis == "rotated" and imp.gate.shape != "head":
+            raise ValueError(
+                "importance.basis = rotated takes one importance per key (gate = head)"
+            )
+        if imp.basis == "rotated" and (p.correction, p.gain) == ("diagonal", "exact"):
+            raise ValueError(
+                "importance.basis = rotated changes a gain whose synapses correct their own part "
+                "alone: which part that is depends on the basis"
+            )
+        if imp.forgetting == "discount" and precision == "full":
+            raise ValueError(
+                "forgetting = discount with precision = full forgets the prior itself, and the "
+                "matrix becomes singular; accepted are temper and diffuse"
+            )
+        if imp.forgetting != "temper" and imp.gate.shape == "value":
+            raise ValueError(
+                f"forgetting = {imp.forgetting} takes one importance per key, not one per synapse"
+            )
+        if imp.forgetting == "temper" and self.decay.shape == "key":
+            if precision == "full":
+                raise ValueError(
+                    "precision = full with a decay per key and forgetting = temper is unsound: the "
+                    "map of the mean from token to token may enlarge it 20 times; accepted is "
+                    "forgetting = diffuse"
+                )
+            if precision == "isotropic" or imp.basis == "rotated":
+                what = "isotropic" if precision == "isotropic" else "rotated"
+                raise ValueError(
+                    f"an {what} importance has no decay per key under forgetting = temper: the "
+                    "mean would have to be forgotten along other axes than it is stored; accepted "
+                    "is forgetting = diffuse"
+                )
+        if imp.forgetting == "discount" and self.decay.shape == "key" and precision == "isotropic":
+            raise ValueError(
+                "forgetting = discount with precision = isotropic has a decay per head"
+            )
+        if (precision != "diagonal" or imp.basis == "rotated") and self.read.when == "pre":
+            raise ValueError(
+                "read.when = pre is defined for a diagonal precision in the basis of the keys"
+            )
+        if (imp.forgetting != "temper" or precision == "full") and self.erase.side == "removal":
+            raise ValueError(
+                "erase.side = removal is defined for a diagonal precision with forgetting = temper"
+            )
 
 
 def _no_rate(write: Gate) -> str | None:
@@ -688,6 +807,9 @@ def metaplasticize(
     *,
     gate: Literal["head", "value"] | None = None,
     gain: Literal["first_order", "exact"] | None = None,
+    precision: Literal["diagonal", "isotropic", "full"] | None = None,
+    basis: Literal["own", "rotated"] | None = None,
+    forgetting: Literal["temper", "diffuse"] | None = None,
     rank: int = 16,
 ) -> Spec:
     """Return the metaplastic counterpart of a spec: it gains an importance gate and a prior, and
@@ -701,6 +823,12 @@ def metaplasticize(
         gate: shape of the importance gate b. Default: "head".
         gain: learning rate of a source that subtracts its prediction. Default: "exact" where
             `no_exact_gain` knows no reason against it.
+        precision: what importance is: a vector over keys, one number per head, or a matrix over
+            keys. Default: "diagonal".
+        basis: whether a vector over keys counts along the keys' own axes or along those of an
+            operand. Default: "own".
+        forgetting: how a decay acts on importance. Default: "temper" where that is sound,
+            otherwise "diffuse".
         rank: rank of the projection that makes the gate depend on the token.
 
     Returns:
@@ -709,7 +837,7 @@ def metaplasticize(
 
     Raises:
         SpecError: `spec` is metaplastic already, an option is not one of the above, or `spec` has
-            no such gain.
+            no such form.
 
     Reference: arXiv:2602.09075, section 3 and appendix (Mamba2 as a limit of Palimpsa).
     """
@@ -719,46 +847,79 @@ def metaplasticize(
             f"(posterior.precision = {spec.posterior.precision!r}); "
             "only a spec with frozen precision has a metaplastic counterpart"
         )
-    gate = "head" if gate is None else gate
-    if gate not in ("head", "value"):
-        raise SpecError(f"gate: got {gate!r}, accepted are 'head' and 'value'")
-    source = spec.posterior
+    accepted = {
+        "gate": ("head", "value"),
+        "gain": ("first_order", "exact"),
+        "precision": ("diagonal", "isotropic", "full"),
+        "basis": ("own", "rotated"),
+        "forgetting": ("temper", "diffuse"),
+    }
+    options = {
+        "gate": gate, "gain": gain, "precision": precision, "basis": basis, "forgetting": forgetting
+    }  # fmt: skip
+    for option, value in options.items():
+        if value is not None and value not in accepted[option]:
+            raise SpecError(
+                f"{option}: got {value!r}, accepted are "
+                + " and ".join(map(repr, accepted[option]))
+            )
+    source, precision = spec.posterior, precision or "diagonal"
     reason = no_exact_gain(spec)
     if gain is None:
         gain = "exact" if reason is None else "first_order"
-    if gain not in ("first_order", "exact"):
-        raise SpecError(f"gain: got {gain!r}, accepted are 'first_order' and 'exact'")
     if gain == "exact" and reason is not None:
         raise SpecError(f"gain: 'exact' is not possible here: {reason}")
     if gain == "first_order" and source.gain == "exact":
         raise SpecError(f"gain: got 'first_order', but the gain of {spec.name!r} is exact already")
+    if source.gain == "flow":
+        raise SpecError(f"{spec.name!r} has the gain of a flow, which knows no importance")
+    if source.correction == "diagonal" and precision != "diagonal":
+        raise SpecError(
+            f"precision: got {precision!r}, but every synapse of {spec.name!r} corrects its own "
+            "part alone; accepted is 'diagonal'"
+        )
     rate = gain != source.gain
-    importance = Importance(
-        gate=Gate(
-            shape=gate,
+    straight = (precision, basis or "own") == ("diagonal", "own")
+    if forgetting is None:
+        forgetting = "temper" if straight or spec.decay.shape != "key" else "diffuse"
+    importance = {
+        "gate": Gate(
+            shape=gate or "head",
             parameterization="sigmoid",
             factor=2.0,
             tie="precision" if rate else "write",
             rank=rank,
             weight_init=Init(distribution="zeros"),
         ),
-    )
+        "evidence": "outer_product" if precision == "full" else "key_squared",
+        "forgetting": forgetting,
+        "basis": basis or "own",
+    }
+    correction = source.correction
+    if correction == "none" and precision == "diagonal":
+        correction = "diagonal"
     posterior = {
-        "precision": "diagonal",
-        "correction": "diagonal" if source.correction == "none" else source.correction,
+        "precision": precision,
+        "correction": correction,
         "gain": gain,
         "beta": "rate" if rate else source.beta,
     }
-    return Spec.model_validate(
-        spec.model_copy(
-            update={
-                "name": f"metaplastic_{spec.name}",
-                "counterpart": spec.name,
-                "posterior": source.model_copy(update=posterior),
-                "importance": importance,
-            }
-        ).model_dump()
-    )
+    data = spec.model_dump() | {
+        "name": f"metaplastic_{spec.name}",
+        "counterpart": spec.name,
+        "posterior": source.model_dump() | posterior,
+        "importance": importance,
+    }
+    try:
+        return Spec.model_validate(data)
+    except ValidationError as e:
+        reasons = "; ".join(
+            str(x["ctx"]["error"]) for x in e.errors() if "error" in x.get("ctx", {})
+        )
+        raise SpecError(
+            f"{spec.name!r} has no metaplastic form with precision = {precision}, "
+            f"forgetting = {forgetting}, basis = {basis or 'own'}: {reasons or e}"
+        ) from None
 
 
 def freeze(spec: Spec) -> Spec:
@@ -781,7 +942,7 @@ def freeze(spec: Spec) -> Spec:
     p, imp = spec.posterior, spec.importance
     if imp is None:
         raise SpecError(f"{spec.name!r} is frozen already: it has no importance state to remove")
-    if p.precision == "full" or imp.evidence != "key_squared":
+    if imp.gate.shape == "none":
         raise SpecError(
             f"{spec.name!r} has no frozen counterpart: its write is defined by its importance "
             f"(precision = {p.precision!r}, evidence = {imp.evidence!r})"

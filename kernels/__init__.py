@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .delta import delta
-    from .full import full
+    from .full import full, solve
     from .importance import importance
     from .linear import linear
+    from .loops import covariance, riccati
     from .step import delta_step, importance_step, linear_step, posterior_step
     from .synapse import synapse, synapse_step
     from .synapse_delta import synapse_delta, synapse_delta_step
 
 __all__ = [
+    "covariance",
     "delta",
     "delta_step",
     "full",
@@ -27,6 +29,8 @@ __all__ = [
     "linear",
     "linear_step",
     "posterior_step",
+    "riccati",
+    "solve",
     "synapse",
     "synapse_delta",
     "synapse_delta_step",
@@ -37,6 +41,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .loops import covariance, riccati
+
+    globals().update(covariance=covariance, riccati=riccati)
     for place in ("delta", "full", "importance", "linear", "step", "synapse", "synapse_delta"):
         found = vars(importlib.import_module(f"{__name__}.{place}"))
         globals().update({x: found[x] for x in __all__ if x in found})

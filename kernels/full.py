@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import loops
 from .common import (
     Tiles,
     launch,
@@ -32,10 +33,10 @@ from .common import (
 )
 from .linear import gradients as linear_gradients
 from .linear import linear
-from .loops import Linear, solve
+from .loops import Linear
 from .operands import (
-    check_device,
     check_operands,
+    check_precision,
     check_state,
     full_prior,
     given_or_zeros,
@@ -174,7 +175,7 @@ class Solve(NamedTuple):
     def loop(self) -> Any:
         given = self._asdict()
         w = _weighted(self.k.to(torch.float32), given.pop("beta"))
-        return solve(w=w, **given)
+        return loops.solve(w=w, **given)
 
 
 def _weighted(k: Tensor, beta: Tensor) -> Tensor:
@@ -248,6 +249,46 @@ _solve = register(
 )
 
 
+def solve(
+    q: Tensor,
+    k: Tensor,
+    beta: Tensor,
+    g: Tensor | None = None,
+    *,
+    prior: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Vectors over the precision matrix that a token finds once it is counted.
+
+        Hm_t = a_t Hm_{t-1} + beta_t k_t k_t^T        x_t = (Hm_t + Diag(prior))^-1 q_t
+
+    Args:
+        q: right-hand sides, [B, T, H or HV, K].
+        k: keys, [B, T, H or HV, K]; float32, float16 or bfloat16.
+        beta: weight of a token in the precision, >= 0, [B, T, HV].
+        g: natural log decay, <= 0, -inf allowed, [B, T, HV]; None is no decay.
+        prior: precision before the first token, > 0, [HV] or [HV, K].
+        initial_state: Hm [N, HV, K, K], symmetric; zeros if None.
+        cu_seqlens: int64 [N + 1], packs N sequences into B = 1; empty ones allowed.
+
+    Returns:
+        x [B, T, HV, K] and the final Hm, in float32.
+
+    Raises:
+        ValueError: a shape is not one of the above, or an operand is on no GPU.
+        TypeError: a dtype that the kernels do not accept.
+
+    Reference: von Oswald et al., MesaNet: Sequence Modeling by Locally Optimal Test-Time Training
+    (arXiv:2506.05233), the mesa layer and its conjugate gradients over chunks.
+    """
+    HV, K = check_precision(q, k, beta, g, cu_seqlens)
+    check_state(initial_state, (sequences(beta, cu_seqlens), HV, K, K))
+    matrix = None if initial_state is None else initial_state.to(torch.float32)
+    x, matrix = _solve(q.to(k.dtype), k, beta, g, full_prior(prior, HV, K), matrix, cu_seqlens)
+    return x, matrix
+
+
 def full(
     q: Tensor,
     k: Tensor,
@@ -292,22 +333,12 @@ def full(
     if solver != "cg":
         raise ValueError(f"solver: got {solver!r}; the kernels have 'cg'")
     check_operands(w, {"q": q, "k": k}, g, [], cu_seqlens)
-    B, T, HV, V = w.shape
-    K = k.shape[3]
-    if tuple(beta.shape) != (B, T, HV):
-        raise ValueError(f"beta: got shape {tuple(beta.shape)}; expected {(B, T, HV)}")
-    if g is not None and g.ndim != 3:
-        raise ValueError(f"g: got shape {tuple(g.shape)}; expected {(B, T, HV)}")
-    check_device("beta", beta)
-    count = sequences(w, cu_seqlens)
     memory, matrix = initial_state or (None, None)
-    check_state(memory, (count, HV, K, V))
-    check_state(matrix, (count, HV, K, K))
+    check_state(memory, (sequences(w, cu_seqlens), w.shape[2], k.shape[3], w.shape[3]))
     q, k = q.to(w.dtype), k.to(w.dtype)
-    matrix = None if matrix is None else matrix.to(torch.float32)
-    x, matrix = _solve(q, k, beta, g, full_prior(prior, HV, K), matrix, cu_seqlens)
+    x, matrix = solve(q, k, beta, g, prior=prior, initial_state=matrix, cu_seqlens=cu_seqlens)
     o, memory = linear(x.to(w.dtype), k, w, g, initial_state=memory, cu_seqlens=cu_seqlens)
     u = None
     if uncertainty:
-        u = (q.repeat_interleave(HV // q.shape[2], 2).float() * x).sum(3).to(w.dtype)
+        u = (q.repeat_interleave(w.shape[2] // q.shape[2], 2).float() * x).sum(3).to(w.dtype)
     return o, (memory, matrix), u

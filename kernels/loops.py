@@ -462,6 +462,91 @@ def solve(
     return x, final
 
 
+def riccati(
+    a: Tensor,
+    c: Tensor,
+    d: Tensor,
+    u: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    low: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """z = a z / (c z + d) + u, elementwise over keys; a, c, d of size 1 or K."""
+
+    def rule(a: Tensor, c: Tensor, d: Tensor, u: Tensor, z: Tensor) -> Any:
+        new = a * z / (c * z + d) + u
+        return [new], [new]
+
+    at = _Given(u, cu_seqlens, compute_dtype(a, c, d, u))
+    start = at.state(initial_state, u.shape[3])
+    (z,), (final,) = at.walk(rule, [at.token(x) for x in (a, c, d, u)], [start], low)
+    return z, final
+
+
+class Riccati(NamedTuple):
+    """Operands of `riccati`."""
+
+    a: Tensor
+    c: Tensor
+    d: Tensor
+    u: Tensor
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+
+    def loop(self) -> Any:
+        return riccati(**self._asdict())
+
+
+def covariance(
+    q: Tensor,
+    k: Tensor,
+    b: Tensor,
+    g: Tensor | None = None,
+    noise: Tensor | None = None,
+    *,
+    prior: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    low: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A Kalman filter's covariance P = 1 / prior + C, from C = 0 on, and what it makes of keys.
+
+        P' = D P D + Diag(n),  f = P' k,  P = P' - f f^T b / (1 + b k.f),  u = q^T P q
+
+    with D = Diag(exp g) and n = `noise` or, without, (1 - D^2) / prior. Gives f, u and the last C.
+    There is no faster form: a token's P depends on all keys before it.
+    """
+
+    def rule(
+        q: Tensor,
+        k: Tensor,
+        b: Tensor,
+        g: Tensor | None,
+        noise: Tensor | None,
+        matrix: Tensor,
+    ) -> Any:
+        a = None if g is None else g.exp()
+        if a is not None:
+            matrix = matrix * (_down(a) * _along(a))
+        if noise is not None:
+            lost = noise if a is None else noise - (1 - a.square()) * variance
+            matrix = matrix + torch.diag_embed(lost.expand(k.shape))
+        found = variance * k + (matrix @ _down(k)).squeeze(-1)
+        weight = b / (1 + b * (k * found).sum(-1, keepdim=True))
+        new = matrix - _down(weight * found) * _along(found)
+        spread = variance * q + (new @ _down(q)).squeeze(-1)
+        return [found, (q * spread).sum(-1)], [new]
+
+    at = _Given(b, cu_seqlens, compute_dtype(q, k, b))
+    keys = k.shape[3]
+    variance = at.prior(prior).reciprocal().squeeze(-1)
+    tokens = [at.token(x) for x in (q, k, b, g, noise)]
+    start = at.state(initial_state, keys, keys)
+    (found, spread), (final,) = at.walk(rule, tokens, [start], low)
+    return found, spread, final
+
+
 def full(
     q: Tensor,
     k: Tensor,

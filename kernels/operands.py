@@ -103,6 +103,25 @@ def check_importance(
     check_state(initial_state, (_check_packing(B, cu_seqlens), HV, K))
 
 
+def check_precision(
+    q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[int, int]:
+    """Refuse operands of a precision matrix whose shapes do not fit beta [B, T, HV], naming the
+    first that does not; give value heads and key size."""
+    if beta.ndim != 3:
+        raise ValueError(f"beta: got shape {tuple(beta.shape)}; expected [B, T, HV]")
+    (B, T, HV), K = beta.shape, k.shape[-1]
+    for name, x in (("k", k), ("beta", beta)):
+        check_device(name, x)
+    for name, x in (("q", q), ("k", k)):
+        _check_keys(name, x, B, T, HV, K)
+    if g is not None and g.ndim != 3:
+        raise ValueError(f"g: got shape {tuple(g.shape)}; expected {(B, T, HV)}")
+    _check_gate(g, B, T, HV, K)
+    _check_packing(B, cu_seqlens)
+    return HV, K
+
+
 def check_state(state: Tensor | None, shape: tuple[int, ...]) -> None:
     """Refuse an initial state of another shape."""
     if state is not None and tuple(state.shape) != shape:

@@ -226,8 +226,8 @@ def test_load_gives_back_a_spec_and_reads_a_path(tmp_path: Path) -> None:
         (MINIMAL + "\n[decay]\nshpe = 'head'", r"unknown key decay\.shpe; did you mean 'shape'"),
         (MINIMAL + "\n[decay]\nshape = 'heads'", r"decay\.shape: Input should be .*got 'heads'"),
         (
-            MINIMAL.replace('"frozen"', '"full"'),
-            r"precision, correction, gain = full, none, first_order contradict",
+            MINIMAL.replace('"none"', '"diagonal"'),
+            r"precision, correction, gain = frozen, diagonal, first_order contradict",
         ),
         (
             MINIMAL.replace('"frozen"', '"diagonal"').replace('"none"', '"diagonal"'),
@@ -279,18 +279,18 @@ def test_specs_cannot_be_changed() -> None:
 
 
 def test_every_combination_of_axes_is_decided() -> None:
-    """Each of the eighteen combinations is either a posterior or refused with the accepted ones."""
+    """Each of the 36 combinations is either a posterior or refused with the accepted ones."""
     accepted = 0
-    for precision in ("frozen", "diagonal", "full"):
+    for precision in ("frozen", "isotropic", "diagonal", "full"):
         for correction in ("none", "diagonal", "full"):
-            for gain in ("first_order", "exact"):
+            for gain in ("first_order", "exact", "flow"):
                 values = {"precision": precision, "correction": correction, "gain": gain}
                 if _is_posterior(values):
                     accepted += 1
                 else:
                     with pytest.raises(ValueError, match="contradict each other; accepted are"):
                         Posterior.model_validate(values)
-    assert accepted == 9
+    assert accepted == 15
 
 
 def _is_posterior(values: dict[str, str]) -> bool:

@@ -8,6 +8,7 @@ with the kernel classes that the other engines run.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -58,6 +59,14 @@ def run(call: Call) -> Result:
     )
 
 
+_Over = Callable[[Tensor], Tensor]
+"""Divides columns [B, HV, K, n] by a precision."""
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
 @dataclass
 class _Write:
     """One write of a token: key [B, HV, K, 1], value [B, HV, 1, V], gates that broadcast against
@@ -69,8 +78,11 @@ class _Write:
     b: Tensor
     decay: Tensor
     p: Tensor
-    erase: Tensor | None
+    """The key that predicts, times its own gate if it has one."""
+    removal: Tensor | None
+    """The key along which is removed, where it is not the written one."""
     own_decay: Tensor | None
+    noise: Tensor | None
 
 
 class _Sequence:
@@ -80,10 +92,15 @@ class _Sequence:
         self.spec = call.program.spec
         self.call, self.ops = call, ops
         self.q = ops["q"].repeat_interleave(call.groups, 2) * call.scale
+        # A mean that forgets per axis of the importance is kept in its basis.
+        self.turned = self.spec.turned
+        if self.turned:
+            turn = ops["basis"].repeat_interleave(call.groups, 0)
+            self.q = torch.einsum("hkj,bthk->bthj", turn, self.q)
         self.v = ops["v"]
         batch, self.tokens, heads, keys = self.q.shape
         values = self.v.shape[-1]
-        self.one = self.q.new_ones(())
+        self.one = self.q.new_ones(1, 1, 1, 1)
         imp = self.spec.importance
         self.prior = ops["prior"][None, :, :, None] if "prior" in ops else self.one
         self.memory = (
@@ -91,13 +108,16 @@ class _Sequence:
         )
         self.importance: Tensor | None = None
         if imp is not None:
-            size = {"full": keys, "diagonal": values if imp.gate.shape == "value" else 1}[
-                self.spec.posterior.precision
-            ]
+            precision = self.spec.posterior.precision
+            size = {
+                "isotropic": (1, 1),
+                "diagonal": (keys, values if imp.gate.shape == "value" else 1),
+                "full": (keys, keys),
+            }[precision]
             start = -torch.inf if self.spec.log_evidence else 0.0
-            self.importance = self.q.new_full((batch, heads, keys, size), start)
+            self.importance = self.q.new_full((batch, heads, *size), start)
             if state is not None and state.importance is not None:
-                self.importance = state.importance.reshape(batch, heads, keys, size)
+                self.importance = state.importance.reshape(batch, heads, *size)
         self.normalizer: Tensor | None = None
         if self.spec.read.normalizer != "none":
             given = None if state is None else state.normalizer
@@ -182,7 +202,7 @@ class _Sequence:
         assert self.lag_value is not None
         k = self.lag_key.repeat_interleave(self.call.groups, 1)[..., None]
         v = self.lag_value[:, :, None]
-        return k, v
+        return self._to_axes(k) if self.turned else k, v
 
     def _decay(self, t: int) -> Tensor:
         g = self.ops.get("g")
@@ -207,71 +227,190 @@ class _Sequence:
 
         k = 1 - decay if self.spec.key == "one_minus_decay" else keyed("k")
         own = next((ops[name] for name in ("erase", "removal") if name in ops), None)
-        own = None if own is None else own[:, i, ..., None]
-        p = keyed("p") if "p" in ops else k
+        p, removal = keyed("p") if "p" in ops else k, None
+        if own is not None:
+            own = own[:, i, ..., None] * p
+            p, removal = (p, own) if self.spec.erase.side == "removal" else (own, None)
         own_decay = gate("g_importance").exp() if "g_importance" in ops else None
-        return _Write(
-            k, ops["v"][:, i, :, None, :], gate("beta"), gate("b"), decay, p, own, own_decay
-        )
+        noise = ops["noise"][:, i] if "noise" in ops else None
+        if noise is not None:
+            noise = noise[..., None] if noise.ndim == 3 else noise[..., None, None]
+        v = ops["v"][:, i, :, None, :]
+        if self.turned:
+            k, p = self._to_axes(k), self._to_axes(p)
+        return _Write(k, v, gate("beta"), gate("b"), decay, p, removal, own_decay, noise)
 
     def _observe_and_correct(self, w: _Write) -> None:
-        p, imp = self.spec.posterior, self.spec.importance
+        p, imp, erase = self.spec.posterior, self.spec.importance, self.spec.erase
         if self.normalizer is not None:
             self.normalizer = w.decay * self.normalizer + w.beta * w.k
-        if imp is None:
-            before = after = self.one
-            forget = w.decay
-        elif self.spec.log_evidence:
+        if self.spec.log_evidence:
             self._observe_log_evidence(w)
             return
-        elif imp.evidence == "outer_product":
-            assert self.importance is not None
-            self.importance = w.decay * self.importance + w.beta * w.k * w.k.mT
+        seen = self._mean()
+        before, after, mean = self._predict_and_observe(w)
+        if self.spec.sums_writes:
             self.memory = w.decay * self.memory + w.k * (w.beta * w.v)
             return
-        else:
-            assert self.importance is not None
-            old = self.importance
-            own = w.decay if w.own_decay is None else w.own_decay
-            self.importance = own * old + w.b * w.k.square()
-            before, after = own * old + self.prior, self.importance + self.prior
-            forget = w.decay if imp.preconditioner else w.decay * (old + self.prior) / before
         if self.spec.hebbian:
-            self.memory = w.decay * self.memory + w.k * (w.beta * w.v)
+            rate = after(w.k)
+            if rate.shape[-1] == 1 and p.precision == "diagonal" and imp.basis == "own":
+                predicted = w.k * mean
+            else:
+                predicted = (mean * w.k).sum(2, keepdim=True)
+            self._keep(mean + rate * (w.beta * w.v - w.b * predicted), after)
             return
-        previous = self.memory
-        mean = forget * previous
-        strength, erase = w.beta, self.spec.erase
+        strength, rate = w.beta, after(w.k)
         if p.gain == "exact":
-            rate, strength = 1 / before, self._exact_strength(w, before)
-        elif imp is None or imp.preconditioner is None:
-            rate = 1 / after
-        else:
-            rate = self._precondition(imp.preconditioner)
+            rate = before(w.k)
+            strength = self._exact_strength(w, rate)
+        elif p.gain == "flow":
+            strength = self._flow(w)
         if p.correction == "diagonal":
-            gain = rate * (w.k * strength)
-            self.memory = mean * (1 - w.k * gain) + gain * w.v
+            gain = rate * strength
+            self._keep(mean * (1 - w.k * gain) + gain * w.v, after)
             return
-        base = mean if erase.base == "decayed" else previous
+        base = mean if erase.base == "decayed" else seen
+        predicted = (base * w.p).sum(2, keepdim=True)
         if erase.strength == "write":
-            removed = w.k * strength * (base * w.p).sum(2, keepdim=True)
-        elif erase.side == "prediction":
-            assert w.erase is not None
-            removed = w.k * (base * (w.erase * w.p)).sum(2, keepdim=True)
+            mean = mean + rate * (strength * (w.v - predicted))
+        elif w.removal is None:
+            mean = mean + rate * (strength * w.v - predicted)
         else:
-            assert w.erase is not None
-            removed = (w.erase * w.p) * (base * w.p).sum(2, keepdim=True)
-        self.memory = mean + rate * (w.k * (strength * w.v) - removed)
+            mean = mean + rate * (strength * w.v) - after(w.removal) * predicted
+        self._keep(mean, after)
 
-    def _exact_strength(self, w: _Write, before: Tensor) -> Tensor:
+    def _mean(self) -> Tensor:
+        """Return the posterior mean of every synapse, [B, HV, K, V]."""
+        if self.importance is None or self.spec.memory_is_mean:
+            return self.memory
+        if self.spec.posterior.precision == "full":
+            return self._solve(self.memory)
+        return self.memory / (self.importance + self.prior)
+
+    def _keep(self, mean: Tensor, after: _Over) -> None:
+        """Keep a mean as the memory that this spec carries."""
+        natural = self.importance is not None and not self.spec.memory_is_mean
+        self.memory = self._matrix() @ mean if natural else mean
+
+    def _matrix(self) -> Tensor:
+        """Return the precision matrix H + Diag(I_p)."""
+        assert self.importance is not None
+        shape = self.importance.shape[:-1]
+        return self.importance + torch.diag_embed(self.prior.squeeze(-1).expand(shape))
+
+    def _predict_and_observe(self, w: _Write) -> tuple[_Over, _Over, Tensor]:
+        """Forget and count one write's evidence.
+
+        Returns:
+            What divides [B, HV, K, n] by the precision before and after the write, and the mean
+            after forgetting.
+        """
+        p, imp = self.spec.posterior, self.spec.importance
+        if imp is None:
+            return _same, _same, w.decay * self.memory
+        assert self.importance is not None
+        if p.precision == "full":
+            return self._matrices(w)
+        old, a = self.importance, w.decay if w.own_decay is None else w.own_decay
+        square, axes = w.k.square(), imp.basis == "rotated" and not self.turned
+        if axes:
+            square = self._to_axes(w.k).square()
+        if p.precision == "isotropic":
+            square = square.mean(2, keepdim=True)
+        forget = w.decay
+        if imp.forgetting == "diffuse":
+            keep = a.square()
+            if axes and keep.shape[2] > 1:
+                turn = self.ops["basis"].square().repeat_interleave(self.call.groups, 0)
+                keep = turn.mT @ keep
+            if p.precision == "isotropic":
+                keep = keep.mean(2, keepdim=True)
+            if w.noise is None:
+                drift = keep * old / (1 + (1 - keep) * old / self.prior)
+            else:
+                drift = 1 / (keep / (old + self.prior) + w.noise) - self.prior
+        elif imp.forgetting == "discount":
+            drift, forget = a * old - (1 - a) * self.prior, self.one
+        else:
+            drift = a * old
+            if imp.preconditioner is None:
+                forget = w.decay * (old + self.prior) / (drift + self.prior)
+        self.importance = drift + w.b * square
+        before, after = drift + self.prior, self.importance + self.prior
+        mean = forget * self._mean_of(old)
+        if imp.preconditioner is not None:
+            scale = self._precondition(imp.preconditioner)
+            return _same, lambda x: x * scale, mean
+        if axes:
+            return self._over_axes(before), self._over_axes(after), mean
+        return lambda x: x / before, lambda x: x / after, mean
+
+    def _matrices(self, w: _Write) -> tuple[_Over, _Over, Tensor]:
+        """The same for a precision matrix, or for a covariance less that of the prior."""
+        spec, old = self.spec, self.importance
+        assert old is not None
+        weight = w.beta if spec.importance.gate.shape == "none" else w.b
+        if spec.forgetting == "diffuse":
+            variance = self._variance()
+            drift = w.decay * old * w.decay.mT
+            if w.noise is not None:
+                # What the decay would lose of the prior's variance comes back as noise.
+                lost = w.noise - (1 - w.decay.square()) * variance
+                drift = drift + torch.diag_embed((lost + 0 * w.k).squeeze(-1))
+            found = variance * w.k + drift @ w.k
+            weight = weight / (1 + weight * (w.k * found).sum(2, keepdim=True))
+            self.importance = new = drift - weight * found * found.mT
+            mean = w.decay * self.memory
+            return (
+                lambda x: variance * x + drift @ x,
+                lambda x: variance * x + new @ x,
+                mean,
+            )
+        self.importance = drift = w.decay * old
+        before = torch.linalg.cholesky(self._matrix())
+        mean = torch.cholesky_solve(w.decay * self.memory, before)
+        self.importance = drift + weight * w.k * w.k.mT
+        after = torch.linalg.cholesky(self._matrix())
+        return (
+            lambda x: torch.cholesky_solve(x, before),
+            lambda x: torch.cholesky_solve(x, after),
+            mean,
+        )
+
+    def _variance(self) -> Tensor:
+        """Return the prior variance of every key, [1, HV, K, 1]."""
+        return (1 / self.prior).expand(1, *self.memory.shape[1:3], 1)
+
+    def _mean_of(self, old: Tensor) -> Tensor:
+        """Return the mean, given the importance above the prior that goes with the memory."""
+        return self.memory if self.spec.memory_is_mean else self.memory / (old + self.prior)
+
+    def _to_axes(self, x: Tensor) -> Tensor:
+        """Turn vectors [B, HV, K, 1] into the basis of the importance."""
+        return self.ops["basis"].repeat_interleave(self.call.groups, 0).mT @ x
+
+    def _over_axes(self, importance: Tensor) -> _Over:
+        turn = self.ops["basis"].repeat_interleave(self.call.groups, 0)
+        return lambda x: turn @ ((turn.mT @ x) / importance)
+
+    def _exact_strength(self, w: _Write, rate: Tensor) -> Tensor:
         """Return what the exact gain makes of the write gate: [B, HV, 1, 1 or V]."""
-        found = w.beta * (w.k.square() / before).sum(2, keepdim=True)
+        found = w.beta * (w.k * rate).sum(2, keepdim=True)
         if self.spec.posterior.beta == "precision":
             return w.beta / (1 + found)
         # In this order the quotient is beta, to the last bit, where importance is 1.
         s = w.beta * w.k.square().sum(2, keepdim=True)
         most = s.clamp(min=1)
         return w.beta / ((most - s + found) / most)
+
+    def _flow(self, w: _Write) -> Tensor:
+        """Return the rate of the delta rule as a flow: [B, HV, 1, 1 or V]."""
+        square = w.k.square().sum(2, keepdim=True)
+        still = square == 0
+        return torch.where(
+            still, w.beta, -torch.expm1(-w.beta * square) / square.masked_fill(still, 1)
+        )
 
     def _observe_log_evidence(self, w: _Write) -> None:
         assert self.importance is not None
@@ -292,24 +431,27 @@ class _Sequence:
 
     def _mean_read(self, q: Tensor) -> Tensor:
         """Reads the posterior mean: [B, HV, 1, V]."""
-        if self.spec.posterior.precision == "full":
-            return (self.memory * self._solve(q)).sum(2, keepdim=True)
         if self.importance is None or self.spec.memory_is_mean:
             return (self.memory * q).sum(2, keepdim=True)
+        if self.spec.posterior.precision == "full":
+            return (self.memory * self._solve(q)).sum(2, keepdim=True)
         return (self.memory / (self.importance + self.prior) * q).sum(2, keepdim=True)
 
-    def _solve(self, q: Tensor) -> Tensor:
-        assert self.importance is not None
-        precision = self.importance + torch.diag_embed(self.prior.squeeze(-1).expand(*q.shape[:-1]))
-        return torch.cholesky_solve(q, torch.linalg.cholesky(precision))
+    def _solve(self, x: Tensor) -> Tensor:
+        return torch.cholesky_solve(x, torch.linalg.cholesky(self._matrix()))
 
     def _uncertainty(self, q: Tensor) -> Tensor:
-        if self.spec.posterior.precision == "full":
-            return (q * self._solve(q)).sum((2, 3))
-        if self.importance is None:
+        imp = self.spec.importance
+        if self.importance is None or imp is None:
             return q.square().sum((2, 3))
+        if self.spec.posterior.precision == "full":
+            diffuse = imp.forgetting == "diffuse"
+            spread = self._variance() * q + self.importance @ q if diffuse else self._solve(q)
+            return (q * spread).sum((2, 3))
         if self.spec.log_evidence:
             return (q.square() * (-self.importance).exp()).sum((2, 3))
+        if imp.basis == "rotated" and not self.turned:
+            q = self._to_axes(q)
         variance = (q.square() / (self.importance + self.prior)).sum(2)
         return variance if self.spec.importance_per_synapse else variance.squeeze(-1)
 

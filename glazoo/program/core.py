@@ -22,7 +22,9 @@ class Kernel(StrEnum):
     SYNAPSE_DELTA = "synapse_delta"
     """Gain or decay per synapse that does not factor over keys and values."""
     FULL = "full"
-    """Two linear states G and H, read through (H + Lambda)^-1."""
+    """A linear or delta state h and a precision matrix H, read through (H + Lambda)^-1."""
+    COVARIANCE = "covariance"
+    """A covariance matrix, token by token, and the class delta."""
 
 
 class PosteriorStep(Protocol):
@@ -130,16 +132,38 @@ class Core(Protocol):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]: ...
 
-    def full(
+    def solve(
         self,
         q: Tensor,
         k: Tensor,
-        w: Tensor,
         beta: Tensor,
         g: Tensor | None = None,
         *,
         prior: Tensor,
-        initial_state: tuple[Tensor, Tensor] | None = None,
-        uncertainty: bool = False,
+        initial_state: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]: ...
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def riccati(
+        self,
+        a: Tensor,
+        c: Tensor,
+        d: Tensor,
+        u: Tensor,
+        *,
+        initial_state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def covariance(
+        self,
+        q: Tensor,
+        k: Tensor,
+        b: Tensor,
+        g: Tensor | None = None,
+        noise: Tensor | None = None,
+        *,
+        prior: Tensor,
+        initial_state: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...

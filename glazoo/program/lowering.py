@@ -45,7 +45,7 @@ class Program:
     operands: tuple[Operand, ...]
     steps: tuple[Step | step.OneToken, ...]
     kernel: Kernel
-    """The class of its core call."""
+    """The class of its first core call, which costs most."""
     state: tuple[StatePart, ...]
     recurrence: tuple[str, ...]
     """What the steps compute per head and token, in mathematical notation."""
@@ -164,9 +164,10 @@ def _steps(spec: Spec) -> Iterator[Step | step.OneToken]:
     given = spec.decay.shape != "none" and spec.decay.source != "derived"
     g = "g" if given else None
     beta = None if spec.write.shape == "none" else "beta"
+    noise = None if imp is None or imp.noise.shape == "none" else "noise"
     if spec.substeps > 1:
         later = [None] * (count - 1)
-        yield _split(q=(*later, "q"), g=(g, *later))
+        yield _split(q=(*later, "q"), g=(g, *later), noise=(noise, *later))
     if spec.key == "one_minus_decay":
         yield step.TiedKey()
     # The key that predicts, and the one along which is removed where that is another.
@@ -182,14 +183,10 @@ def _steps(spec: Spec) -> Iterator[Step | step.OneToken]:
         gates = (beta,) if imp is None or imp.gate.shape == "none" else (beta, "b")
         yield step.Lag(gates)
         taps = {name: (f"{name}_previous", name) for name in ("k", "v", *gates)}
-        yield _split(q=(None, "q"), g=(None, g), **taps)
+        yield _split(q=(None, "q"), g=(None, g), noise=(None, noise), **taps)
     rated = spec.write.shape == "value" and erase.strength == "write"
     if p.precision == "full":
-        w = "v"
-        if beta is not None:
-            yield step.Times("w", beta, "v")
-            w = "w"
-        yield step.Full(w, beta, g)
+        yield from _matrix(spec, g, beta, e)
     elif spec.importance_per_synapse or (rated and not spec.hebbian):
         yield from _per_synapse(spec, g, beta, e, removed)
     elif spec.log_evidence:
@@ -199,7 +196,8 @@ def _steps(spec: Spec) -> Iterator[Step | step.OneToken]:
     else:
         parts = tuple(_per_key(spec, g, beta, e, removed))
         # An engine may have a token in one piece, where importance scales one write.
-        if imp is not None and imp.preconditioner is None and count == 1:
+        plain = imp is not None and p.precision == "diagonal" and imp.preconditioner is None
+        if plain and spec.forgetting == "temper" and imp.basis == "own" and count == 1:
             yield step.OneToken(
                 parts,
                 beta=beta,
@@ -276,13 +274,76 @@ def _per_synapse(
     )
 
 
+def _matrix(spec: Spec, g: str | None, beta: str | None, e: str) -> Iterator[Step]:
+    """Importance as a matrix over keys: solves, or a covariance, and a class of matrix products."""
+    p, imp, erase, base = spec.posterior, spec.importance, spec.erase, spec.erase.base
+    assert imp is not None
+    b = beta if imp.gate.shape == "none" else "b"
+    w = "v"
+    noise = None if imp.noise.shape == "none" else "noise"
+    if imp.forgetting == "diffuse":
+        yield step.Covariance(b, g, noise)
+    if p.gain == "exact" and not spec.sums_writes:
+        scaled = "found"
+        if imp.forgetting != "diffuse":
+            scaled = "z"
+            yield step.Solve("z", "k", b, g, "decayed")
+        yield step.ExactGain(beta, None, g, False, p.beta == "rate", scaled)
+        if imp.forgetting == "diffuse":
+            yield step.Times("e", "rate", "k")
+            yield step.Times("w", "rate", "v")
+            yield step.Delta("q", "e", "found", "w", g, base, "mu")
+            return
+        yield step.Natural(b, "z")
+        yield step.Times("e", "removed", "z")
+        yield step.Times("w", "written", "v")
+        w = "w"
+    else:
+        if beta is not None:
+            yield step.Times("w", beta, "v")
+            w = "w"
+        if imp.forgetting == "diffuse" and spec.hebbian:
+            yield step.Times("e", "b", "k")
+            e = "e"
+        elif not spec.sums_writes and beta is not None and erase.strength == "write":
+            yield step.Times("e", beta, e)
+            e = "e"
+        if imp.forgetting == "diffuse":
+            yield step.Delta("q", e, "kappa", w, g, base, "mu")
+            return
+        if not spec.sums_writes and (base == "decayed" or g is None):
+            base = "decayed"
+            # The matrix forgets along k what the write does not remove.
+            yield step.Less("rest", e, b, "k")
+            yield step.Solve("e", "rest", b, g, "decayed")
+        elif not spec.sums_writes:
+            yield step.Times("rest", b, "k")
+            yield step.Solve("rest", "rest", b, g, "decayed")
+            yield step.Solve("e", e, b, g, "previous")
+            yield step.Less("e", "e", g, "rest")
+    yield step.Solve("x", "q", b, g)
+    yield step.Variance(None, solved="x")
+    if spec.sums_writes:
+        yield step.Linear("x", "k", w, g, symbol="h")
+    else:
+        yield step.Delta("x", "e", "k", w, g, base, "h")
+
+
 def _per_key(
     spec: Spec, g: str | None, beta: str | None, e: str, removed: str | None
 ) -> Iterator[Step]:
-    """Importance that is constant or one vector over keys: the classes of matrix products."""
+    """Importance that is constant, one number or one vector over keys: the classes of matrix
+    products."""
     p, imp, when = spec.posterior, spec.importance, spec.read.when
     q, k, w, forget, found, symbol = "q", "k", "v", g, None, "S"
     J = "J" if when == "post" else "J_previous"
+    isotropic, diffuse = p.precision == "isotropic", spec.forgetting == "diffuse"
+    # Importance over axes of its own, while the mean stays where the keys are.
+    axes = imp is not None and imp.basis == "rotated" and diffuse
+    own = diffuse and spec.hebbian and not (axes or isotropic)
+    if spec.turned:
+        for name in dict.fromkeys(("q", "k", e)):
+            yield step.Turn(name, name)
     if imp is None:
         yield step.Variance(None)
     elif imp.preconditioner is not None:
@@ -290,20 +351,39 @@ def _per_key(
         yield step.Precondition(imp.preconditioner.base, imp.preconditioner.eps)
         yield step.Times("kappa", "m", "k")
         k, symbol = "kappa", "mu"
+    elif diffuse:
+        if axes:
+            yield step.Turn("q_axes", "q")
+            yield step.Turn("k_axes", "k")
+        noise = None if imp.noise.shape == "none" else "noise"
+        yield step.Diffuse("k_axes" if axes else "k", g, noise, isotropic, axes)
+        yield step.Variance(J, "q_axes" if axes else "q")
+        symbol, found = "mu", "found"
     else:
-        pulled = not spec.hebbian and (g is not None or p.gain == "exact")
-        yield step.Importance(g, keeps_previous=pulled or when == "pre")
+        discount = spec.forgetting == "discount"
+        pulled = not spec.hebbian and not discount and (g is not None or p.gain == "exact")
+        keeps = pulled or when == "pre" or (discount and p.gain == "exact")
+        yield step.Importance(g, keeps, isotropic, discount)
         yield step.Variance(J)
         symbol = "h" if spec.hebbian else "mu"
         if spec.hebbian:
             yield step.Divide("read", "q", J)
             q = "read"
+        elif discount:
+            forget = None
+            if p.gain == "exact":
+                yield step.Discounted(g)
+                found = "found"
         elif pulled:
             yield step.Forget(g)
             forget, found = None if g is None else "forget", "found"
     if p.gain == "exact":
-        diagonal = p.correction == "diagonal"
-        yield step.ExactGain(beta, found, forget, diagonal, p.beta == "rate")
+        diagonal, scaled = p.correction == "diagonal", "k"
+        if axes:
+            yield step.Divide("k_axes", "k_axes", "found", whole=True)
+            yield step.Turn("scaled", "k_axes", back=True)
+            found, scaled = None, "scaled"
+        yield step.ExactGain(beta, found, forget, diagonal, p.beta == "rate", scaled)
         if diagonal:
             yield step.Linear(q, "kappa", w, "kept", symbol=symbol)
         else:
@@ -311,21 +391,35 @@ def _per_key(
             yield step.Times("w", "rate", "v")
             yield step.Delta(q, "e", "kappa", "w", forget, "decayed", symbol)
         return
+    if p.gain == "flow":
+        yield step.Flow(beta)
+        beta = "rate"
     if beta is not None:
         yield step.Times("w", beta, "v")
         w = "w"
-    if spec.hebbian:
+    if spec.hebbian and not diffuse:
         yield step.Linear(q, k, w, g, when, symbol)
         return
-    if beta is not None and spec.erase.strength == "write":
+    if diffuse and spec.hebbian and not own:
+        yield step.Times("e", "b", "k")
+        e = "e"
+    elif not spec.hebbian and beta is not None and spec.erase.strength == "write":
         yield step.Times("e", beta, e)
         e = "e"
-    if imp is not None and imp.preconditioner is None:
+    if axes:
+        yield step.Divide("k_axes", "k_axes", "J")
+        yield step.Turn("kappa", "k_axes", back=True)
+        k = "kappa"
+    elif imp is not None and imp.preconditioner is None:
         yield step.Divide("kappa", "k", "J")
         k = "kappa"
         if removed is not None:
-            yield step.Divide("removed_kappa", removed, "J")
-            removed = "removed_kappa"
+            yield step.Divide("removed_key", removed, "J")
+            removed = "removed_key"
+    if own:
+        yield step.Kept(g)
+        yield step.Linear(q, k, w, "kept", when, symbol)
+        return
     if removed is not None:
         yield _split(
             read=(None, q), e=(e, None), kappa=(removed, k), w=(None, w), forget=(forget, None)

@@ -26,6 +26,8 @@ Role = Literal[
     "importance_decay",
     "prior",
     "center",
+    "noise",
+    "basis",
 ]
 
 # The weight of this logarithm underflows to zero, and unlike -inf it stays finite in differences.
@@ -59,8 +61,9 @@ class Operand:
     """Between which values a trained layer has it; None: it has no scale of its own."""
     wide: bool = True
     """Whether it stays in the compute dtype; tokens are multiplied in the dtype they come in."""
-    default: float | Literal["schedule"] | None = None
-    """What it is if it is not given: a number, or the spec's fixed schedule; None: it must be."""
+    default: float | Literal["schedule", "identity"] | None = None
+    """What it is if it is not given: a number, the spec's fixed schedule, or the identity; None: it
+    must be."""
 
     @property
     def required(self) -> bool:
@@ -147,6 +150,12 @@ def operands(spec: Spec) -> Iterator[Operand]:
         yield Operand(
             "g_importance", "importance_decay", shape, meaning, high=0.0, log=True, idle=0.0
         )
+    if imp.noise.shape != "none":
+        shape, meaning = gate("B T", imp.noise.shape), "variance that a token adds, activated"
+        yield Operand("noise", "noise", shape, meaning, low=0.0, idle=0.0, usual=(0.02, 1.0))
+    if imp.basis == "rotated":
+        meaning = "orthogonal matrix R, whose columns are the axes of the importance"
+        yield Operand("basis", "basis", _shapes("H K K"), meaning, symbol="R", default="identity")
     if imp.preconditioner is not None:
         default = imp.preconditioner.center_init
         meaning = f"center of the preconditioner; default {default}"

@@ -20,7 +20,7 @@ from glazoo.kernels.register import wants_derivative
 from glazoo.program.core import Core, Kernel
 from glazoo.program.elementwise import exact_strength, forgetting, over, whitened
 from glazoo.program.sequences import interleave, last, positions, previous
-from glazoo.program.terms import Names, Shape, Term, apply, number
+from glazoo.program.terms import NUMBER, Names, Shape, Term, apply, number
 
 _KEY: Shape = ("K", "")
 _MEMORY: Shape = ("K", "V")
@@ -66,6 +66,10 @@ class Env:
             return self.x[beta]
         return self.x[v].new_ones(self.x[v].shape[:3], dtype=self.wide)
 
+    def over_keys(self, x: Tensor) -> Tensor:
+        """Repeat what is one for all keys for each of them."""
+        return x.expand(*x.shape[:-1], self.x["q"].shape[-1])
+
     def take(self, result: tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]) -> None:
         """Keep output, memory, importance and variance of a class that gives them together."""
         self.x["y"], (self.x["memory"], self.x["importance"]), doubt = result
@@ -107,7 +111,7 @@ class Step(ABC):
 
     __slots__ = ()
     kernel: ClassVar[Kernel | None] = None
-    """The kernel class that it calls, for the one core call of a program."""
+    """The kernel class that it calls. A program is of the class of its first core call."""
     operations: ClassVar[tuple[tuple[str, float], ...]] = ()
     """Multiplications, additions and divisions per value head and (sub-)token: a number per K, V
     and products of them."""
@@ -238,33 +242,171 @@ class SubTokens(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class Turn(Step):
+    """Vectors over keys in the basis of the importance, or back from it."""
+
+    out: str
+    of: str
+    back: bool = False
+    operations = (("KK", 2),)
+
+    def run(self, env: Env) -> None:
+        x = env.x[self.of].to(env.wide)
+        basis = env.x["basis"].repeat_interleave(x.shape[2] // env.x["basis"].shape[0], 0)
+        env.x[self.out] = torch.einsum(
+            "bthk,hjk->bthj" if self.back else "bthk,hkj->bthj", x, basis
+        )
+
+    def write(self, names: Names) -> None:
+        basis = Term("R", ("K", "K"))
+        names.x[self.out] = names.let(
+            self.out, (basis if self.back else basis.T) @ names.x[self.of]
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Importance(Step):
-    """The scan of an importance over keys, above the prior."""
+    """The scan of an importance over keys, or of one for all of them, above the prior."""
 
     g: str | None
     keeps_previous: bool
     """Whether later steps need the importance that each token finds, too."""
+    isotropic: bool = False
+    discount: bool = False
+    """Whether what decays is the whole importance, and not what lies above the prior."""
     operations = (("K", 4),)
 
     def run(self, env: Env) -> None:
         x, first = env.x, env.x.get("importance")
-        x["J"], x["importance"] = env.core.importance(
-            env.token("k"),
-            x["b"],
-            env.gate(self.g),
-            initial_state=first,
-            cu_seqlens=env.cu_seqlens,
+        k, b = env.token("k"), x["b"]
+        if self.isotropic:
+            b = b * env.heads("k").to(env.wide).square().mean(-1)
+            k = k.new_ones(1).expand(*k.shape[:2], 1, 1)
+        start = first
+        if self.discount:
+            n = x["q"].shape[0] if env.cu_seqlens is None else len(env.cu_seqlens) - 1
+            start = x["prior"].expand(n, -1, k.shape[-1])
+            start = start if first is None else start + first
+        J, final = env.core.importance(
+            k, b, env.gate(self.g), initial_state=start, cu_seqlens=env.cu_seqlens
         )
+        if self.discount:
+            J, final = J - x["prior"], final - x["prior"]
+        x["importance"] = final
+        x["J"] = env.over_keys(J)
         if self.keeps_previous:
-            x["J_previous"] = previous(x["J"], first, env.cu_seqlens)
+            x["J_previous"] = env.over_keys(previous(J, first, env.cu_seqlens))
+
+    def write(self, names: Names) -> None:
+        x, shape = names.x, NUMBER if self.isotropic else _KEY
+        x["J_previous"] = names.previous("J", shape)
+        kept = names.decayed(self.g, "J", shape)
+        if self.discount and self.g is not None:
+            kept = kept - (_ONE - x[self.g]) * Term("I_p", shape)
+        x["J"] = names.let("J", kept + x["b"] * _evidence(x["k"], self.isotropic))
+
+    def state(self) -> tuple[StatePart, ...]:
+        return (_importance(("1",) if self.isotropic else ("K",)),)
+
+
+def _evidence(k: Term, isotropic: bool) -> Term:
+    """Write what a key counts for."""
+    return Term(f"{(k.T @ k).text} / K", NUMBER, 2) if isotropic else k.squared
+
+
+@dataclass(frozen=True, slots=True)
+class Diffuse(Step):
+    """The scan of an importance whose variance grows, the scalar Riccati recursion of a Kalman
+    filter, and the importance I' that a token finds."""
+
+    k: str
+    g: str | None
+    noise: str | None
+    isotropic: bool
+    turned: bool
+    """Whether decays per key act along the axes of a basis."""
+    operations = (("K", 12),)
+
+    def run(self, env: Env) -> None:
+        x, first, prior = env.x, env.x.get("importance"), env.x["prior"]
+        u = env.heads(self.k).to(env.wide).square()
+        g = env.gate(self.g)
+        if g is None:
+            keep = u.new_ones(1).expand(*u.shape[:3], 1)
+        else:
+            keep = (2 * (g if g.ndim == 4 else g[..., None])).exp()
+            if self.isotropic:
+                keep = keep.mean(-1, keepdim=True)
+            elif self.turned and keep.shape[-1] > 1:
+                turn = (
+                    x["basis"].square().repeat_interleave(keep.shape[2] // x["basis"].shape[0], 0)
+                )
+                keep = torch.einsum("bthk,hkj->bthj", keep, turn)
+        u = x["b"][..., None] * (u.mean(-1, keepdim=True) if self.isotropic else u)
+        noise = env.gate(self.noise)
+        if noise is not None:
+            noise = noise if noise.ndim == 4 else noise[..., None]
+        prior = prior if noise is None or not self.isotropic else prior[:, :1]
+        if noise is None:
+            # Above the prior, where nothing that is added keeps it at zero to the last bit.
+            one, lost = torch.ones_like(keep), (1 - keep) / prior
+            J, x["importance"] = env.core.riccati(
+                keep, lost, one, u, initial_state=first, cu_seqlens=env.cu_seqlens
+            )
+            old = previous(J, first, env.cu_seqlens)
+            drift = keep * old / (1 + lost * old)
+        else:
+            n = u.shape[0] if env.cu_seqlens is None else len(env.cu_seqlens) - 1
+            start = prior.expand(n, -1, u.shape[-1])
+            start = start if first is None else start + first
+            total, final = env.core.riccati(
+                torch.ones_like(noise), noise, keep, u,
+                initial_state=start, cu_seqlens=env.cu_seqlens,
+            )  # fmt: skip
+            J, x["importance"] = total - prior, final - prior
+            old = previous(total, start, env.cu_seqlens)
+            drift = old / (noise * old + keep) - prior
+        x["J"] = env.over_keys(J)
+        x["J_previous"] = env.over_keys(old if noise is None else old - prior)
+        x["found"] = env.over_keys(drift + prior)
+
+    def write(self, names: Names) -> None:
+        x, shape = names.x, NUMBER if self.isotropic else _KEY
+        prior, old = Term("I_p", shape), names.previous("J", shape)
+        keep = _ONE
+        if self.g is not None:
+            keep = x[self.g].squared
+            if self.isotropic and x[self.g].shape != NUMBER:
+                keep = names.let("r", apply("mean", keep))
+                keep = Term(keep.text)
+            elif self.turned and x[self.g].shape != NUMBER:
+                keep = names.let("r", Term("R^2^T", ("K", "K")) @ keep)
+        added = (_ONE - keep) / prior if self.noise is None else x[self.noise]
+        spread = keep / (old + prior) + added
+        x["found"], x["J_previous"] = names.let("I'", _ONE / spread), old
+        x["J"] = names.let("J", x["found"] - prior + x["b"] * _evidence(x[self.k], self.isotropic))
+
+    def state(self) -> tuple[StatePart, ...]:
+        return (_importance(("1",) if self.isotropic else ("K",)),)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept(Step):
+    """What an observation leaves of a mean whose synapses correct their own part alone: the decay
+    times I' / I."""
+
+    g: str | None
+    operations = (("K", 4),)
+
+    def run(self, env: Env) -> None:
+        x, g = env.x, env.gate(self.g)
+        kept = (x["found"] / (x["J"] + x["prior"])).log()
+        x["kept"] = kept if g is None else kept + (g if g.ndim == 4 else g[..., None])
 
     def write(self, names: Names) -> None:
         x = names.x
-        x["J_previous"] = names.previous("J", _KEY)
-        x["J"] = names.let("J", names.decayed(self.g, "J", _KEY) + x["b"] * x["k"].squared)
-
-    def state(self) -> tuple[StatePart, ...]:
-        return (_importance(("K",)),)
+        kept = x["found"] / (x["J"] + _PRIOR)
+        x["kept"] = kept if self.g is None else x[self.g] * kept
 
 
 def _importance(channels: tuple[str, ...]) -> StatePart:
@@ -337,20 +479,43 @@ class Forget(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class Discounted(Step):
+    """The importance I' that a token finds where the prior is forgotten, too."""
+
+    g: str | None
+    operations = (("K", 2),)
+
+    def run(self, env: Env) -> None:
+        x, g = env.x, env.gate(self.g)
+        total = x["J_previous"] + x["prior"]
+        x["found"] = total if g is None else total * (g if g.ndim == 4 else g[..., None]).exp()
+
+    def write(self, names: Names) -> None:
+        total = names.x["J_previous"] + _PRIOR
+        names.x["found"] = names.let("I'", total if self.g is None else names.x[self.g] * total)
+
+
+@dataclass(frozen=True, slots=True)
 class Divide(Step):
     """A key or query over the importance."""
 
     out: str
     of: str
     importance: str
-    """J or J_previous."""
+    """J or J_previous, above the prior, or `found` with it."""
+    whole: bool = False
+    """Whether that contains the prior."""
     operations = (("K", 2),)
 
     def run(self, env: Env) -> None:
-        env.x[self.out] = over(env.heads(self.of), env.x[self.importance], env.x["prior"])
+        x, of = env.x, env.heads(self.of)
+        importance = x[self.importance]
+        x[self.out] = of / importance if self.whole else over(of, importance, x["prior"])
 
     def write(self, names: Names) -> None:
-        names.x[self.out] = names.x[self.of] / (names.x[self.importance] + _PRIOR)
+        importance = names.x[self.importance]
+        total = importance if self.whole else importance + _PRIOR
+        names.x[self.out] = names.x[self.of] / total
 
 
 @dataclass(frozen=True, slots=True)
@@ -389,20 +554,24 @@ class ExactGain(Step):
 
     beta: str | None
     found: str | None
+    """The importance I' that divides the key; None: `scaled` is the key over it already."""
     g: str | None
     diagonal: bool
     """Whether every synapse corrects its own part of the prediction alone, which makes the gain
     part of the decay."""
     rated: bool
     """Whether the write gate is the rate of a precision, and not a precision."""
+    scaled: str = "k"
 
     def run(self, env: Env) -> None:
         x, key = env.x, env.heads("k")
         beta, square = env.gate(self.beta), None
-        if self.found is None:
-            scaled, found = key, key.to(env.wide).square().sum(-1)
-        else:
+        if self.found is not None:
             scaled, found, square = whitened(key, x[self.found])
+        else:
+            scaled, wide = env.heads(self.scaled), key.to(env.wide)
+            found = (wide * scaled).sum(-1)
+            square = (wide * wide).sum(-1) if self.rated else None
         x["rate"] = exact_strength(beta, found, square if self.rated else None)
         x["kappa"] = scaled
         if self.diagonal:
@@ -413,7 +582,7 @@ class ExactGain(Step):
     def write(self, names: Names) -> None:
         x, k = names.x, names.x["k"]
         beta = None if self.beta is None else x[self.beta]
-        scaled = k if self.found is None else k / x[self.found]
+        scaled = x[self.scaled] if self.found is None else k / x[self.found]
         strength = _strength(names, beta, k.T @ scaled, k.T @ k if self.rated else None)
         x["rate"] = names.let("s", strength)
         x["kappa"] = scaled
@@ -424,6 +593,166 @@ class ExactGain(Step):
 
     def cost(self, key_size: int, value_size: int) -> int:
         return (9 if self.rated else 7) * key_size
+
+
+@dataclass(frozen=True, slots=True)
+class Flow(Step):
+    """The rate of the delta rule as a flow in continuous time: (1 - exp(-beta k.k)) / k.k."""
+
+    beta: str | None
+    operations = (("K", 2), ("", 4))
+
+    def run(self, env: Env) -> None:
+        square = env.heads("k").to(env.wide).square().sum(-1)
+        beta = env.rate(self.beta, "v")
+        still = square == 0
+        # No division by zero: its gradient would be nan.
+        rate = -torch.expm1(-beta * square) / square.masked_fill(still, 1)
+        env.x["rate"] = torch.where(still, beta, rate)
+
+    def write(self, names: Names) -> None:
+        k = names.x["k"]
+        square = names.let("c", k.T @ k)
+        reached = square if self.beta is None else names.x[self.beta] * square
+        names.x["rate"] = names.let("s", (_ONE - Term(f"exp(-{reached.within(1)})")) / square)
+
+
+@dataclass(frozen=True, slots=True)
+class Less(Step):
+    """A vector over keys less another one times a gate."""
+
+    out: str
+    of: str
+    gate: str
+    other: str
+    operations = (("K", 2),)
+
+    def run(self, env: Env) -> None:
+        gate = env.x[self.gate]
+        gate = gate.exp() if self.gate == "g" else gate
+        env.x[self.out] = _times(None, env.heads(self.of)) - _times(gate, env.x[self.other])
+
+    def write(self, names: Names) -> None:
+        x = names.x
+        x[self.out] = x[self.of] - x[self.gate] * x[self.other]
+
+
+@dataclass(frozen=True, slots=True)
+class Solve(Step):
+    """The class `full`: H = a H + b k k^T, and a vector over the precision matrix H + Diag(I_p)."""
+
+    out: str
+    of: str
+    b: str | None
+    g: str | None
+    at: str = "written"
+    """Which matrix: that of the token, the one that it finds (decayed), or that before its decay
+    (previous). The first is carried."""
+    kernel = Kernel.FULL
+    operations = (("KK", 5), ("KKK", 1 / 3))
+
+    def run(self, env: Env) -> None:
+        x, cu = env.x, env.cu_seqlens
+        k, b, g = env.token("k"), env.rate(self.b, "v"), env.gate(self.g)
+        if self.at != "written":
+            # The matrix that a token finds is that of a scan which counts the token before.
+            k, b = previous(k, None, cu), previous(b, None, cu)
+            if g is not None and self.at == "decayed":
+                b = b * g.exp()
+            elif g is not None:
+                g = previous(g, None, cu)
+        x[self.out], final = env.core.solve(
+            env.token(self.of), k, b, g,
+            prior=env.prior(), initial_state=x.get("importance"), cu_seqlens=cu,
+        )  # fmt: skip
+        if self.at == "written":
+            x["importance"] = final
+
+    def write(self, names: Names) -> None:
+        x, k, square = names.x, names.x["k"], ("K", "K")
+        H = (
+            names.previous("H", square)
+            if self.at == "previous"
+            else names.decayed(self.g, "H", square)
+        )
+        if self.at == "written":
+            H = names.let("H", H + (k @ k.T if self.b is None else x[self.b] * (k @ k.T)))
+        total = H + apply("Diag", _PRIOR)
+        x[self.out] = names.let(self.out, Term(f"{total.within(0)}^-1", square) @ x[self.of])
+
+    def state(self) -> tuple[StatePart, ...]:
+        if self.at != "written":
+            return ()
+        return (StatePart("importance", "H", ("N", "HV", "K", "K"), "importance above the prior"),)
+
+
+@dataclass(frozen=True, slots=True)
+class Natural(Step):
+    """The exact gain's strength s on a memory that is importance times mean: values are written
+    with s (1 + b k.z), and predictions are removed with that less b, where z is the key over the
+    precision that it finds."""
+
+    b: str
+    scaled: str
+    operations = (("K", 2), ("", 3))
+
+    def run(self, env: Env) -> None:
+        x = env.x
+        found = (env.heads("k").to(env.wide) * x[self.scaled]).sum(-1)
+        x["written"] = x["rate"] * (1 + x[self.b] * found)
+        x["removed"] = x["written"] - x[self.b]
+
+    def write(self, names: Names) -> None:
+        x = names.x
+        found = x["k"].T @ x[self.scaled]
+        x["written"] = names.let("w", x["rate"] * (_ONE + x[self.b] * found))
+        x["removed"] = x["written"] - x[self.b]
+
+
+@dataclass(frozen=True, slots=True)
+class Covariance(Step):
+    """A Kalman filter's covariance, P = 1 / I_p + C, and a key times it, before and after the
+    observation; token by token."""
+
+    b: str
+    g: str | None
+    noise: str | None
+    kernel = Kernel.COVARIANCE
+    operations = (("KK", 9), ("K", 6))
+
+    def run(self, env: Env) -> None:
+        x = env.x
+        found, spread, x["importance"] = env.core.covariance(
+            env.token("q"), env.token("k"), x[self.b], env.gate(self.g), env.gate(self.noise),
+            prior=env.prior(), initial_state=x.get("importance"), cu_seqlens=env.cu_seqlens,
+        )  # fmt: skip
+        reached = (env.heads("k").to(env.wide) * found).sum(-1, keepdim=True)
+        x["found"], x["kappa"] = found, found / (1 + x[self.b][..., None] * reached)
+        if env.uncertainty:
+            x["uncertainty"] = spread
+
+    def write(self, names: Names) -> None:
+        x, square = names.x, ("K", "K")
+        k, q, b = x["k"], x["q"], x[self.b]
+        old = names.previous("P", square)
+        if self.g is None:
+            drift = old
+        elif x[self.g].shape == NUMBER:
+            drift = x[self.g].squared * old
+        else:
+            drift = apply("Diag", x[self.g]) @ old @ apply("Diag", x[self.g])
+        keep = _ONE if self.g is None else x[self.g].squared
+        added = (_ONE - keep) / _PRIOR if self.noise is None else x[self.noise]
+        added = Term(f"Diag({Term(added.text, _KEY).text})", square)
+        drift = names.let("P'", drift + added)
+        x["found"] = found = names.let("f", drift @ k)
+        x["kappa"] = found / (_ONE + b * (k.T @ found))
+        new = names.let("P", drift - b * (x["kappa"] @ found.T))
+        x["uncertainty"] = q.T @ (new @ q)
+
+    def state(self) -> tuple[StatePart, ...]:
+        meaning = "covariance above that of the prior"
+        return (StatePart("importance", "P", ("N", "HV", "K", "K"), meaning),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -464,7 +793,6 @@ _MEANINGS = {
     "S": "mean",
     "mu": "mean",
     "h": "importance times mean",
-    "G": "decayed sum of k (beta v)^T",
 }
 
 
@@ -656,44 +984,6 @@ class SynapseDelta(Step):
 
 
 @dataclass(frozen=True, slots=True)
-class Full(Step):
-    """The class `full`: G = a G + k w^T; H = a H + beta k k^T; y = G^T (H + Diag(I_p))^-1 q."""
-
-    w: str
-    beta: str | None
-    g: str | None
-    kernel = Kernel.FULL
-    operations = (("KV", 5), ("KK", 5), ("KKK", 1 / 3))
-
-    def run(self, env: Env) -> None:
-        result = env.core.full(
-            env.token("q"),
-            env.token("k"),
-            env.token(self.w),
-            env.rate(self.beta, self.w),
-            env.gate(self.g),
-            prior=env.prior(),
-            initial_state=env.pair(),
-            uncertainty=env.uncertainty,
-            cu_seqlens=env.cu_seqlens,
-        )
-        env.take(result)
-
-    def write(self, names: Names) -> None:
-        x, k, square = names.x, names.x["k"], ("K", "K")
-        new = k @ k.T if self.beta is None else x[self.beta] * (k @ k.T)
-        H = names.let("H", names.decayed(self.g, "H", square) + new)
-        G = names.let("G", names.decayed(self.g, "G", _MEMORY) + k @ x[self.w].T)
-        total = H + apply("Diag", _PRIOR)
-        solved = Term(f"{total.within(0)}^-1", square) @ x["q"]
-        x["y"], x["uncertainty"] = G.T @ solved, x["q"].T @ solved
-
-    def state(self) -> tuple[StatePart, ...]:
-        meaning = "importance above the prior"
-        return _memory("G"), StatePart("importance", "H", ("N", "HV", "K", "K"), meaning)
-
-
-@dataclass(frozen=True, slots=True)
 class OneToken:
     """Steps of which an engine may have a token of decoding in one piece."""
 
@@ -741,11 +1031,18 @@ class Variance(Step):
 
     importance: str | None
     """J, J_previous, z for its logarithm; None: importance is the constant one."""
+    q: str = "q"
+    """The query along the axes of the importance."""
+    solved: str | None = None
+    """The query over a precision matrix."""
 
     def run(self, env: Env) -> None:
         if not env.uncertainty:
             return
-        squares = env.heads("q").to(env.wide).square()
+        if self.solved is not None:
+            env.x["uncertainty"] = (env.heads("q").to(env.wide) * env.x[self.solved]).sum(-1)
+            return
+        squares = env.heads(self.q).to(env.wide).square()
         if self.importance == "z":
             squares = squares * (-env.x["z"]).exp()
         elif self.importance is not None:
@@ -753,9 +1050,9 @@ class Variance(Step):
         env.x["uncertainty"] = squares.sum(-1)
 
     def write(self, names: Names) -> None:
-        q = names.x["q"]
+        q = names.x[self.q]
         if self.importance is None:
-            names.x["uncertainty"] = q.T @ q
+            names.x["uncertainty"] = q.T @ (q if self.solved is None else names.x[self.solved])
             return
         importance = names.x[self.importance]
         total = apply("exp", importance) if self.importance == "z" else importance + _PRIOR

@@ -1,22 +1,26 @@
 """The chunked engine: every core operation as matmuls over chunks of tokens, on any device."""
 
 from glazoo.engines.chunked.delta import delta
-from glazoo.engines.chunked.full import full
+from glazoo.engines.chunked.full import full, solve
 from glazoo.engines.chunked.importance import importance
 from glazoo.engines.chunked.linear import linear
 from glazoo.engines.chunked.synapse import synapse
 from glazoo.engines.chunked.synapse_delta import synapse_delta
+from glazoo.kernels.loops import covariance, riccati
 from glazoo.program.core import PosteriorStep
 
 posterior_step: PosteriorStep | None = None
 """A token of decoding takes the same few operations here, in one piece or in several."""
 
 __all__ = [
+    "covariance",
     "delta",
     "full",
     "importance",
     "linear",
     "posterior_step",
+    "riccati",
+    "solve",
     "synapse",
     "synapse_delta",
 ]

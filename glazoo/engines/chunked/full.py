@@ -285,6 +285,75 @@ _solve = register(
 )
 
 
+def solve(
+    q: Float[Tensor, "B T Hq K"],
+    k: Float[Tensor, "B T Hk K"],
+    beta: Float[Tensor, "B T HV"],
+    g: Float[Tensor, "B T HV"] | None = None,
+    *,
+    prior: Float[Tensor, "HV K"],
+    initial_state: Float[Tensor, "N HV K K"] | None = None,
+    solver: str = "cholesky",
+    cu_seqlens: Int[Tensor, " N+1"] | None = None,
+) -> tuple[Float[Tensor, "B T HV K"], Float[Tensor, "N HV K K"]]:
+    """Vectors over the precision matrix that a token finds once it is counted.
+
+        H_t = a_t H_{t-1} + beta_t k_t k_t^T       x_t = (H_t + Lambda)^{-1} q_t
+
+    H of every token of a chunk is built from the state at its border and factored ("cholesky"), or
+    never built: "cg" runs Jacobi-preconditioned conjugate gradients for all tokens of a chunk at
+    once with products in matmul form, until every residual is below 16 times the machine epsilon
+    of its right-hand side or 2 K steps are done.
+
+    Gradients: with z = (H + Lambda)^{-1} dx they are dq = z, dLambda = -z . x and dH = -z x^T, and
+    the latter goes through the linear class's backward pass (query -z, output gradient x).
+
+    Memory: training keeps K^2 / 64 numbers per token and head (states at chunk borders) and x;
+    matrices of single tokens exist for a few hundred tokens at a time.
+
+    A system that is not positive definite after rounding of the state (Lambda below one unit of
+    rounding of H) is solved with that unit added to its diagonal.
+
+    Args:
+        q: right-hand sides. Any floating dtype.
+        k: keys.
+        beta: weight of a token, >= 0.
+        g: natural log of the decay, <= 0, -inf allowed; None is no decay.
+        prior: Lambda > 0, the diagonal of the prior precision.
+        initial_state: H_0, symmetric; None is zeros.
+        solver: "cholesky" or "cg".
+        cu_seqlens: borders of packed sequences (then B = 1); empty sequences are allowed.
+
+    Returns:
+        x and the final H in float32 (float64 for float64 operands).
+
+    Raises:
+        ValueError: for shapes that do not fit together or an unknown solver.
+    """
+    checks.choice("solver", solver, ("cholesky", "cg"))
+    checks.tokens(q=q, k=k)
+    heads, keys = beta.shape[2], k.shape[3]
+    checks.heads(heads, q=q, k=k)
+    lead = (*k.shape[:2], heads)
+    checks.shape("beta", beta, lead)
+    checks.shape("g", g, lead)
+    checks.shape("prior", prior, (heads, keys))
+    checks.packing(cu_seqlens, beta)
+    count = sequences(cu_seqlens, k.shape[0])
+    checks.shape("initial_state", initial_state, (count, heads, keys, keys))
+    dtype = compute_dtype(q, k, beta)
+    with loops.without_autocast(beta):
+        # used more than once: its gradients are summed before they are rounded
+        q, k = q.to(dtype), k.to(dtype)
+        share = heads // k.shape[2]
+        weighted = k.repeat_interleave(share, dim=2) if share > 1 else k
+        weighted = weighted * beta.to(dtype).unsqueeze(-1)
+        if k.shape[1] == 1 and cu_seqlens is None:
+            return loops.solve(q, k, weighted, g, prior=prior, initial_state=initial_state)
+        x, matrix = _solve(q, k, weighted, g, prior, initial_state, cu_seqlens, solver)
+        return x, matrix
+
+
 def full(
     q: Float[Tensor, "B T Hq K"],
     k: Float[Tensor, "B T Hk K"],
@@ -307,21 +376,7 @@ def full(
         G_t = a_t G_{t-1} + k_t w_t^T       H_t = a_t H_{t-1} + beta_t k_t k_t^T
         x_t = (H_t + Lambda)^{-1} q_t       o_t = G_t^T x_t
 
-    G and H are linear states. H of every token of a chunk is built from the state at its border
-    and factored ("cholesky"), or never built: "cg" runs Jacobi-preconditioned conjugate gradients
-    for all tokens of a chunk at once with products in matmul form, until every residual is below
-    16 times the machine epsilon of its query or 2 K steps are done. Then o is the linear class
-    read with x.
-
-    Gradients: the linear class's backward pass with query x gives dx. With
-    z = (H + Lambda)^{-1} dx the rest is dq = z, dLambda = -z . x and dH = -z x^T, and the latter
-    goes through the linear class's backward pass once more (query -z, output gradient x).
-
-    Memory: training keeps K (K + V) / 64 numbers per token and head (states at chunk borders) and
-    x; matrices of single tokens exist for a few hundred tokens at a time.
-
-    A system that is not positive definite after rounding of the state (Lambda below one unit of
-    rounding of H) is solved with that unit added to its diagonal.
+    G and H are linear states; x is `solve`'s, and o is the linear class read with x.
 
     Args:
         q: queries, already scaled. Any floating dtype.
@@ -346,29 +401,15 @@ def full(
         von Oswald et al., "MesaNet: Sequence Modeling by Locally Optimal Test-Time Training",
         arXiv:2506.05233, equations 5 to 7.
     """
-    checks.choice("solver", solver, ("cholesky", "cg"))
-    checks.tokens(q=q, k=k, w=w)
-    heads, keys = w.shape[2], k.shape[3]
-    checks.heads(heads, q=q, k=k)
-    lead = tuple(w.shape[:3])
-    checks.shape("beta", beta, lead)
-    checks.shape("g", g, lead)
-    checks.shape("prior", prior, (heads, keys))
-    checks.packing(cu_seqlens, w)
     memory, matrix = (None, None) if initial_state is None else initial_state
-    checks.state("initial_state[0]", memory, cu_seqlens, w, keys, w.shape[3])
-    checks.state("initial_state[1]", matrix, cu_seqlens, w, keys, keys)
-    dtype = compute_dtype(q, k, w)
+    checks.tokens(q=q, k=k, w=w)
+    checks.state("initial_state[0]", memory, cu_seqlens, w, k.shape[3], w.shape[3])
     with loops.without_autocast(w):
-        # both are used more than once: their gradients are summed before they are rounded
-        q, k = q.to(dtype), k.to(dtype)
-        share = heads // k.shape[2]
-        weighted = k.repeat_interleave(share, dim=2) if share > 1 else k
-        weighted = weighted * beta.to(dtype).unsqueeze(-1)
-        if w.shape[1] == 1 and cu_seqlens is None:
-            x, matrix = loops.solve(q, k, weighted, g, prior=prior, initial_state=matrix)
-        else:
-            x, matrix = _solve(q, k, weighted, g, prior, matrix, cu_seqlens, solver)
+        # used more than once: its gradients are summed before they are rounded
+        q, k = (x.to(compute_dtype(q, k, w)) for x in (q, k))
+        x, matrix = solve(
+            q, k, beta, g, prior=prior, initial_state=matrix, solver=solver, cu_seqlens=cu_seqlens
+        )
         out, memory = linear(x, k, w, g, initial_state=memory, cu_seqlens=cu_seqlens)
         doubt = None
         if uncertainty:
