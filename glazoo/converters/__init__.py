@@ -12,11 +12,7 @@ from typing import TYPE_CHECKING, Any
 from glazoo.metaplastic import metaplasticize as metaplasticize_model
 
 if TYPE_CHECKING:
-    from glazoo.converters.checkpoint import (
-        convert_checkpoint,
-        inspect_checkpoint,
-        revert_checkpoint,
-    )
+    from glazoo.converters.convert import convert_checkpoint
     from glazoo.converters.examine import inspect_model
     from glazoo.converters.imports.folder import import_original
     from glazoo.converters.report import (
@@ -26,6 +22,8 @@ if TYPE_CHECKING:
         TuneReport,
         VerifyReport,
     )
+    from glazoo.converters.revert import revert_checkpoint
+    from glazoo.converters.source import inspect_checkpoint
     from glazoo.converters.tune import tune_checkpoint
     from glazoo.converters.verify import verify_checkpoint, verify_models
     from glazoo.errors import ConversionError
@@ -55,11 +53,11 @@ _HOMES = {
     "RevertReport": "glazoo.converters.report",
     "TuneReport": "glazoo.converters.report",
     "VerifyReport": "glazoo.converters.report",
-    "convert_checkpoint": "glazoo.converters.checkpoint",
+    "convert_checkpoint": "glazoo.converters.convert",
     "import_original": "glazoo.converters.imports.folder",
-    "inspect_checkpoint": "glazoo.converters.checkpoint",
+    "inspect_checkpoint": "glazoo.converters.source",
     "inspect_model": "glazoo.converters.examine",
-    "revert_checkpoint": "glazoo.converters.checkpoint",
+    "revert_checkpoint": "glazoo.converters.revert",
     "tune_checkpoint": "glazoo.converters.tune",
     "verify_checkpoint": "glazoo.converters.verify",
     "verify_models": "glazoo.converters.verify",

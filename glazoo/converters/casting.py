@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Literal, get_args
 import torch
 from torch import Tensor
 
+from glazoo.converters.spelling import as_stored, without_text_prefix
 from glazoo.converters.tensors import Shard, TensorInfo
 from glazoo.errors import ConversionError
 from glazoo.families import Family
@@ -145,7 +146,6 @@ def plan_cast(
     Raises:
         ConversionError: the dtype is unknown.
     """
-    from glazoo.converters.checkpoint import _without_text_prefix
 
     if dtype not in get_args(Dtype):
         raise ConversionError(
@@ -168,7 +168,7 @@ def plan_cast(
             if info.dtype not in _TORCH:
                 continue
             here = _TORCH[info.dtype].itemsize
-            special = here > usual or _without_text_prefix(family, key) in names
+            special = here > usual or without_text_prefix(family, key) in names
             if wanted < here and special:
                 kept.append(key)
             else:
@@ -180,7 +180,6 @@ def _kept_by_family(dtype: Dtype, family: Family, architecture: str, config: Any
     """Return the tensors, by their names in files, that transformers keeps in float32 when it loads
     the model in a narrower dtype."""
     # Late, since that module imports this one.
-    from glazoo.converters.checkpoint import _stored, _without_text_prefix
 
     model: Any = family.build(architecture, config)
     patterns = {*(model._keep_in_fp32_modules_strict or ())}
@@ -192,9 +191,9 @@ def _kept_by_family(dtype: Dtype, family: Family, architecture: str, config: Any
         key: t.to(torch.float64 if any(n.search(key) for n in kept) else torch.float32)
         for key, t in model.state_dict().items()
     }
-    found, _ = _stored(model, state)
+    found, _ = as_stored(model, state)
     marked = {key for key, t in found.items() if t.dtype == torch.float64}
-    return {_without_text_prefix(family, key) for key in marked}
+    return {without_text_prefix(family, key) for key in marked}
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

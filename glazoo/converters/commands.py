@@ -113,8 +113,9 @@ def convert(
     With --verify, the reports verify.json and verify.md are written into DST/glazoo, and the exit
     code is 1 if source and converted model differ by more than rounding.
     """
-    from glazoo.converters.checkpoint import convert_checkpoint, revert_checkpoint
+    from glazoo.converters.convert import convert_checkpoint
     from glazoo.converters.files import leftover_warnings, remove_leftovers
+    from glazoo.converters.revert import revert_checkpoint
 
     destination = Path(os.path.abspath(dst))
     if clean and not dry_run and destination.parent.is_dir():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glazoo.converters.folders import CONFIG, read_json
 from glazoo.converters.report import GateSummary, InspectReport, LayerUse
 from glazoo.errors import ConversionError
 from glazoo.families import families, find_family
@@ -32,12 +33,11 @@ def load_converted(folder: str | Path, **options: Any) -> nn.Module:
     import transformers
 
     import glazoo.models  # noqa: F401 - registers the architectures
-    from glazoo.converters.checkpoint import CONFIG, _read_json
 
     folder = Path(folder)
     if not folder.is_dir():
         raise ConversionError(f"{folder}: there is no such folder")
-    raw = _read_json(folder / CONFIG, CONFIG)
+    raw = read_json(folder / CONFIG, CONFIG)
     known = families().get(str(raw.get("model_type")))
     if known is not None and known.native:
         loader = known.loaders(known.architectures[0])[0]

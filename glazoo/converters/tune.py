@@ -14,15 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from glazoo.converters.checkpoint import (
-    CONFIG,
-    INDEX,
-    OWN,
-    _other_files,
-    _read_shards,
-)
 from glazoo.converters.examine import _vocabulary, gate_summaries, load_converted
 from glazoo.converters.files import Staging, leftover_warnings
+from glazoo.converters.folders import CONFIG, INDEX, OWN, other_files, read_shards
 from glazoo.converters.report import TuneReport
 from glazoo.converters.tensors import NewTensor, write_shard
 from glazoo.converters.texts import read_splits
@@ -54,7 +48,7 @@ def save_gates(
     """
     source, destination = Path(folder), Path(os.path.abspath(dst))
     here = {gate.layer: gate for _, gate in gates(model)}
-    _, shards = _read_shards(source)
+    _, shards = read_shards(source)
     values: dict[str, list[NewTensor]] = {}
     for shard in shards:
         for key in shard.tensors:
@@ -68,7 +62,7 @@ def save_gates(
         if shard.path.name in values and len(values[shard.path.name]) != len(shard.tensors):
             raise ConversionError(f"{shard.path.name} holds other tensors beside gates")
     names = [s.path.name for s in shards]
-    others, _ = _other_files(source, set(names))
+    others, _ = other_files(source, set(names))
     rest = [p.as_posix() for p in others if p.parts[0] != "checkpoints"]
     try:
         with Staging(destination, force=force, total=1, progress=None) as stage:
@@ -85,7 +79,7 @@ def save_gates(
 
 def _gates_apart(folder: Path) -> bool:
     """Return whether a folder keeps its gates in files of their own, as conversions write them."""
-    _, shards = _read_shards(folder)
+    _, shards = read_shards(folder)
     kinds = [{".metaplastic." in key for key in shard.tensors} for shard in shards]
     return {True} in kinds and {True, False} not in kinds
 
@@ -95,9 +89,9 @@ def _save_all(source: Path, dst: Path, model: Any, *, force: bool) -> None:
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
     destination = Path(os.path.abspath(dst))
-    _, shards = _read_shards(source)
+    _, shards = read_shards(source)
     taken = {CONFIG, INDEX, *(s.path.name for s in shards)}
-    others, _ = _other_files(source, taken)
+    others, _ = other_files(source, taken)
     with Staging(destination, force=force, total=1, progress=None) as stage:
         model.save_pretrained(stage.folder)
         made = {p.name for p in stage.folder.iterdir()}

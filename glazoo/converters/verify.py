@@ -19,6 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glazoo.converters.folders import (
+    CONFIG,
+    INDEX,
+    KEPT,
+    MANIFEST,
+    dump_json,
+    read_json,
+    read_shards,
+)
 from glazoo.converters.report import Check, VerifyReport
 from glazoo.converters.tokenizers import TEXTS, difference, source_tokenizer
 from glazoo.errors import ConversionError
@@ -445,19 +454,17 @@ def _check_ids(source: Path, destination: Path, family: Family) -> tuple[Check, 
 
 def _cast_dtype(folder: Path) -> str | None:
     """Return the dtype that a conversion cast the source's weights to, None if it did not."""
-    from glazoo.converters.checkpoint import MANIFEST, _read_json
 
     if not (folder / MANIFEST).is_file():
         return None
-    found = _read_json(folder / MANIFEST, MANIFEST).get("dtype")
+    found = read_json(folder / MANIFEST, MANIFEST).get("dtype")
     return found if isinstance(found, str) else None
 
 
 def _check_cast(source: Path, destination: Path, dtype: str) -> Check:
     from glazoo.converters.casting import is_cast_of
-    from glazoo.converters.checkpoint import _read_shards
 
-    strange, rounded = is_cast_of(_read_shards(source)[1], _read_shards(destination)[1], dtype)
+    strange, rounded = is_cast_of(read_shards(source)[1], read_shards(destination)[1], dtype)
     detail = f"the source's tensors, {rounded} of them cast to {dtype}, bit for bit"
     if strange is not None:
         detail += f"; {strange} is not"
@@ -467,19 +474,18 @@ def _check_cast(source: Path, destination: Path, dtype: str) -> Check:
 def _cast_source(source: Path, converted: Path, scratch: Path) -> None:
     """Makes a folder that holds the source with the weights that a conversion cast: links, and its
     own configuration and index."""
-    from glazoo.converters.checkpoint import CONFIG, INDEX, KEPT, _dump, _read_json, _read_shards
 
-    own = {key for shard in _read_shards(source)[1] for key in shard.tensors}
-    _, shards = _read_shards(converted)
+    own = {key for shard in read_shards(source)[1] for key in shard.tensors}
+    _, shards = read_shards(converted)
     weight_map: dict[str, str] = {}
     for shard in shards:
         keys = [key for key in shard.tensors if key in own]
         if keys:
             (scratch / shard.path.name).symlink_to(shard.path.resolve())
             weight_map |= dict.fromkeys(keys, shard.path.name)
-    config = _read_json(converted / KEPT / CONFIG, CONFIG)
-    (scratch / CONFIG).write_bytes(_dump(config))
-    (scratch / INDEX).write_bytes(_dump({"metadata": {}, "weight_map": weight_map}))
+    config = read_json(converted / KEPT / CONFIG, CONFIG)
+    (scratch / CONFIG).write_bytes(dump_json(config))
+    (scratch / INDEX).write_bytes(dump_json({"metadata": {}, "weight_map": weight_map}))
 
 
 @torch.no_grad()
@@ -560,14 +566,13 @@ def _verify(
 def _pair(source: Path, destination: Path) -> tuple[Family, str, Settings | None]:
     """Reads both configurations; gives the family, the source's class and the conversion's
     settings, which models that are metaplastic by their specs do not need."""
-    from glazoo.converters.checkpoint import CONFIG, _read_json
 
     for folder in (source, destination):
         if not folder.is_dir():
             raise ConversionError(f"{folder}: there is no such folder")
-    raw = _read_json(source / CONFIG, CONFIG)
+    raw = read_json(source / CONFIG, CONFIG)
     family = find_family(raw.get("model_type"))
-    converted = _read_json(destination / CONFIG, CONFIG)
+    converted = read_json(destination / CONFIG, CONFIG)
     if family.native and "metaplastic" not in converted:
         made_from, settings = converted.get("model_type"), None
     else:

@@ -430,7 +430,7 @@ def test_a_conversion_killed_at_any_moment_is_absent_or_complete(
         import os, random, signal, sys, time
         from pathlib import Path
         from glazoo.converters import convert_checkpoint, revert_checkpoint
-        import glazoo.converters.checkpoint, glazoo.models
+        import glazoo.converters.convert, glazoo.models
         random.seed(0)
         src, where = sys.argv[1], Path(sys.argv[2])
 

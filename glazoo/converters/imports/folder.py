@@ -11,16 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glazoo.converters.checkpoint import (
-    CONFIG,
-    INDEX,
-    SINGLE,
-    _check_model,
-    _dump,
-    _read_json,
-    _read_shards,
-)
 from glazoo.converters.files import Staging
+from glazoo.converters.folders import CONFIG, INDEX, SINGLE, dump_json, read_json, read_shards
 from glazoo.converters.imports.layouts import (
     FLA,
     STATE_SPACES,
@@ -28,6 +20,7 @@ from glazoo.converters.imports.layouts import (
     read_fla,
     read_state_spaces,
 )
+from glazoo.converters.source import check_model
 from glazoo.errors import ConversionError, one_line
 from glazoo.families import find_family
 
@@ -85,7 +78,7 @@ def _load(folder: Path) -> dict[str, Tensor]:
     name = PICKLE
     try:
         if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
-            for shard in _read_shards(folder)[1]:
+            for shard in read_shards(folder)[1]:
                 name = shard.path.name
                 state |= load_file(shard.path)
         else:
@@ -127,7 +120,7 @@ def import_original(src: str | Path, dst: str | Path, *, force: bool = False) ->
     source, destination = Path(src), Path(os.path.abspath(dst))
     if not source.is_dir():
         raise ConversionError(f"{source}: there is no such folder")
-    raw = _read_json(source / CONFIG, CONFIG)
+    raw = read_json(source / CONFIG, CONFIG)
     layout = layout_of(raw)
     if layout is None:
         raise ConversionError(
@@ -149,7 +142,7 @@ def import_original(src: str | Path, dst: str | Path, *, force: bool = False) ->
     family = find_family(config.model_type)
     model = family.build(config.architectures[0], config)
     shapes = {name: tuple(x.shape) for name, x in tensors.items()}
-    _check_model(family, model, (), shapes, set())
+    check_model(family, model, (), shapes, set())
     try:
         with Staging(destination, force=force, total=1, progress=None) as stage:
             save_file(
@@ -157,7 +150,7 @@ def import_original(src: str | Path, dst: str | Path, *, force: bool = False) ->
                 stage.folder / SINGLE,
                 metadata={"format": "pt"},
             )
-            stage.write(CONFIG, _dump(config.to_dict()))
+            stage.write(CONFIG, dump_json(config.to_dict()))
             for name in _KEPT:
                 if (source / name).is_file():
                     stage.take(source / name, name, link=False)
