@@ -1,8 +1,10 @@
 """Layers of any spec."""
 
-from glazoo.layers.attention import GatedLinearAttention, LayerOutput, LayerState, Sizes
+from glazoo.layers.attention import GatedLinearAttention, LayerOutput
 from glazoo.layers.conversion import gates, layers_of, set_plasticity
+from glazoo.layers.operands import LayerState
 from glazoo.layers.plasticity import ImportanceGate
+from glazoo.layers.sizes import Sizes
 
 __all__ = [
     "GatedLinearAttention",
