@@ -9,13 +9,20 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from glazoo.errors import one_line
 from glazoo.strictjson import dumps
 
-__all__ = ["AsJson", "bytes_progress", "console", "print_json", "refusals"]
+__all__ = ["AsJson", "console", "print_json", "progress", "refusals"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
 
@@ -45,23 +52,20 @@ def refusals() -> Iterator[None]:
 
 
 @contextmanager
-def bytes_progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Shows bars on standard error for work that reports `(name, done bytes, total bytes)`."""
+def progress(*, quiet: bool, of_bytes: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar on standard error for work that reports `(what, done, total)`, in counts or
+    bytes."""
     bars = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        DownloadColumn(),
+        DownloadColumn() if of_bytes else MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
         disable=quiet or not sys.stderr.isatty(),
         transient=True,
     )
-    tasks: dict[str, Any] = {}
-
-    def report(name: str, done: int, total: int) -> None:
-        if name not in tasks:
-            tasks[name] = bars.add_task(name, total=total)
-        bars.update(tasks[name], completed=done, total=total)
-
+    task = bars.add_task("", total=None)
     with bars:
-        yield report
+        yield lambda what, done, total: bars.update(
+            task, description=what, completed=done, total=total
+        )

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from glazoo.converters.report import Report
 from glazoo.errors import ConversionError
-from glazoo.terminal import AsJson, bytes_progress, console, print_json
+from glazoo.terminal import AsJson, console, print_json, progress
 
 __all__ = ["convert", "inspect", "tune"]
 
@@ -137,11 +137,11 @@ def convert(
         return
     results: list[Report] = []
     passed = True
-    with bytes_progress(quiet=as_json) as progress:
+    with progress(quiet=as_json, of_bytes=True) as shown:
         if revert:
             if dry_run or verify or dtype is not None:
                 raise ConversionError("--revert goes with none of --dry-run, --verify and --dtype")
-            results.append(revert_checkpoint(src, dst, link=link, force=force, progress=progress))
+            results.append(revert_checkpoint(src, dst, link=link, force=force, progress=shown))
         else:
             results.append(
                 convert_checkpoint(
@@ -158,7 +158,7 @@ def convert(
                     remote_code=remote_code,
                     dry_run=dry_run,
                     force=force,
-                    progress=progress,
+                    progress=shown,
                 )
             )
     if verify and not dry_run:

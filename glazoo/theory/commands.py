@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from glazoo.terminal import AsJson, console, print_json
+from glazoo.terminal import AsJson, console, print_json, progress
 
 __all__ = ["posterior", "verify"]
-
-
-@contextmanager
-def _count_progress(*, quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
-    """Shows a bar on standard error for work that reports `(done, total, what)`."""
-    bars = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=quiet or not sys.stderr.isatty(),
-        transient=True,
-    )
-    task = bars.add_task("", total=None)
-
-    def report(done: int, total: int, what: str) -> None:
-        bars.update(task, completed=done, total=total, description=what)
-
-    with bars:
-        yield report
 
 
 def verify(
@@ -61,9 +35,9 @@ def verify(
     """
     from glazoo.theory import verify as theory
 
-    with _count_progress(quiet=as_json) as progress:
+    with progress(quiet=as_json) as report:
         results = theory.run(
-            names or None, examples=examples, dtype=dtype, impl=impl, seed=seed, progress=progress
+            names or None, examples=examples, dtype=dtype, impl=impl, seed=seed, progress=report
         )
     if as_json:
         print_json([r.to_json() for r in results])
@@ -97,9 +71,9 @@ def posterior(
     """Rank variants and their metaplastic forms by their distance to exact Bayesian inference."""
     from glazoo.theory import posterior as theory
 
-    with _count_progress(quiet=as_json) as progress:
+    with progress(quiet=as_json) as report:
         distances = theory.run(
-            names or None, seeds=seeds, key_size=key_size, impl=impl, progress=progress
+            names or None, seeds=seeds, key_size=key_size, impl=impl, progress=report
         )
     written = () if plot is None else theory.plot(distances, plot)
     if as_json:

@@ -105,7 +105,7 @@ def run(
     queries: int = 64,
     conditions: Sequence[Condition] = CONDITIONS,
     impl: str = "auto",
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Distance]:
     """Measures the distance of variants and their metaplastic forms to the exact posterior.
 
@@ -117,7 +117,7 @@ def run(
         queries: random unit queries that read the final memory.
         conditions: how crowded the memory is.
         impl: the engine.
-        progress: called with (done, total, condition).
+        progress: called as `progress(condition, done, total)`.
 
     Returns:
         One distance per spec and condition, the closest spec (on average) first.
@@ -133,7 +133,7 @@ def run(
     out: list[Distance] = []
     for done, condition in enumerate(conditions):
         if progress is not None:
-            progress(done, len(conditions), condition.label)
+            progress(condition.label, done, len(conditions))
         problem = _problem(condition, seeds, key_size, value_size, queries)
         for form in shapes:
             errors = _errors(form.spec, problem, impl)
@@ -152,7 +152,7 @@ def run(
                 )
             )
     if progress is not None:
-        progress(len(conditions), len(conditions), "done")
+        progress("done", len(conditions), len(conditions))
     order = _ranking(out)
     return sorted(out, key=lambda d: order.index(d.spec))
 

@@ -65,7 +65,7 @@ class Result:
         return data
 
 
-Progress = Callable[[int, int, str], None]
+Progress = Callable[[str, int, int], None]
 
 
 def run(
@@ -93,7 +93,7 @@ def run(
             statement compares a spec with another one, the reference runs the other.
         shrink: whether to look for a smaller instance of the first failure of each statement.
         only_source: whether to leave out the metaplastic forms of frozen variants.
-        progress: called with (done, total, statement).
+        progress: called as `progress(statement, done, total)`.
 
     Returns:
         One result per statement, spec and implementation, in the catalogue's order. The same
@@ -133,7 +133,7 @@ def run(
     shrunk: set[tuple[str, str]] = set()
     for done, (e, form, name) in enumerate(work):
         if progress is not None:
-            progress(done, len(work), e.id)
+            progress(e.id, done, len(work))
         if e.kind is Kind.LIMIT and dtype != "float64":
             reason = "a rate is fitted over several orders of magnitude: float64 only"
             results.append(
@@ -149,7 +149,7 @@ def run(
             # A statement that never calls the given implementation says nothing about it.
             results.append(result)
     if progress is not None:
-        progress(len(work), len(work), "done")
+        progress("done", len(work), len(work))
     return results
 
 

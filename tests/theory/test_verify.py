@@ -69,8 +69,8 @@ def test_same_seed_same_results_whatever_else_runs() -> None:
 def test_progress_counts_to_the_end() -> None:
     seen = []
     verify.run([CAUSAL, "gla"], op=REFERENCE, progress=lambda *x: seen.append(x))
-    assert [done for done, _, _ in seen] == list(range(len(seen)))
-    assert seen[-1] == (3, 3, "done")
+    assert [done for _, done, _ in seen] == list(range(len(seen)))
+    assert seen[-1] == ("done", 3, 3)
 
 
 @pytest.mark.parametrize(
