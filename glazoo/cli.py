@@ -13,7 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 import glazoo
-from glazoo.compare.commands import bench, capacity, compare, decay
+from glazoo.compare.commands.bench import bench
+from glazoo.compare.commands.capacity import capacity
+from glazoo.compare.commands.compare import compare
+from glazoo.compare.commands.decay import decay
 from glazoo.converters.commands import convert, inspect, tune
 from glazoo.program import Program
 from glazoo.spec import Spec

@@ -8,7 +8,7 @@ from statistics import fmean
 
 import torch
 
-from glazoo.compare.plan import Arm, Plan, Results
+from glazoo.compare.plan import Arm, Line, Plan, Results, line_of
 from glazoo.compare.train import Run, step_seconds
 
 __all__ = ["Clock", "duration", "estimate"]
@@ -62,36 +62,29 @@ class Clock:
         done: dict[Line, float] = {}
         for run in self.plan.wanted(results):
             if run.key in results:
-                took.setdefault(_line(run), []).append(results[run.key]["seconds"])
-                done[_line(run)] = done.get(_line(run), 0.0) + 1.0
+                took.setdefault(line_of(run), []).append(results[run.key]["seconds"])
+                done[line_of(run)] = done.get(line_of(run), 0.0) + 1.0
         for key, (run, share) in self._share.items():
             if share > 0.02:
                 elapsed = time.monotonic() - self._began[key]
-                took.setdefault(_line(run), []).append(elapsed / share)
-            done[_line(run)] = done.get(_line(run), 0.0) + share
+                took.setdefault(line_of(run), []).append(elapsed / share)
+            done[line_of(run)] = done.get(line_of(run), 0.0) + share
         if not took:
             return None
-        arms = {_line(arm): self._tokens(arm) for arm, _ in self.plan.counts()}
+        arms = {line_of(arm): self._tokens(arm) for arm, _ in self.plan.counts()}
         per_token = fmean(fmean(x) / arms[line] for line, x in took.items() if line in arms)
         return (
             sum(
-                max(0.0, runs - done.get(_line(arm), 0.0)) * self._each(arm, took, per_token)
+                max(0.0, runs - done.get(line_of(arm), 0.0)) * self._each(arm, took, per_token)
                 for arm, runs in self.plan.counts()
             )
             / self.jobs
         )
 
     def _each(self, arm: Arm, took: Mapping[Line, list[float]], per_token: float) -> float:
-        known = took.get(_line(arm))
+        known = took.get(line_of(arm))
         return fmean(known) if known else per_token * self._tokens(arm)
 
     def _tokens(self, arm: Arm) -> float:
         t = self.plan.sample(arm).training
         return float(t.steps * t.batch * arm.task.length)
-
-
-Line = tuple[str, object, str]
-
-
-def _line(x: Run | Arm) -> Line:
-    return x.label, x.model, x.task.name

@@ -14,7 +14,7 @@ from glazoo.compare.tasks import Task, TaskName
 from glazoo.compare.train import Run, Training
 from glazoo.spec import Spec
 
-__all__ = ["PRESETS", "Arm", "Plan", "Preset", "Rates", "Tuning"]
+__all__ = ["PRESETS", "Arm", "Line", "Plan", "Preset", "Rates", "Results", "Tuning", "line_of"]
 
 _SELECTION_SEED = 1000
 """First seed of the runs that choose rates: none of those that are reported."""
@@ -439,6 +439,13 @@ class Plan:
 
 Results = Mapping[str, dict[str, Any]]
 """Finished runs by key."""
+Line = tuple[str, ModelConfig, str]
+"""Label, sizes and task: what tells the lines of a comparison apart."""
+
+
+def line_of(x: Run | Arm) -> Line:
+    """Return the line that a run or an arm belongs to."""
+    return x.label, x.model, x.task.name
 
 
 def best(runs: Iterable[Run], results: Results) -> Rates | None:

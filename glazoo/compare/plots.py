@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from glazoo.compare.errors import CompareError
+from glazoo.compare.stats import source_of
 from glazoo.plotting import MISSING, can_plot, png, style
 
 __all__ = ["Axes", "Line", "panels", "require_matplotlib", "styles"]
@@ -65,11 +66,11 @@ def styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     out: dict[str, dict[str, Any]] = {}
     families: dict[str, int] = {}
     for label in labels:
-        source = label.removeprefix("metaplastic_").split(" ")[0]
+        source = source_of(label)
         i = families.setdefault(source, len(families))
         color, marker = _COLORS[i % len(_COLORS)], _MARKERS[i % len(_MARKERS)]
         round_two = i // len(_COLORS) > 0
-        metaplastic = label.startswith("metaplastic_")
+        metaplastic = source != label
         out[label] = {
             "color": color,
             "marker": marker,

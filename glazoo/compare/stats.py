@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-__all__ = ["Interval", "Verdict", "compare", "interval", "paired"]
+__all__ = ["Interval", "Verdict", "against_source", "compare", "interval", "paired", "source_of"]
 
 Verdict = Literal["higher", "lower", "not separated"]
 
@@ -95,3 +95,19 @@ def compare(a: Interval, b: Interval) -> Verdict:
     if a.low > b.high:
         return "higher"
     return "lower" if a.high < b.low else "not separated"
+
+
+def source_of(label: str) -> str:
+    """Return the label of a metaplastic form's source; every other label is its own."""
+    return label.removeprefix("metaplastic_").split(" ")[0]
+
+
+def against_source(label: str, values: Mapping[str, Interval], *, good: str = "higher") -> str:
+    """Say how a metaplastic form compares with its source: only what the intervals separate."""
+    source = source_of(label)
+    if source == label or source not in values or label not in values:
+        return ""
+    verdict = compare(values[label], values[source])
+    if verdict == "not separated":
+        return verdict
+    return "better" if verdict == good else "worse"

@@ -9,7 +9,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from glazoo.compare import commands
+from glazoo.compare.commands.bench import bench
+from glazoo.compare.commands.capacity import capacity
+from glazoo.compare.commands.compare import compare
+from glazoo.compare.commands.decay import decay
 from glazoo.compare.errors import CompareError
 from glazoo.compare.plan import PRESETS, Plan
 from glazoo.compare.tasks import Task
@@ -17,8 +20,8 @@ from glazoo.spec import SpecError
 from glazoo.zoo import load
 
 app = typer.Typer(pretty_exceptions_enable=False)
-for name in ("bench", "capacity", "compare", "decay"):
-    app.command()(getattr(commands, name))
+for command in (bench, capacity, compare, decay):
+    app.command()(command)
 
 
 def run(*args: str) -> Any:

@@ -1,0 +1,1 @@
+"""`glazoo capacity`, `decay`, `compare` and `bench`: variants side by side."""
