@@ -33,21 +33,22 @@ def verify(
     The exit code is 1 if a statement fails; each failure comes with the smallest failing instance
     as a Python program.
     """
-    from glazoo.theory import verify as theory
+    from glazoo.theory.results import failures, passed, render, summary
+    from glazoo.theory.verify import run
 
     with progress(quiet=as_json) as report:
-        results = theory.run(
+        results = run(
             names or None, examples=examples, dtype=dtype, impl=impl, seed=seed, progress=report
         )
     if as_json:
         print_json([r.to_json() for r in results])
     else:
         out = console()
-        out.print(theory.render(results))
-        for text in theory.failures(results):
+        out.print(render(results))
+        for text in failures(results):
             out.print(text, highlight=False, markup=False, style=None)
-        out.print(theory.summary(results), markup=False)
-    if not theory.passed(results):
+        out.print(summary(results), markup=False)
+    if not passed(results):
         raise typer.Exit(1)
 
 

@@ -31,7 +31,8 @@ from pathlib import Path
 
 from glazoo.spec import Spec
 from glazoo.theory.entry import Op
-from glazoo.theory.verify import Result, failures, passed, run
+from glazoo.theory.results import Result, failures, passed
+from glazoo.theory.verify import run
 
 __all__ = ["ConformanceError", "check"]
 

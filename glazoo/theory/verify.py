@@ -6,64 +6,25 @@ import difflib
 import functools
 import math
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from rich import box
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from glazoo.api import attention
 from glazoo.engines import available
 from glazoo.spec import Spec, SpecError
-from glazoo.theory.catalogue import ENTRIES, entry
-from glazoo.theory.entry import Domain, Entry, Finding, Kind, Op, Trial
+from glazoo.theory.catalogue import ENTRIES
+from glazoo.theory.entry import Domain, Entry, Finding, Kind, Op
 from glazoo.theory.forms import Form, forms
 from glazoo.theory.instances import Instance
+from glazoo.theory.replaying import DTYPES, make_trial, snippet
+from glazoo.theory.results import Result
 from glazoo.zoo import load
 
-__all__ = ["Result", "failures", "passed", "render", "replay", "run", "summary"]
-
-Verdict = Literal["passed", "failed", "skipped"]
-
-_DTYPES = {"float64": torch.float64, "float32": torch.float32}
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """One statement for one spec on one implementation."""
-
-    id: str
-    statement: str
-    kind: str
-    spec: str
-    impl: str
-    dtype: str
-    verdict: Verdict
-    instances: int = 0
-    residual: float = 0.0
-    """Worst relative residual, worst excess over a bound, or the fitted rate farthest from the
-    predicted one."""
-    allowed: str = ""
-    what: str = ""
-    """Which of the compared tensors was worst; for what is skipped, the reason."""
-    instance: Instance | None = None
-    """The smallest failing instance found."""
-    snippet: str | None = None
-    """A Python program that shows the failure."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the result as plain data; a number that is not finite becomes a string."""
-        data = asdict(self)
-        if not math.isfinite(self.residual):
-            data["residual"] = str(self.residual)
-        return data
-
+__all__ = ["run"]
 
 Progress = Callable[[str, int, int], None]
 
@@ -104,8 +65,8 @@ def run(
     """
     if examples < 1:
         raise ValueError(f"examples: got {examples}, accepted are numbers from 1")
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype: got {dtype!r}, accepted are {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, accepted are {', '.join(DTYPES)}")
     if impl is not None and impl not in available():
         raise ValueError(f"impl: got {impl!r}, accepted are {', '.join(available())}")
     entries, subjects = _select(names, only_source)
@@ -164,19 +125,6 @@ class _Counted:
         return self.op(spec, q, k, v, **options)
 
 
-_reference: Op = functools.partial(attention, impl="reference")
-
-
-def _trial(op: Op, name: str, spec: Spec, instance: Instance, dtype: str) -> Trial:
-    return Trial(op, spec, instance, _DTYPES[dtype], _reference if name == "op" else None)
-
-
-def passed(results: Iterable[Result]) -> bool:
-    """Return whether something was verified and nothing failed."""
-    verdicts = [r.verdict for r in results]
-    return "failed" not in verdicts and "passed" in verdicts
-
-
 def _select(
     names: Sequence[str | Path | Spec] | None, only_source: bool
 ) -> tuple[tuple[Entry, ...], tuple[Form, ...]]:
@@ -229,7 +177,7 @@ def _verify(
     worst: Finding | None = None
     unsupported: set[str] = set()
     for instance in cases:
-        finding = e.judge(_trial(op, name, form.spec, instance, dtype))
+        finding = e.judge(make_trial(op, name, form.spec, instance, dtype))
         if finding.unsupported:
             unsupported.add(finding.what)
             continue
@@ -251,7 +199,7 @@ def _verify(
                 worst.allowed,
                 worst.what,
                 instance,
-                _snippet(e, form, name, dtype, instance),
+                snippet(e, form, name, dtype, instance),
             )
     if worst is None:
         reason = "; ".join(sorted(unsupported))
@@ -294,7 +242,7 @@ def _smallest(
     from glazoo.theory import strategies
 
     def judge(x: Instance) -> Finding:
-        return e.judge(_trial(op, name, form.spec, x, dtype))
+        return e.judge(make_trial(op, name, form.spec, x, dtype))
 
     def fails(x: Instance) -> bool:
         f = judge(x)
@@ -327,142 +275,3 @@ def _smallest(
     except NoSuchExample:
         return instance, finding
     return smallest, judge(smallest)
-
-
-def _snippet(e: Entry, form: Form, name: str, dtype: str, instance: Instance) -> str:
-    which = f"impl={name!r}"
-    if name == "op":
-        which = "op=op"
-    lines = [
-        "import glazoo",
-        "from glazoo.theory import Instance, replay",
-        "",
-        f"spec = {form.expression}",
-        f"instance = {instance}",
-        f"print(replay({e.id!r}, spec, instance, {which}, dtype={dtype!r}))",
-    ]
-    if name == "op":
-        lines.insert(3, "op = ...  # the implementation that was verified")
-    return "\n".join(lines)
-
-
-def replay(
-    id: str,  # noqa: A002
-    spec: str | Path | Spec,
-    instance: Instance,
-    *,
-    impl: str = "reference",
-    dtype: str = "float64",
-    op: Op | None = None,
-) -> str:
-    """Evaluates one statement on one instance and says what was compared.
-
-    Args:
-        id: identifier of the statement.
-        spec: the spec.
-        instance: sizes, regime and seed.
-        impl: the engine.
-        dtype: "float64" or "float32".
-        op: an implementation to evaluate instead of the engine.
-
-    Returns:
-        Text: the statement, the operands (if they are few) and the verdict.
-    """
-    e, spec = entry(id), load(spec)
-    run_op: Op = functools.partial(attention, impl=impl) if op is None else op
-    trial = _trial(run_op, "op" if op is not None else impl, spec, instance, dtype)
-    finding = e.judge(trial)
-    measure = "fitted rate" if e.kind is Kind.LIMIT else "residual"
-    lines = [
-        f"{e.id} ({e.kind}): {e.statement}",
-        f"  left:      {e.left}",
-        f"  right:     {e.right}",
-        f"  condition: {e.condition}",
-        f"  spec:      {spec.name}",
-        f"  {instance}",
-    ]
-    ops = trial.operands()
-    if sum(x.numel() for x in ops.values()) <= 64:
-        lines += [f"  {name} = {x.tolist()}" for name, x in ops.items()]
-    lines.append(
-        f"  {'passed' if finding.passed else 'FAILED'}: {finding.what}: {measure} "
-        f"{finding.residual:.3g}, accepted {finding.allowed}"
-    )
-    return "\n".join(lines)
-
-
-def render(results: Sequence[Result]) -> Table:
-    """Return a table: statement, kind, specs, worst residual or fitted rate per engine, verdict."""
-    impls = list(dict.fromkeys(r.impl for r in results if r.verdict != "skipped"))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("statement", overflow="fold", ratio=1)
-    table.add_column("kind")
-    table.add_column("specs", justify="right")
-    for impl in impls:
-        table.add_column(impl, justify="right", no_wrap=True)
-    table.add_column("verdict")
-    for id_ in dict.fromkeys(r.id for r in results if r.id != "-"):
-        mine = [r for r in results if r.id == id_]
-        statement = Text.assemble((id_, "bold"), "\n", (mine[0].statement, "dim"))
-        cells = [_cell([r for r in mine if r.impl == impl]) for impl in impls]
-        failed = sum(r.verdict == "failed" for r in mine)
-        ran = sum(r.verdict == "passed" for r in mine) + failed
-        verdict = Text("passed", "green")
-        if failed:
-            verdict = Text(f"FAILED ({failed} of {ran})", "bold red")
-        elif not ran:
-            verdict = Text(f"skipped: {mine[0].what}", "yellow")
-        specs = len({r.spec for r in mine})
-        table.add_row(statement, mine[0].kind, str(specs), *cells, verdict)
-    return table
-
-
-def _cell(results: Sequence[Result]) -> Text:
-    ran = [r for r in results if r.verdict != "skipped"]
-    if not ran:
-        return Text("-", "dim")
-    if ran[0].kind == Kind.LIMIT:
-        rate = entry(ran[0].id).rate
-        assert rate is not None
-        worst = max(
-            ran, key=lambda r: math.inf if math.isnan(r.residual) else abs(r.residual - rate)
-        )
-        return Text(f"rate {worst.residual:.3f}")
-    worst = max(ran, key=lambda r: (r.verdict == "failed", r.residual))
-    return Text(f"{worst.residual:.1e}")
-
-
-def failures(results: Sequence[Result]) -> list[str]:
-    """Return one text per failed statement and implementation: what failed, and a program for
-    it."""
-    out = []
-    seen: set[tuple[str, str]] = set()
-    for r in results:
-        if r.verdict != "failed" or (r.id, r.impl) in seen:
-            continue
-        seen.add((r.id, r.impl))
-        also = [
-            x.spec
-            for x in results
-            if (x.id, x.impl, x.verdict) == (r.id, r.impl, "failed") and x.spec != r.spec
-        ]
-        more = f"\n  also fails for: {', '.join(also)}" if also else ""
-        out.append(
-            f"{r.id} fails for {r.spec} on {r.impl}: {r.what}: {r.residual:.3g}, "
-            f"accepted {r.allowed}{more}\n\n{r.snippet}\n"
-        )
-    return out
-
-
-def summary(results: Sequence[Result]) -> str:
-    """Says in a few lines how many statements hold, and what was left out and why."""
-    count = {v: sum(r.verdict == v for r in results) for v in ("passed", "failed", "skipped")}
-    statements = len({r.id for r in results if r.verdict != "skipped"})
-    instances = sum(r.instances for r in results)
-    lines = [
-        f"{statements} statements, {instances} instances: {count['passed']} passed, "
-        f"{count['failed']} failed, {count['skipped']} skipped (per spec and engine)"
-    ]
-    reasons = dict.fromkeys((r.impl, r.what) for r in results if r.verdict == "skipped")
-    lines += [f"skipped on {impl}: {what}" for impl, what in reasons]
-    return "\n".join(lines)

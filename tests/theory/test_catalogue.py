@@ -21,6 +21,7 @@ from glazoo.theory.entry import (
     relative,
 )
 from glazoo.theory.forms import forms
+from glazoo.theory.results import failures, passed
 
 FORMS = forms()
 
@@ -167,4 +168,4 @@ def test_instances_are_reproducible_and_within_their_domain() -> None:
 @pytest.mark.slow
 def test_whole_catalogue_on_every_engine() -> None:
     results = verify.run()
-    assert verify.passed(results), "\n".join(verify.failures(results))
+    assert passed(results), "\n".join(failures(results))

@@ -13,6 +13,7 @@ from theory.mutants import MUTANTS
 import glazoo
 from glazoo.engines import available
 from glazoo.theory import Instance, replay, verify
+from glazoo.theory.results import failures, passed, render, summary
 
 CAUSAL = "causal"
 REFERENCE = functools.partial(glazoo.api.attention, impl="reference")
@@ -36,7 +37,7 @@ def test_every_engine_passes_a_few_statements(impl: str) -> None:
         impl=impl,
         examples=2,
     )
-    assert verify.passed(results), "\n".join(verify.failures(results))
+    assert passed(results), "\n".join(failures(results))
     engine = {r.id for r in results} & {"engine-is-reference"}
     assert bool(engine) == (impl != "reference")
 
@@ -47,7 +48,7 @@ def test_float32_passes_and_leaves_out_limits() -> None:
         impl="reference",
         dtype="float32",
     )
-    assert verify.passed(results)
+    assert passed(results)
     verdicts = {(r.id, r.verdict) for r in results}
     assert ("plasticity-is-linear", "skipped") in verdicts
     assert ("gated-deltanet-is-kda", "passed") in verdicts
@@ -105,7 +106,7 @@ def test_a_failure_shrinks_to_a_small_instance_and_a_snippet_that_shows_it() -> 
     names = {"op": wrong.op()}
     exec((failed[0].snippet or "").replace("op = ...", "pass"), names)
     assert "FAILED: output: residual" in replay("prefix-of-outputs", "kda", first, op=wrong.op())
-    report = verify.failures(results)
+    report = failures(results)
     assert len(report) == 1
     assert report[0].startswith("prefix-of-outputs fails for kda on op: output: ")
     assert "also fails for: metaplastic_kda[head], metaplastic_kda[head, first order]" in report[0]
@@ -114,7 +115,7 @@ def test_a_failure_shrinks_to_a_small_instance_and_a_snippet_that_shows_it() -> 
 def test_without_hypothesis_the_instance_at_hand_has_to_do(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "hypothesis", None)
     results = verify.run(["packed-is-separate", "gla"], op=mutant("packed_sequences_leak").op())
-    assert not verify.passed(results)
+    assert not passed(results)
     assert all(r.snippet for r in results if r.verdict == "failed")
 
 
@@ -150,13 +151,13 @@ def test_what_an_implementation_does_not_do_is_skipped_and_listed() -> None:
         (CAUSAL, "passed"),
         ("packed-is-separate", "skipped"),
     }
-    assert verify.passed(results)
-    assert "skipped on op: not implemented: packed sequences" in verify.summary(results)
+    assert passed(results)
+    assert "skipped on op: not implemented: packed sequences" in summary(results)
 
     def nothing(*args, **kwargs):
         raise NotImplementedError("anything")
 
-    assert not verify.passed(verify.run([CAUSAL, "gla"], op=nothing))
+    assert not passed(verify.run([CAUSAL, "gla"], op=nothing))
 
 
 def test_an_engine_that_cannot_run_is_skipped_with_its_reason(monkeypatch) -> None:
@@ -167,14 +168,14 @@ def test_an_engine_that_cannot_run_is_skipped_with_its_reason(monkeypatch) -> No
     results = verify.run([CAUSAL, "gla"])
     skipped = [r for r in results if r.verdict == "skipped"]
     assert [(r.impl, r.what) for r in skipped] == [("broken", "cannot run here: no such library")]
-    assert verify.passed(results)
+    assert passed(results)
 
 
 def test_table_and_json() -> None:
     results = verify.run([CAUSAL, "plasticity-is-linear", "gla"], op=REFERENCE) + verify.run(
         ["decay-is-a-gauge", "gla"], op=mutant("decay_in_base_two").op()
     )
-    table = text(verify.render(results))
+    table = text(render(results))
     assert "y_1..t does not depend on tokens after t" in table
     assert re.search(r"rate (0\.9[5-9]|1\.0[0-4])\d", table)
     assert "FAILED (1 of 1)" in table
@@ -182,7 +183,7 @@ def test_table_and_json() -> None:
     data = json.loads(json.dumps([r.to_json() for r in results]))
     assert {d["verdict"] for d in data} == {"passed", "failed"}
     assert data[-1]["instance"]["T"] >= 1
-    assert "3 statements" in verify.summary(results)
+    assert "3 statements" in summary(results)
 
 
 def test_an_infinite_residual_is_json() -> None:
