@@ -11,53 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glazoo.converters.folders import CONFIG, read_json
+from glazoo.converters.loading import load_converted
 from glazoo.converters.report import GateSummary, InspectReport, LayerUse
 from glazoo.errors import ConversionError
-from glazoo.families import families, find_family
-from glazoo.families.settings import Settings
-from glazoo.layers import ImportanceGate, gates
+from glazoo.layers import ImportanceGate
 from glazoo.layers.conversion import metaplastic_layers
 from glazoo.layers.plasticity import Observation
 from glazoo.spec import Spec
 
-__all__ = ["gate_summaries", "inspect_model", "load_converted", "measure_use"]
-
-
-def load_converted(folder: str | Path, **options: Any) -> nn.Module:
-    """Loads a folder of a metaplastic model: converted, or metaplastic by its specs.
-
-    Raises:
-        ConversionError: it is none, or does not load.
-    """
-    import transformers
-
-    import glazoo.models  # noqa: F401 - registers the architectures
-
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ConversionError(f"{folder}: there is no such folder")
-    raw = read_json(folder / CONFIG, CONFIG)
-    known = families().get(str(raw.get("model_type")))
-    if known is not None and known.native:
-        loader = known.loaders(known.architectures[0])[0]
-    else:
-        settings = Settings.from_block(raw.get("metaplastic"))
-        family = find_family(settings.base_model_type)
-        loader = family.loaders(settings.base_architectures[0])[0]
-    try:
-        auto = getattr(transformers, loader)
-        model: nn.Module = auto.from_pretrained(folder, local_files_only=True, **options)
-    except ConversionError:
-        raise
-    except Exception as e:
-        raise ConversionError(f"cannot load {folder}: {' '.join(str(e).split())}") from e
-    if next(gates(model), None) is None:
-        raise ConversionError(
-            f"{folder} has no importance gates: its layers are not metaplastic. `glazoo convert` "
-            "gives them, and so does a [metaplastic] table of `glazoo train`"
-        )
-    return model
+__all__ = ["gate_summaries", "inspect_model", "measure_use"]
 
 
 def _measured(model: nn.Module) -> Iterator[tuple[nn.Module, ImportanceGate, Spec]]:

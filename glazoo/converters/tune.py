@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from glazoo.converters.examine import _vocabulary, gate_summaries, load_converted
+from glazoo.converters.examine import _vocabulary, gate_summaries
 from glazoo.converters.files import Staging, leftover_warnings
 from glazoo.converters.folders import CONFIG, INDEX, OWN, other_files, read_shards
+from glazoo.converters.loading import load_converted
 from glazoo.converters.report import TuneReport
 from glazoo.converters.tensors import NewTensor, write_shard
 from glazoo.converters.texts import read_splits

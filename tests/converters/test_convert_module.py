@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, Mamba2ForCausalLM
 import glazoo.models
 from glazoo import metaplasticize
 from glazoo.converters import ConversionError
-from glazoo.converters.verify import clean_float64_model
+from glazoo.converters.float64 import clean_float64_model
 from glazoo.layers import gates, set_plasticity
 from glazoo.models.conversion import set_impl, source_limit
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from glazoo.converters import ConversionError, InspectReport, convert_checkpoint, inspect_model
 from glazoo.converters.commands import inspect
-from glazoo.converters.examine import load_converted
+from glazoo.converters.loading import load_converted
 from glazoo.converters.picture import check_plot, draw, numbers, write_plot
 from glazoo.converters.report import GateSummary, LayerUse
 from glazoo.converters.tune import save_gates

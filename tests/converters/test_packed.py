@@ -12,7 +12,7 @@ from torch import Tensor
 
 import glazoo.models  # noqa: F401 - registers the converted architectures
 from glazoo import metaplasticize
-from glazoo.converters.verify import clean_float64_model
+from glazoo.converters.float64 import clean_float64_model
 from glazoo.families import find_family
 from glazoo.families.packing import find_packed
 

@@ -25,7 +25,8 @@ from glazoo.converters import (
     verify_checkpoint,
 )
 from glazoo.converters.commands import inspect, tune
-from glazoo.converters.examine import gate_summaries, load_converted, measure_use
+from glazoo.converters.examine import gate_summaries, measure_use
+from glazoo.converters.loading import load_converted
 from glazoo.layers import gates
 from glazoo.models import GlazooConfig, GlazooForCausalLM
 from glazoo.training import TrainConfig, run

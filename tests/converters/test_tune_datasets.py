@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from glazoo.converters import ConversionError, convert_checkpoint, inspect_model, tune_checkpoint
 from glazoo.converters.commands import inspect, tune
-from glazoo.converters.examine import gate_summaries, load_converted
+from glazoo.converters.examine import gate_summaries
+from glazoo.converters.loading import load_converted
 from glazoo.converters.texts import read_splits, read_tokens
 
 SMALL: dict[str, Any] = {
