@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, TypeVar, Unpack, overload
 
 from torch import nn
 
 from glazoo import spec as specs
-from glazoo.spec import Spec
+from glazoo.spec import Counterpart, Spec
 
 __all__ = ["metaplasticize"]
 
 M = TypeVar("M", bound=nn.Module)
-GateShape = Literal["head", "value"]
-Gain = Literal["first_order", "exact"]
 
 
 @overload
-def metaplasticize(
-    x: Spec, *, gate: GateShape | None = None, gain: Gain | None = None, rank: int | None = None
-) -> Spec: ...
+def metaplasticize(x: Spec, *, rank: int | None = None, **form: Unpack[Counterpart]) -> Spec: ...
 
 
 @overload
@@ -28,12 +24,11 @@ def metaplasticize(
     x: M,
     plasticity: float | None = None,
     *,
-    gate: GateShape | None = None,
-    gain: Gain | None = None,
     rank: int | None = None,
     layers: Sequence[int] | None = None,
     seed: int | None = None,
     impl: str | None = None,
+    **form: Unpack[Counterpart],
 ) -> M: ...
 
 
@@ -41,12 +36,11 @@ def metaplasticize(
     x: Spec | nn.Module,
     plasticity: float | None = None,
     *,
-    gate: GateShape | None = None,
-    gain: Gain | None = None,
     rank: int | None = None,
     layers: Sequence[int] | None = None,
     seed: int | None = None,
     impl: str | None = None,
+    **form: Unpack[Counterpart],
 ) -> Any:
     """Return the metaplastic form of a spec, or turns a layer or a model into its own, in place.
 
@@ -78,6 +72,15 @@ def metaplasticize(
             "exact", that of the posterior for the precision beta / (1 - beta k.k), which also
             multiplies the importance gate. Both are the source at kappa = 0. Default: "exact" where
             the source has it.
+        precision: what importance is: "diagonal", the default, a vector over keys; "isotropic", one
+            number per head; "full", a matrix over keys, the strongest form, whose state is that of
+            K more value channels.
+        basis: "own", the default; "rotated" for a vector that counts along axes of its own, an
+            orthogonal matrix per key head which starts as the identity and trains.
+        forgetting: how a decay a acts on importance: "temper" fades old evidence,
+            J' = a J, the default where it is sound; "diffuse" lets the variance grow as in a Kalman
+            filter, 1 / I' = a^2 / I + (1 - a^2) / I_p, and the mean decay as the source's does: the
+            only sound form with a decay per key and a precision or basis that is not the default.
         rank: rank of the gate's projection. Default: 16 for a spec; for a module a sixteenth of the
             width, at most 128.
         layers: indices of the layers to convert. Default: all that can be.
@@ -89,7 +92,7 @@ def metaplasticize(
 
     Raises:
         TypeError: `x` is none of these.
-        SpecError: a spec or every chosen layer is metaplastic already, or has no such gain.
+        SpecError: a spec or every chosen layer is metaplastic already, or has no such form.
         ValueError: another argument is out of its domain, or goes with modules only. A
             `glazoo.converters.ConversionError`, which is one: the model has no mixer that can be
             converted, or is converted already.
@@ -102,7 +105,7 @@ def metaplasticize(
         if start:
             raise ValueError(f"{next(iter(start))}: belongs to modules, and {x.name!r} is a spec")
         width = {} if rank is None else {"rank": rank}
-        return specs.metaplasticize(x, gate=gate, gain=gain, **width)
+        return specs.metaplasticize(x, **form, **width)
     if not isinstance(x, nn.Module):
         raise TypeError(
             f"x: got {type(x).__name__}, accepted are a Spec (glazoo.load) and a module; folders "
@@ -111,7 +114,7 @@ def metaplasticize(
     from glazoo.layers.conversion import layers_of, metaplasticize_layers
 
     if layers_of(x):
-        return metaplasticize_layers(x, gate=gate, gain=gain, rank=rank, **start)
+        return metaplasticize_layers(x, rank=rank, **start, **form)
     from glazoo.models.conversion import metaplasticize_mixers
 
-    return metaplasticize_mixers(x, gate=gate, gain=gain, rank=rank, **start)
+    return metaplasticize_mixers(x, rank=rank, **start, **form)

@@ -7,11 +7,13 @@ whatever a variant does follows from the values here.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal, Self, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 __all__ = [
+    "COUNTERPARTS",
+    "Counterpart",
     "Decay",
     "Erase",
     "Gate",
@@ -29,6 +31,31 @@ __all__ = [
     "metaplasticize",
     "no_exact_gain",
 ]
+
+
+class Counterpart(TypedDict, total=False):
+    """Which metaplastic form of a source is meant: the options of `metaplasticize`."""
+
+    gate: Literal["head", "value"] | None
+    """Shape of the importance gate."""
+    gain: Literal["first_order", "exact"] | None
+    """Learning rate of a source that subtracts its prediction."""
+    precision: Literal["diagonal", "isotropic", "full"] | None
+    """What importance is."""
+    basis: Literal["own", "rotated"] | None
+    """Along which axes a vector of importances counts."""
+    forgetting: Literal["temper", "diffuse"] | None
+    """How a decay acts on importance."""
+
+
+COUNTERPARTS: dict[str, tuple[str, ...]] = {
+    "gate": ("head", "value"),
+    "gain": ("first_order", "exact"),
+    "precision": ("diagonal", "isotropic", "full"),
+    "basis": ("own", "rotated"),
+    "forgetting": ("temper", "diffuse"),
+}
+"""Accepted values of these options, the default first but for the gain."""
 
 
 class SpecError(ValueError):
@@ -847,21 +874,14 @@ def metaplasticize(
             f"(posterior.precision = {spec.posterior.precision!r}); "
             "only a spec with frozen precision has a metaplastic counterpart"
         )
-    accepted = {
-        "gate": ("head", "value"),
-        "gain": ("first_order", "exact"),
-        "precision": ("diagonal", "isotropic", "full"),
-        "basis": ("own", "rotated"),
-        "forgetting": ("temper", "diffuse"),
-    }
     options = {
         "gate": gate, "gain": gain, "precision": precision, "basis": basis, "forgetting": forgetting
     }  # fmt: skip
     for option, value in options.items():
-        if value is not None and value not in accepted[option]:
+        if value is not None and value not in COUNTERPARTS[option]:
             raise SpecError(
                 f"{option}: got {value!r}, accepted are "
-                + " and ".join(map(repr, accepted[option]))
+                + " and ".join(map(repr, COUNTERPARTS[option]))
             )
     source, precision = spec.posterior, precision or "diagonal"
     reason = no_exact_gain(spec)

@@ -58,6 +58,27 @@ def convert(
             "posterior's, where the family has it."
         ),
     ] = None,
+    precision: Annotated[
+        Literal["diagonal", "isotropic", "full"] | None,
+        typer.Option(
+            help="What importance is: a vector over keys, one number per head, or a matrix over "
+            "keys (the strongest form; K more channels of state). Default: diagonal."
+        ),
+    ] = None,
+    basis: Annotated[
+        Literal["own", "rotated"] | None,
+        typer.Option(
+            help="Axes of a vector of importances: the keys' own, or orthogonal ones that train. "
+            "Default: own."
+        ),
+    ] = None,
+    forgetting: Annotated[
+        Literal["temper", "diffuse"] | None,
+        typer.Option(
+            help="How a decay acts on importance: old evidence fades, or the variance grows as in "
+            "a Kalman filter. Default: temper where it is sound."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the importance gate's projection.")] = 0,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
@@ -153,6 +174,9 @@ def convert(
                     layers=_layers(layers),
                     seed=seed,
                     gain=gain,
+                    precision=precision,
+                    basis=basis,
+                    forgetting=forgetting,
                     dtype=dtype,
                     link=link,
                     remote_code=remote_code,

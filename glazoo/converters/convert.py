@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Unpack
 
 import torch
 
@@ -25,6 +26,7 @@ from glazoo.converters.writing import plan_files, write_files
 from glazoo.errors import ConversionError, one_line
 from glazoo.families.settings import Settings
 from glazoo.program import lower
+from glazoo.spec import COUNTERPARTS, Counterpart
 from glazoo.versions import installed, untested
 
 __all__ = ["convert_checkpoint"]
@@ -35,17 +37,16 @@ def convert_checkpoint(
     dst: str | Path,
     *,
     plasticity: float = 0.0,
-    gate: str | None = None,
     rank: int | None = None,
     layers: Sequence[int] | None = None,
     seed: int = 0,
-    gain: str | None = None,
     dtype: Dtype | None = None,
     link: bool = True,
     remote_code: bool = True,
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    **form: Unpack[Counterpart],
 ) -> ConversionReport:
     """Converts a checkpoint folder into its metaplastic counterpart.
 
@@ -63,15 +64,10 @@ def convert_checkpoint(
         dst: the folder to make. It appears complete or not at all.
         plasticity: kappa, from 0, which computes what the source computes, to 1; sources that
             subtract no prediction accept more.
-        gate: "head", the default, for one importance vector over keys per head; "value" for one
-            importance per synapse.
         rank: rank of the importance gate's projection; default a sixteenth of the hidden size, at
             most 128.
         layers: indices of the layers to convert; default all that can be.
         seed: seed of the gate's inner projection.
-        gain: learning rate of a delta rule: "first_order", beta k / I, or "exact", that of the
-            posterior for the precision beta / (1 - beta k.k). Both are the source at kappa = 0.
-            Default: "exact" where the family has it.
         dtype: write the source's weights in this dtype: "float32", "bfloat16" or "float16". The
             added tensors are float32 always, and what the family or the checkpoint keeps in float32
             on purpose stays. A narrower dtype cannot be undone: `revert_checkpoint` then gives the
@@ -85,6 +81,8 @@ def convert_checkpoint(
         dry_run: check and report only; reads config.json, the index and headers.
         force: replace a model's folder that is already at `dst`.
         progress: called as `progress(file, done_bytes, total_bytes)`.
+        form: which metaplastic form: `gate`, `gain`, `precision`, `basis` and `forgetting` of
+            `glazoo.metaplasticize`.
 
     Returns:
         What was done.
@@ -103,11 +101,10 @@ def convert_checkpoint(
         checkpoint.architecture,
         found,
         plasticity=plasticity,
-        gate=gate,
         rank=rank,
         layers=layers,
         seed=seed,
-        gain=gain,
+        **form,
     )
     check_apart(source, destination)
     for layer in settings.layers:
@@ -155,8 +152,7 @@ def convert_checkpoint(
         family=family.model_type,
         architecture=family.converted_architecture(checkpoint.architecture),
         spec=settings.metaplastic_spec(family.source_spec(config, found)).name,
-        gate=settings.gate,
-        gain=settings.gain,
+        **{name: getattr(settings, name) for name in COUNTERPARTS},
         rank=settings.rank,
         plasticity=settings.plasticity,
         seed=settings.seed,

@@ -115,6 +115,9 @@ class ConversionReport(Report):
     spec: str
     gate: str
     gain: str
+    precision: str
+    basis: str
+    forgetting: str
     rank: int
     plasticity: float
     seed: int
@@ -160,6 +163,7 @@ class ConversionReport(Report):
                     ("architecture", self.architecture),
                     ("importance gate", f"{self.gate}-shaped, rank {self.rank}, seed {self.seed}"),
                     ("gain", self.gain.replace("_", " ")),
+                    ("precision", f"{self.precision}, {self.basis} basis, {self.forgetting}"),
                     ("plasticity kappa", f"{self.plasticity:g}"),
                     ("layers converted", f"{len(self.layers)} ({_ranges(self.layers)})"),
                     (

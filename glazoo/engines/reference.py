@@ -254,10 +254,8 @@ class _Sequence:
             return
         if self.spec.hebbian:
             rate = after(w.k)
-            if rate.shape[-1] == 1 and p.precision == "diagonal" and imp.basis == "own":
-                predicted = w.k * mean
-            else:
-                predicted = (mean * w.k).sum(2, keepdim=True)
+            own = imp is not None and imp.basis == "own" and p.precision == "diagonal"
+            predicted = w.k * mean if own else (mean * w.k).sum(2, keepdim=True)
             self._keep(mean + rate * (w.beta * w.v - w.b * predicted), after)
             return
         strength, rate = w.beta, after(w.k)
@@ -348,9 +346,10 @@ class _Sequence:
 
     def _matrices(self, w: _Write) -> tuple[_Over, _Over, Tensor]:
         """The same for a precision matrix, or for a covariance less that of the prior."""
-        spec, old = self.spec, self.importance
+        spec, imp, old = self.spec, self.spec.importance, self.importance
+        assert imp is not None
         assert old is not None
-        weight = w.beta if spec.importance.gate.shape == "none" else w.b
+        weight = w.beta if imp.gate.shape == "none" else w.b
         if spec.forgetting == "diffuse":
             variance = self._variance()
             drift = w.decay * old * w.decay.mT

@@ -89,6 +89,7 @@ class Found:
             heads=self.heads,
             keys=self.key,
             values=self.value,
+            key_heads=self.key_heads,
             steps=spec.substeps,
             plasticity=plasticity,
             seed=seed,

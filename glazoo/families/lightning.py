@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from glazoo.families.calls import Recurrence
 from glazoo.families.interception import current_packing
-from glazoo.families.mixer import MetaplasticMixer, unpack_state
+from glazoo.families.mixer import MetaplasticMixer
 from glazoo.layers.parts import wide_dtype
 
 __all__ = ["LightningMixer", "exact_decays"]
@@ -91,7 +91,7 @@ class LightningMixer(MetaplasticMixer):
         if cache is not None:
             cache.set_linear_cache(self.layer_idx, state)
         gated = self.output_gate(hidden_states).sigmoid() * self.norm(y.flatten(2))
-        memory = unpack_state(state, self.head_dim, shared=False).memory
+        memory = state[..., : self.head_dim]
         return self.out_proj(gated), memory
 
 

@@ -30,23 +30,35 @@ __all__ = [
 
 
 def pack_state(state: State) -> Float[Tensor, "N HV K W"]:
-    """Packs both sides of a state into one tensor, [N, HV, K, 2 V] or, with one importance per key,
-    [N, HV, K, V + 1].
+    """Packs both sides of a state into one tensor, [N, HV, K, V + n]: n is V with one importance
+    per synapse, K for a matrix over keys, and 1 for a vector over keys or a number.
 
     Caches reorder, reset and move one recurrent tensor per layer; a second one they do not all know
     about.
     """
     assert state.importance is not None
-    importance = state.importance
-    if importance.dim() < state.memory.dim():
-        importance = importance.unsqueeze(-1)
-    return torch.cat([state.memory, importance], dim=-1)
+    memory, importance = state.memory, state.importance
+    if importance.dim() < memory.dim():
+        importance = importance.unsqueeze(-1).expand(*memory.shape[:-1], 1)
+    return torch.cat([memory, importance], dim=-1)
 
 
-def unpack_state(packed: Float[Tensor, "N HV K W"], value: int, *, shared: bool) -> State:
-    """Undoes `pack_state`; `shared` says that all value channels share one importance."""
+def unpack_state(packed: Float[Tensor, "N HV K W"], value: int, spec: Spec) -> State:
+    """Undoes `pack_state` for the state of a spec."""
     memory, importance = packed[..., :value], packed[..., value:]
-    return State(memory, importance.squeeze(-1) if shared else importance)
+    if spec.posterior.precision == "full" or spec.importance_per_synapse:
+        return State(memory, importance)
+    importance = importance.squeeze(-1)
+    return State(
+        memory, importance[..., :1] if spec.posterior.precision == "isotropic" else importance
+    )
+
+
+def _packed_width(spec: Spec, key: int, value: int) -> int:
+    """Return the channels of a packed state."""
+    if spec.posterior.precision == "full":
+        return value + key
+    return value + (value if spec.importance_per_synapse else 1)
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -100,7 +112,7 @@ class MetaplasticMixer(nn.Module):
             mask = None
         write = x.v.new_ones(x.v.shape[:3]) if x.beta is None else x.beta
         made = self.metaplastic(hidden, observed_precision(self.metaplastic_spec, write, x.k))
-        b, prior = made["b"], made["prior"]
+        b, prior = made.pop("b"), made["prior"]
         if mask is not None and mask.dim() == 2 and mask.shape[1] >= b.shape[1]:
             # Some sources let keys stand at padding, and set values and decays to zero.
             b = b * mask[:, -b.shape[1] :].to(b.dtype).view(*b.shape[:2], *[1] * (b.dim() - 2))
@@ -119,13 +131,14 @@ class MetaplasticMixer(nn.Module):
             }
         initial = None
         if x.initial is not None:
-            shared = self.metaplastic.spec.gate.shape == "head"
-            if x.initial.shape[-1] != v.shape[-1] + (1 if shared else v.shape[-1]):
+            if x.initial.shape[-1] != _packed_width(
+                self.metaplastic_spec, k.shape[-1], v.shape[-1]
+            ):
                 raise ValueError(
                     "the state at the start is not a converted mixer's: its cache comes from "
                     "another model, or from before the conversion"
                 )
-            initial = unpack_state(x.initial, v.shape[-1], shared=shared)
+            initial = unpack_state(x.initial, v.shape[-1], self.metaplastic_spec)
         with _full_precision(v.device):
             out = attention(
                 self.metaplastic_spec,
@@ -133,7 +146,7 @@ class MetaplasticMixer(nn.Module):
                 k,
                 v,
                 **{name: t for name, t in gates.items() if t is not None},
-                prior=prior,
+                **made,
                 scale=x.scale,
                 cu_seqlens=cu_seqlens,
                 initial_state=initial,

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, Unpack, cast
 
 from glazoo.errors import ConversionError
 from glazoo.layers.plasticity import default_rank, refused_plasticity
-from glazoo.spec import Spec, SpecError, metaplasticize
+from glazoo.spec import Counterpart, Spec, SpecError, metaplasticize
 from glazoo.zoo import load
 
 __all__ = ["FORMAT_VERSION", "READABLE", "Gain", "GateShape", "Settings"]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of the converted format; raised whenever an older reader would misread a newer folder.
-Version 1 had neither `beta` nor `tie`."""
+Version 1 had neither `beta` nor `tie`, version 2 neither `precision`, `basis` nor `forgetting`."""
 READABLE = range(1, FORMAT_VERSION + 1)
 """Versions that this reader understands."""
 
 GateShape = Literal["head", "value"]
 Gain = Literal["first_order", "exact"]
+Precision = Literal["diagonal", "isotropic", "full"]
+Basis = Literal["own", "rotated"]
+Forgetting = Literal["temper", "diffuse"]
 Tie = Literal["write", "precision"]
 
 
@@ -50,6 +53,12 @@ class Settings:
     """What the write gate is to the exact gain."""
     tie: Tie = "write"
     """What the importance gate multiplies."""
+    precision: Precision = "diagonal"
+    """What importance is."""
+    basis: Basis = "own"
+    """Along which axes a vector of importances counts."""
+    forgetting: Forgetting = "temper"
+    """How a decay acts on importance."""
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -62,25 +71,19 @@ class Settings:
         hidden_size: int,
         convertible: Sequence[int],
         plasticity: float,
-        gate: str | None,
         rank: int | None,
         layers: Sequence[int] | None,
         seed: int,
-        gain: str | None = None,
         no_exact_gain: str | None = None,
+        **form: Unpack[Counterpart],
     ) -> Settings:
         """Checks what a caller asked for and fills in the defaults."""
         source = load(spec)
         if reason := refused_plasticity(source, plasticity):
             raise ConversionError(reason)
-        if gate is None:
-            gate = "head"
-        if gate not in ("head", "value"):
-            raise ConversionError(f"gate: got {gate!r}, accepted are 'head' and 'value'")
+        gain = form.get("gain")
         if gain is None and no_exact_gain is not None:
-            gain = "first_order"
-        if gain not in (None, "first_order", "exact"):
-            raise ConversionError(f"gain: got {gain!r}, accepted are 'first_order' and 'exact'")
+            form["gain"] = "first_order"
         if gain == "exact" and no_exact_gain is not None:
             raise ConversionError(f"gain: 'exact' is not possible here: {no_exact_gain}")
         if rank is None:
@@ -90,10 +93,11 @@ class Settings:
                 f"rank: got {rank!r}, accepted are 1 to {hidden_size} (the hidden size)"
             )
         try:
-            made = metaplasticize(source, gate=gate, gain=gain, rank=rank)  # type: ignore[arg-type]
+            made = metaplasticize(source, rank=rank, **form)
         except SpecError as e:
             raise ConversionError(str(e)) from e
-        assert made.importance is not None
+        imp = made.importance
+        assert imp is not None
         chosen = tuple(convertible) if layers is None else tuple(sorted(set(layers)))
         if strangers := sorted(set(chosen) - set(convertible)):
             raise ConversionError(
@@ -106,20 +110,32 @@ class Settings:
             base_model_type=base_model_type,
             base_architectures=tuple(base_architectures),
             spec=source.name,
-            gate=cast(GateShape, gate),
+            gate=cast(GateShape, imp.gate.shape),
             rank=rank,
             plasticity=float(plasticity),
             layers=chosen,
             seed=seed,
-            gain=made.posterior.gain,
+            gain=cast(Gain, made.posterior.gain),
             beta=made.posterior.beta,
-            tie=cast(Tie, made.importance.gate.tie),
+            tie=cast(Tie, imp.gate.tie),
+            precision=cast(Precision, made.posterior.precision),
+            basis=imp.basis,
+            forgetting=cast(Forgetting, imp.forgetting),
         )
 
     def metaplastic_spec(self, source: Spec) -> Spec:
         """Return the spec that the converted mixers follow, from that of the source's."""
         gain: Gain | None = "first_order" if source.posterior.gain == "first_order" else None
-        data = metaplasticize(source, gate=self.gate, gain=gain, rank=self.rank).model_dump()
+        made = metaplasticize(
+            source,
+            rank=self.rank,
+            gate=self.gate,
+            gain=gain,
+            precision=self.precision,
+            basis=self.basis,
+            forgetting=self.forgetting,
+        )
+        data = made.model_dump()
         data["posterior"] |= {"gain": self.gain, "beta": self.beta}
         data["importance"]["gate"]["tie"] = self.tie
         return Spec.model_validate(data)

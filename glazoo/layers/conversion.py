@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, TypeVar, cast
+from typing import TypeVar, Unpack, cast
 
 import torch
 from torch import nn
 
 from glazoo.layers.attention import GatedLinearAttention
 from glazoo.layers.plasticity import ImportanceGate, default_rank, refused_plasticity
-from glazoo.spec import Spec, SpecError, metaplasticize
+from glazoo.spec import Counterpart, Spec, SpecError, metaplasticize
 
 __all__ = [
     "gates",
@@ -50,12 +50,11 @@ def metaplasticize_layers(
     module: M,
     *,
     plasticity: float = 0.0,
-    gate: Literal["head", "value"] | None = None,
-    gain: Literal["first_order", "exact"] | None = None,
     rank: int | None = None,
     layers: Sequence[int] | None = None,
     seed: int = 0,
     impl: str | None = None,
+    **form: Unpack[Counterpart],
 ) -> M:
     """Turns the layers of a module into their metaplastic form, in place: what
     `glazoo.metaplasticize`, which says more, does with modules that hold layers of any spec.
@@ -63,12 +62,11 @@ def metaplasticize_layers(
     Args:
         module: a `GatedLinearAttention`, or a module that holds some.
         plasticity: kappa.
-        gate: shape of the importance gate.
-        gain: learning rate of a delta rule.
         rank: rank of the gate's projection.
         layers: indices of the layers to convert. Default: all that are not metaplastic.
         seed: seed of the gate's inner projection.
         impl: engine of the chosen layers. Default: as it is.
+        form: which metaplastic form, as `glazoo.metaplasticize` names it.
 
     Returns:
         The module itself.
@@ -92,8 +90,7 @@ def metaplasticize_layers(
         if done := [m.layer_idx for m in chosen if m.spec.metaplastic]:
             raise SpecError(f"layers: {done} are metaplastic already")
     specs = [
-        metaplasticize(m.spec, gate=gate, gain=gain, rank=rank or default_rank(m.sizes.hidden))
-        for m in chosen
+        metaplasticize(m.spec, rank=rank or default_rank(m.sizes.hidden), **form) for m in chosen
     ]
     _check_plasticity(specs, plasticity)
     for layer, spec in zip(chosen, specs, strict=True):

@@ -156,6 +156,7 @@ class ImportanceGate(KeepsWide):
         heads: value heads, HV.
         keys: key channels per head, K, as the recurrence sees them.
         values: value channels per head, V.
+        key_heads: key heads, H. Default: HV.
         steps: writes per token, n.
         plasticity: start of b_scale. Default: the spec's.
         seed: seed of the start of b_down, which then depends on it and on `layer` alone. Default:
@@ -177,6 +178,7 @@ class ImportanceGate(KeepsWide):
         heads: int,
         keys: int,
         values: int,
+        key_heads: int | None = None,
         steps: int = 1,
         plasticity: float | None = None,
         seed: int | None = None,
@@ -215,6 +217,18 @@ class ImportanceGate(KeepsWide):
         self.own_decay = (
             None if own is None else GateModule(own, in_features, steps * heads, None, None)
         )
+        self.noise: GateModule | None = None
+        if spec.noise.shape != "none":
+            rank = values if spec.noise.rank == "head" else spec.noise.rank
+            size = keys if spec.noise.shape == "key" else None
+            self.noise = GateModule(spec.noise, in_features, heads, size, rank)
+        self.axes: nn.Parameter | None = None
+        self.turn: nn.Parameter | None = None
+        if spec.basis == "rotated":
+            square = (key_heads or heads, keys, keys)
+            self.axes = wide_parameter(*square, trainable=False)
+            self.turn = wide_parameter(*square)
+        self._turned: tuple[object, Tensor] | None = None
         self.reset_parameters()
 
     @property
@@ -245,7 +259,9 @@ class ImportanceGate(KeepsWide):
             return (2 * u - 1) / math.sqrt(shape[1])
         if name == "b_bias":
             return draw(spec.gate.bias_init or Init(), *shape)
-        value = self.plasticity
+        if name == "axes":
+            return torch.eye(shape[1], dtype=torch.float32, device="cpu").repeat(shape[0], 1, 1)
+        value = 0.0 if name == "turn" else self.plasticity
         if name == "ip_log":
             exp = spec.prior.parameterization == "exp"
             at = spec.prior.init
@@ -267,8 +283,9 @@ class ImportanceGate(KeepsWide):
 
         Returns:
             `b` >= 0, [B, n T, HV], or [B, n T, HV, V] for one importance per synapse; `prior` > 0,
-            [HV] or [HV, K]; `center`, [HV]; `g_importance` <= 0, [B, n T, HV]. In one call: between
-            calls, an offloading hook takes the parameters away.
+            [HV] or [HV, K]; `center`, [HV]; `g_importance` <= 0, [B, n T, HV]; `noise` > 0,
+            [B, T, HV] or [B, T, HV, K]; `basis`, [H, K, K]. In one call: between calls, an
+            offloading hook takes the parameters away.
         """
         self.refuse_narrow()
         dtype = wide_dtype(x if write is None else write)
@@ -283,7 +300,32 @@ class ImportanceGate(KeepsWide):
         if self.own_decay is not None:
             g = self.own_decay(x).value
             operands["g_importance"] = g.unflatten(2, (self.steps, self.heads)).flatten(1, 2)
+        if self.noise is not None:
+            operands["noise"] = self.noise(x).value
+        if self.turn is not None:
+            operands["basis"] = self.basis()
         return operands
+
+    def basis(self) -> Float[Tensor, "H K K"]:
+        """Return the orthogonal matrices whose columns are the axes of importance: those at the
+        start times the Cayley transform (1 + A)^-1 (1 - A) of A = turn - turn^T."""
+        assert self.axes is not None
+        assert self.turn is not None
+        learns = torch.is_grad_enabled() and self.turn.requires_grad
+        if learns or torch.compiler.is_compiling():
+            return self._basis(self.axes, self.turn)
+        key = (self.axes.data_ptr(), self.axes._version, self.turn.data_ptr(), self.turn._version)
+        if self._turned is None or self._turned[0] != key:
+            with torch.no_grad():
+                self._turned = key, self._basis(self.axes, self.turn)
+        return self._turned[1]
+
+    @staticmethod
+    def _basis(axes: Tensor, turn: Tensor) -> Tensor:
+        skew = turn - turn.mT
+        one = torch.eye(turn.shape[-1], dtype=turn.dtype, device=turn.device)
+        turned: Tensor = axes @ torch.linalg.solve(one + skew, one - skew)
+        return turned
 
     def _projected(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if self.b_up is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Unpack
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from glazoo.errors import ConversionError
 from glazoo.families import Family, LiveFamily, families, find_family
 from glazoo.families.mixer import MetaplasticMixer
 from glazoo.layers import GatedLinearAttention, gates
+from glazoo.spec import Counterpart
 from glazoo.versions import installed, untested
 
 __all__ = ["metaplasticize_mixers", "set_impl", "source_limit"]
@@ -25,12 +26,11 @@ def metaplasticize_mixers(
     model: M,
     *,
     plasticity: float = 0.0,
-    gate: str | None = None,
     rank: int | None = None,
     layers: Sequence[int] | None = None,
     seed: int = 0,
-    gain: str | None = None,
     impl: str = "auto",
+    **form: Unpack[Counterpart],
 ) -> M:
     """Turns a model whose mixers call a known scan function into its metaplastic form, in place:
     what `glazoo.metaplasticize`, which says more, does with models that are not built from specs.
@@ -38,12 +38,11 @@ def metaplasticize_mixers(
     Args:
         model: a supported model.
         plasticity: kappa.
-        gate: shape of the importance gate.
         rank: rank of the gate's projection.
         layers: indices of the layers to convert; default all that can be.
         seed: seed of the gate's inner projection.
-        gain: learning rate of a delta rule.
         impl: engine of the scan, as in `glazoo.attention`.
+        form: which metaplastic form, as `glazoo.metaplasticize` names it.
 
     Returns:
         The model itself.
@@ -62,11 +61,10 @@ def metaplasticize_mixers(
         type(model).__name__,
         found,
         plasticity=plasticity,
-        gate=gate,
         rank=rank,
         layers=layers,
         seed=seed,
-        gain=gain,
+        **form,
     )
     for what in untested(installed(("transformers",))).values():
         warnings.warn(what, stacklevel=2)

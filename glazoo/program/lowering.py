@@ -196,8 +196,8 @@ def _steps(spec: Spec) -> Iterator[Step | step.OneToken]:
     else:
         parts = tuple(_per_key(spec, g, beta, e, removed))
         # An engine may have a token in one piece, where importance scales one write.
-        plain = imp is not None and p.precision == "diagonal" and imp.preconditioner is None
-        if plain and spec.forgetting == "temper" and imp.basis == "own" and count == 1:
+        plain = imp is not None and imp.preconditioner is None and imp.basis == "own"
+        if plain and (p.precision, spec.forgetting, count) == ("diagonal", "temper", 1):
             yield step.OneToken(
                 parts,
                 beta=beta,
@@ -294,7 +294,7 @@ def _matrix(spec: Spec, g: str | None, beta: str | None, e: str) -> Iterator[Ste
             yield step.Times("w", "rate", "v")
             yield step.Delta("q", "e", "found", "w", g, base, "mu")
             return
-        yield step.Natural(b, "z")
+        yield step.Natural("b", "z")
         yield step.Times("e", "removed", "z")
         yield step.Times("w", "written", "v")
         w = "w"
@@ -311,13 +311,15 @@ def _matrix(spec: Spec, g: str | None, beta: str | None, e: str) -> Iterator[Ste
         if imp.forgetting == "diffuse":
             yield step.Delta("q", e, "kappa", w, g, base, "mu")
             return
-        if not spec.sums_writes and (base == "decayed" or g is None):
+        if spec.sums_writes:
+            pass
+        elif base == "decayed" or g is None:
             base = "decayed"
             # The matrix forgets along k what the write does not remove.
-            yield step.Less("rest", e, b, "k")
+            yield step.Less("rest", e, "b", "k")
             yield step.Solve("e", "rest", b, g, "decayed")
-        elif not spec.sums_writes:
-            yield step.Times("rest", b, "k")
+        else:
+            yield step.Times("rest", "b", "k")
             yield step.Solve("rest", "rest", b, g, "decayed")
             yield step.Solve("e", e, b, g, "previous")
             yield step.Less("e", "e", g, "rest")

@@ -714,26 +714,32 @@ class Covariance(Step):
     """A Kalman filter's covariance, P = 1 / I_p + C, and a key times it, before and after the
     observation; token by token."""
 
-    b: str
+    b: str | None
     g: str | None
     noise: str | None
     kernel = Kernel.COVARIANCE
     operations = (("KK", 9), ("K", 6))
 
     def run(self, env: Env) -> None:
-        x = env.x
+        x, b = env.x, env.rate(self.b, "v")
         found, spread, x["importance"] = env.core.covariance(
-            env.token("q"), env.token("k"), x[self.b], env.gate(self.g), env.gate(self.noise),
-            prior=env.prior(), initial_state=x.get("importance"), cu_seqlens=env.cu_seqlens,
-        )  # fmt: skip
-        reached = (env.heads("k").to(env.wide) * found).sum(-1, keepdim=True)
-        x["found"], x["kappa"] = found, found / (1 + x[self.b][..., None] * reached)
+            env.token("q"),
+            env.token("k"),
+            b,
+            env.gate(self.g),
+            env.gate(self.noise),
+            prior=env.prior(),
+            initial_state=x.get("importance"),
+            cu_seqlens=env.cu_seqlens,
+        )
+        reached = b * (env.heads("k").to(env.wide) * found).sum(-1)
+        x["found"], x["kappa"] = found, found / (1 + reached[..., None])
         if env.uncertainty:
             x["uncertainty"] = spread
 
     def write(self, names: Names) -> None:
         x, square = names.x, ("K", "K")
-        k, q, b = x["k"], x["q"], x[self.b]
+        k, q, b = x["k"], x["q"], _ONE if self.b is None else x[self.b]
         old = names.previous("P", square)
         if self.g is None:
             drift = old
