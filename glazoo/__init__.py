@@ -34,3 +34,7 @@ __all__ = [
     "names",
     "schema",
 ]
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

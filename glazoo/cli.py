@@ -7,8 +7,6 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Group
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +17,7 @@ from glazoo.compare.commands.compare import compare
 from glazoo.compare.commands.decay import decay
 from glazoo.converters.commands import convert, inspect, tune
 from glazoo.program import Program
-from glazoo.spec import Spec
+from glazoo.program.show import page
 from glazoo.terminal import AsJson, console, print_json, refusals
 from glazoo.theory.commands import posterior, verify
 from glazoo.train import train
@@ -139,85 +137,18 @@ def show(
     program = glazoo.lower(spec)
     keys = key_size or spec.layer.heads.key_size
     values = value_size or spec.layer.heads.value_size
-    floats, flops = program.state_floats(keys, values), program.flops_per_token(keys, values)
     if as_json:
         cost = {
             "key_size": keys,
             "value_size": values,
-            "state_floats": floats,
-            "flops_per_token": flops,
+            "state_floats": program.state_floats(keys, values),
+            "flops_per_token": program.flops_per_token(keys, values),
         }
         print_json({"spec": spec.model_dump(), "program": program.describe(), "cost": cost})
         return
     out = console()
-    reference = f"{spec.reference.paper}"
-    if spec.reference.arxiv:
-        reference += f", arXiv:{spec.reference.arxiv}"
-    if spec.reference.equation:
-        reference += f" ({spec.reference.equation})"
-    out.print(Text(spec.title, style="bold"))
-    out.print(Text(spec.summary + "."))
-    out.print(Text(reference, style="dim"))
-    out.print(_panel("recurrence (per head and token)", Text("\n".join(program.recurrence))))
-    out.print(_panel("spec", _spec_table(spec)))
-    operands = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("operand", "shape", "values", "meaning"):
-        operands.add_column(column)
-    for o in program.operands:
-        operands.add_row(
-            Text(o.name + ("" if o.required else " (optional)")),
-            Text(o.shown()),
-            Text(o.domain),
-            Text(o.meaning),
-        )
-    out.print(_panel("operands", operands))
-    out.print(
-        _panel(f"program (kernel class {program.kernel})", _steps_table(program, keys, values))
-    )
-    state = [f"{p.name} {p.symbol} [{', '.join(p.shape)}]: {p.meaning}" for p in program.state]
-    state.append(
-        f"{floats:,} numbers ({4 * floats:,} bytes in float32) and {flops:,} operations a token, "
-        f"per value head at K = {keys}, V = {values}"
-    )
-    out.print(_panel("state and cost", Text("\n".join(state))))
-
-
-def _steps_table(program: Program, key_size: int, value_size: int) -> Table:
-    """Shows the steps that run, what each one makes, and its operations per token."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("step")
-    table.add_column("makes")
-    table.add_column("operations", justify="right")
-    for row in program.rows:
-        texts = "\n".join(text.strip() for text in row.texts)
-        cost = row.operations(key_size, value_size)
-        table.add_row(type(row.step).__name__, Text(texts), f"{cost:,}")
-    return table
-
-
-def _panel(title: str, body: Any) -> Panel:
-    return Panel(Group(body), title=title, title_align="left", box=box.ROUNDED)
-
-
-def _spec_table(spec: Spec) -> Table:
-    """Shows every value that differs from its default, by its path in the file."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column()
-    shown = spec.model_dump(exclude_defaults=True)
-    for key in ("name", "title", "summary", "reference"):
-        shown.pop(key, None)
-    for path, value in _leaves(shown):
-        table.add_row(Text(path), Text(str(value)))
-    return table
-
-
-def _leaves(data: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    out: list[tuple[str, Any]] = []
-    for key, value in data.items():
-        path = f"{prefix}{key}"
-        out += _leaves(value, f"{path}.") if isinstance(value, dict) else [(path, value)]
-    return out
+    for part in page(program, keys, values):
+        out.print(part)
 
 
 @app.command()

@@ -7,6 +7,7 @@ whatever a variant does follows from the values here.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Literal, Self, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -795,6 +796,11 @@ class Spec(_Data):
             raise ValueError(
                 "erase.side = removal is defined for a diagonal precision with forgetting = temper"
             )
+    def _repr_html_(self) -> str | None:
+        """Return what `glazoo show` prints, for notebooks; None, where rich is not installed."""
+        # By name: what a spec computes is nothing that specs need to know otherwise.
+        shown: str | None = import_module("glazoo.program").lower(self)._repr_html_()
+        return shown
 
 
 def _no_rate(write: Gate) -> str | None:

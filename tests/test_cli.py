@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import glazoo
 from glazoo import cli
 from glazoo.doctor import judge
+from glazoo.program import lowering
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
@@ -50,6 +53,21 @@ def test_show() -> None:
     assert steps[-1] == "Delta"
     for row in glazoo.lower(glazoo.load("gated_deltanet")).rows:
         assert type(row.step).__name__ in text.stdout
+
+
+@pytest.mark.parametrize("name", ["gated_deltanet", "metaplastic_rwkv7", "mesanet"])
+def test_notebooks_show_what_the_command_prints(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = glazoo.load(name)
+    program = glazoo.lower(spec)
+    shown = spec._repr_html_()
+    assert shown == program._repr_html_()
+    assert shown.startswith("<pre")
+    text = html.unescape(re.sub(r"<[^>]+>", "", shown))
+    drawn = re.compile(r"[\s\u2500-\u257f]+")  # frames are as wide as what they are drawn on
+    assert drawn.sub(" ", text) == drawn.sub(" ", run("show", name).stdout)
+    # Without rich a notebook shows the text form.
+    monkeypatch.setattr(lowering, "find_spec", lambda name: None)
+    assert spec._repr_html_() is program._repr_html_() is None
 
 
 def test_a_refusal_is_one_line_and_exit_code_two() -> None:

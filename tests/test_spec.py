@@ -328,6 +328,7 @@ def test_the_schema_is_frozen() -> None:
 def test_the_public_names_are_frozen() -> None:
     golden = json.loads((GOLDEN / "names.json").read_text())
     assert sorted(glazoo.__all__) == golden["glazoo"]
+    assert set(dir(glazoo)) == {*golden["glazoo"], "__version__"}
     assert list(glazoo.names()) == golden["variants"]
     operands = {n: [o.name for o in glazoo.lower(glazoo.load(n)).operands] for n in glazoo.names()}
     assert operands == golden["operands"]

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from glazoo.program import steps as step
@@ -69,6 +70,14 @@ class Program:
         """Count multiplications, additions and divisions of the recurrent form per value head and
         token."""
         return sum(row.operations(key_size, value_size) for row in self.rows)
+
+    def _repr_html_(self) -> str | None:
+        """Return what `glazoo show` prints, for notebooks; None, where rich is not installed."""
+        if find_spec("rich") is None:
+            return None
+        from glazoo.program.show import html
+
+        return html(self)
 
     def describe(self) -> dict[str, Any]:
         """Return the program as plain data, for tables and machines."""
