@@ -20,7 +20,6 @@ import gc
 import inspect
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -32,7 +31,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -41,7 +39,9 @@ from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 from glazoo import attention, load, metaplasticize
+from glazoo.compare.machine import machine
 from glazoo.engines import chunked
+from glazoo.versions import stated
 
 RESULTS = Path(__file__).parent / "results"
 # The Kimi function makes tensors of T x 64 x H x K numbers, about six of which live at once.
@@ -345,15 +345,8 @@ def show(size: Size, timings: list[Timing], compared: list[dict[str, Any]], to: 
         )
 
 
-def machine(threads: int) -> dict[str, Any]:
+def about(threads: int) -> dict[str, Any]:
     """Return what the numbers depend on."""
-    model = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         capture_output=True,
@@ -361,16 +354,9 @@ def machine(threads: int) -> dict[str, Any]:
         check=False,
         cwd=Path(__file__).parent,
     ).stdout.strip()
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "load": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit,
-    }
+    load = os.getloadavg()[0]
+    used = stated("torch", "transformers")
+    return {"machine": machine(), "threads": threads, "load": load, **used, "commit": commit}
 
 
 def main() -> int:
@@ -388,8 +374,8 @@ def main() -> int:
     widths = ((8, 64),) if options.quick else ((4, 32), (16, 32), (2, 64), (8, 64), (4, 128))
     rounds = options.rounds or (3 if options.quick else 5)
     patience = options.patience or (5.0 if options.quick else 10.0)
-    about = machine(options.threads)
-    console.print(about)
+    here = about(options.threads)
+    console.print(here)
     today = datetime.datetime.now(tz=datetime.UTC)
     name = f"cpu_{'quick_' if options.quick else ''}{today:%Y-%m-%d_%H%M}.json"
     path: Path = options.output or RESULTS / name
@@ -397,7 +383,7 @@ def main() -> int:
     result: dict[str, Any] = {
         "date": today.isoformat(timespec="seconds"),
         "quick": options.quick,
-        "machine": about,
+        "machine": here,
         "agreement": {},
         "timings": [],
         "ratios": [],
@@ -405,8 +391,8 @@ def main() -> int:
     }
     if path.exists():
         result = json.loads(path.read_text())
-        constant = ("cpu", "cores", "threads", "torch", "transformers")
-        if any(result["machine"][key] != about[key] for key in constant):
+        constant = ("machine", "threads", "torch", "transformers")
+        if any(result["machine"].get(key) != here[key] for key in constant):
             sys.exit(f"{path} is of another machine: {result['machine']}; give another --output")
     for tokens in lengths:
         for heads, width in widths:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 
-__all__ = ["TESTED", "installed", "numbers", "untested"]
+__all__ = ["TESTED", "installed", "numbers", "stated", "untested"]
 
 TESTED: Mapping[str, tuple[str, str]] = {
     "torch": ("2.11", "2.14"),
@@ -31,6 +32,12 @@ def installed(packages: Iterable[str]) -> dict[str, str | None]:
         except PackageNotFoundError:
             found[package] = None
     return found
+
+
+def stated(*packages: str) -> dict[str, str]:
+    """Return the versions of Python, of glazoo and of packages, as results state them."""
+    found = installed(("glazoo", *packages)).items()
+    return {"python": platform.python_version()} | {p: v or "not installed" for p, v in found}
 
 
 def untested(versions: Mapping[str, str | None]) -> dict[str, str]:

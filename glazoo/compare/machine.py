@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from glazoo.versions import stated
 
 __all__ = ["cores", "machine", "versions"]
 
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of what computes."""
-    out = {"python": platform.python_version()}
-    for name in ("glazoo", "torch", "triton", "numpy"):
-        try:
-            out[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            out[name] = "not installed"
-    return out
+    return stated("torch", "triton", "numpy")
 
 
 def cores() -> int:

@@ -4,10 +4,8 @@ readable text."""
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +13,7 @@ from glazoo.converters.files import size_text
 from glazoo.errors import ConversionError
 from glazoo.families import Found
 from glazoo.strictjson import dumps, plain
+from glazoo.versions import stated
 
 __all__ = [
     "AddedTensor",
@@ -28,19 +27,12 @@ __all__ = [
     "RevertReport",
     "TuneReport",
     "VerifyReport",
-    "versions",
 ]
 
 
-def versions() -> dict[str, str]:
+def _versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a conversion depends on."""
-    found = {"python": platform.python_version()}
-    for name in ("glazoo", "torch", "transformers", "safetensors"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return stated("torch", "transformers", "safetensors")
 
 
 def _warned(warnings: Sequence[str]) -> list[str]:
@@ -145,7 +137,7 @@ class ConversionReport(Report):
     """Tensors that stay wider than that dtype."""
     largest_change: float | None = None
     """Largest difference of a weight from the source's; None in a dry run."""
-    versions: dict[str, str] = field(default_factory=versions)
+    versions: dict[str, str] = field(default_factory=_versions)
 
     def to_markdown(self) -> str:
         percent = 100 * self.added_parameters / max(1, self.base_parameters)
@@ -255,7 +247,7 @@ class RevertReport(Report):
     """dtype that the conversion cast the weights to: they come back in it. None where every file is
     byte for byte the source's."""
     warnings: tuple[str, ...] = ()
-    versions: dict[str, str] = field(default_factory=versions)
+    versions: dict[str, str] = field(default_factory=_versions)
 
     def to_markdown(self) -> str:
         lines = [
@@ -321,7 +313,7 @@ class VerifyReport(Report):
     """dtype that the conversion cast the weights to; the source is compared after the same cast."""
     cast_shift: float | None = None
     """Largest absolute difference of a logit that this cast alone makes in the source."""
-    versions: dict[str, str] = field(default_factory=versions)
+    versions: dict[str, str] = field(default_factory=_versions)
 
     @property
     def passed(self) -> bool:
@@ -426,7 +418,7 @@ class TuneReport(Report):
     """After tuning."""
     seconds: float
     warnings: tuple[str, ...] = ()
-    versions: dict[str, str] = field(default_factory=versions)
+    versions: dict[str, str] = field(default_factory=_versions)
 
     def to_markdown(self) -> str:
         percent = 100 * self.trained_parameters / max(1, self.parameters)
@@ -487,7 +479,7 @@ class InspectReport(Report):
     """Tokens of the text; 0 if none was given."""
     use: tuple[LayerUse, ...]
     seconds: float
-    versions: dict[str, str] = field(default_factory=versions)
+    versions: dict[str, str] = field(default_factory=_versions)
 
     def to_markdown(self) -> str:
         lines = [
