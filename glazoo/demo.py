@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from glazoo.compare.errors import CompareError
 from glazoo.compare.files import write_bytes, write_text
 from glazoo.compare.model import ModelConfig, shape_for
-from glazoo.compare.stats import interval
 from glazoo.compare.store import Store
 from glazoo.compare.tasks import Task, draw, generator
 from glazoo.compare.train import Run, Training, evaluate, fit
@@ -33,6 +32,7 @@ from glazoo.compare.workers import Failed, Finished, run_all
 from glazoo.layers.plasticity import Observation
 from glazoo.plotting import MISSING, can_plot, png, style
 from glazoo.spec import metaplasticize
+from glazoo.stats import interval
 from glazoo.strictjson import loads
 from glazoo.terminal import console, refusals
 from glazoo.zoo import load

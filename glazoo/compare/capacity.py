@@ -25,9 +25,9 @@ from glazoo.compare.probe import (
     retrieval_error,
     write,
 )
-from glazoo.compare.stats import Interval, interval
 from glazoo.program import lower
 from glazoo.spec import Spec
+from glazoo.stats import Interval, interval
 
 __all__ = [
     "CapacityCurve",

@@ -9,8 +9,8 @@ from typing import Any
 from glazoo.compare.plan import Plan
 from glazoo.compare.plots import Axes, Line, panels
 from glazoo.compare.rows import Row
-from glazoo.compare.stats import Interval, interval
 from glazoo.compare.train import evaluation_points
+from glazoo.stats import Interval, interval
 
 __all__ = ["draw_figures"]
 

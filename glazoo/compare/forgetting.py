@@ -10,9 +10,9 @@ import torch
 
 from glazoo.api import attention, schedule
 from glazoo.compare.probe import Gates, draw_keys, key_scale_matters, mapped_size, operands
-from glazoo.compare.stats import Interval, interval
 from glazoo.program import Program, lower
 from glazoo.spec import Spec
+from glazoo.stats import Interval, interval
 
 __all__ = ["Forgetting", "ForgettingPlan", "forgetting", "theory"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from glazoo.compare.errors import CompareError
-from glazoo.compare.stats import source_of
 from glazoo.plotting import MISSING, can_plot, png, style
+from glazoo.stats import source_of
 
 __all__ = ["Axes", "Line", "panels", "require_matplotlib", "styles"]
 

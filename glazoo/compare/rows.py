@@ -9,8 +9,8 @@ from typing import Any
 
 from glazoo.compare.model import Shape
 from glazoo.compare.plan import Arm, Line, Plan, Rates, Results, line_of
-from glazoo.compare.stats import Interval, interval, paired
 from glazoo.compare.train import Run
+from glazoo.stats import Interval, interval, paired
 
 __all__ = ["Row", "accuracy_of", "point", "rows", "with_controls"]
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from glazoo.compare.model import has_plasticity
 from glazoo.compare.plan import Line, Plan, Rates
 from glazoo.compare.rows import Row, accuracy_of, point
-from glazoo.compare.stats import Interval, interval, paired
+from glazoo.stats import Interval, interval, paired
 
 __all__ = ["choice_lines", "group_lines", "main_columns", "more_columns", "table"]
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from glazoo.api import attention
 from glazoo.program import Role, lower
 from glazoo.spec import Spec
+from glazoo.stats import interval
 from glazoo.strictjson import dumps
 from glazoo.theory.catalogue.axes import data_decay
 from glazoo.theory.exact import posterior
@@ -75,7 +76,7 @@ class Distance:
     mean: float
     """Over seeds: |y - y_exact| / |y_exact|, norms over queries and value channels."""
     low: float
-    """Lower end of the 95 % confidence interval of the mean (bootstrap over seeds)."""
+    """Lower end of the 95 % confidence interval of the mean (Student's t over seeds)."""
     high: float
     """Upper end."""
     seeds: int
@@ -137,7 +138,7 @@ def run(
         problem = _problem(condition, seeds, key_size, value_size, queries)
         for form in shapes:
             errors = _errors(form.spec, problem, impl)
-            mean, low, high = _interval(errors)
+            mean, low, high, _ = interval(errors.tolist())
             source = form.spec.counterpart or form.spec.name
             out.append(
                 Distance(
@@ -268,15 +269,6 @@ def _operands(spec: Spec, p: _Problem) -> Operands:
     if "beta" not in ops:
         ops["v"] = ops["v"] * tokens(p.beta)[..., None]
     return ops
-
-
-def _interval(errors: Tensor) -> tuple[float, float, float]:
-    """Return the mean and its 95 % bootstrap interval; the resamples have a fixed seed."""
-    generator = torch.Generator().manual_seed(0)
-    index = torch.randint(0, len(errors), (2000, len(errors)), generator=generator)
-    means = errors[index].mean(1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
-    return errors.mean().item(), low, high
 
 
 def _ranking(distances: Sequence[Distance]) -> list[str]:

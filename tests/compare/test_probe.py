@@ -20,7 +20,7 @@ from glazoo.compare.probe import (
     retrieval_error,
     write,
 )
-from glazoo.compare.stats import interval
+from glazoo.stats import interval
 from glazoo.zoo import load
 
 ALL = [*glazoo.names(), *(f"metaplastic_{n}" for n in glazoo.names() if not load(n).metaplastic)]

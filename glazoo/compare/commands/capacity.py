@@ -30,7 +30,7 @@ from glazoo.compare.files import make_folder, write_bytes, write_csv, write_json
 from glazoo.compare.machine import cores, versions
 from glazoo.compare.plots import Axes, Line, panels, require_matplotlib
 from glazoo.compare.probe import KEY_KINDS
-from glazoo.compare.stats import against_source
+from glazoo.stats import against_source
 from glazoo.terminal import AsJson, console, print_json, progress
 
 __all__ = ["capacity"]

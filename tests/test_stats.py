@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from glazoo.compare.stats import Interval, against_source, compare, interval, paired
+from glazoo.stats import Interval, against_source, compare, interval, paired
 
 
 def test_an_interval_is_that_of_students_distribution() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Literal, NamedTuple
 
 __all__ = ["Interval", "Verdict", "against_source", "compare", "interval", "paired", "source_of"]
@@ -59,14 +60,13 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     n = len(values)
     if n == 0:
         raise ValueError("values: got none, accepted is at least one")
-    mean = math.fsum(values) / n
+    mean = fmean(values)
     if n == 1:
         return Interval(mean, mean, mean, 1)
-    variance = math.fsum((x - mean) ** 2 for x in values) / (n - 1)
     # Not at the top: scipy.stats takes longer to import than all of the rest.
     from scipy.stats import t
 
-    half = float(t.ppf((1 + confidence) / 2, n - 1)) * math.sqrt(variance / n)
+    half = float(t.ppf((1 + confidence) / 2, n - 1)) * stdev(values, mean) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)
 
 
