@@ -10,11 +10,12 @@ from typing import Any, Self
 
 from glazoo.compare.errors import CompareError
 from glazoo.compare.files import make_folder, write_json
+from glazoo.locks import hold
 from glazoo.strictjson import dumps, loads
 
 __all__ = ["Store"]
 
-_CONFIG, _RUNS, _LOCK = "config.json", "runs.jsonl", ".lock"
+_CONFIG, _RUNS = "config.json", "runs.jsonl"
 
 
 class Store:
@@ -35,7 +36,11 @@ class Store:
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self.folder = make_folder(folder)
-        self._lock = self._take_lock()
+        self._lock = hold(self.folder)
+        if self._lock is None:
+            raise CompareError(
+                f"another process is working in {self.folder}: wait for it, or give another --out"
+            )
         try:
             self._check_config(config)
             self.results = self._load()
@@ -59,22 +64,6 @@ class Store:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-    def _take_lock(self) -> int | None:
-        try:
-            import fcntl
-        except ImportError:
-            # Not on Windows; there two processes in one folder are the user's to avoid.
-            return None
-        handle = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            os.close(handle)
-            raise CompareError(
-                f"another process is working in {self.folder}: wait for it, or give another --out"
-            ) from e
-        return handle
 
     def _check_config(self, config: dict[str, Any]) -> None:
         path = self.folder / _CONFIG

@@ -18,6 +18,7 @@ from types import FrameType, TracebackType
 from typing import Any, BinaryIO, Literal
 
 from glazoo.errors import ConversionError, one_line
+from glazoo.locks import hold
 
 __all__ = [
     "Leftover",
@@ -96,7 +97,7 @@ def leftovers(folder: Path, name: str | None = None) -> list[Leftover]:
         match = _LEFT.fullmatch(path.name)
         if match is None or name not in (None, match["name"]) or not path.is_dir():
             continue
-        lock = _lock(path)
+        lock = hold(path)
         if lock is None:
             # A run that is still going.
             continue
@@ -133,22 +134,6 @@ def remove_leftovers(folder: Path, name: str | None = None) -> list[Leftover]:
     for leftover in gone:
         shutil.rmtree(leftover.path)
     return gone
-
-
-def _lock(folder: Path) -> int | None:
-    """Marks a folder as somebody's for as long as the process lives; gives None if it is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        import fcntl
-
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        return None
-    except (ImportError, OSError):
-        # Some file systems have no locks.
-        pass
-    return handle
 
 
 class _Signals:
@@ -275,7 +260,7 @@ class Staging:
                 mask = os.umask(0)
                 os.umask(mask)
                 self._folder.chmod(0o777 & ~mask)
-                self._mark = _lock(self._folder)
+                self._mark = hold(self._folder)
             self._signals.deliver()
         except BaseException as e:
             self._discard()
