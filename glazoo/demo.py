@@ -30,7 +30,7 @@ from glazoo.compare.tasks import Task, draw, generator
 from glazoo.compare.train import Run, Training, evaluate, fit
 from glazoo.compare.workers import Failed, Finished, run_all
 from glazoo.layers.plasticity import Observation
-from glazoo.plotting import MISSING, can_plot, png, style
+from glazoo.plotting import encoded, require, style
 from glazoo.spec import metaplasticize
 from glazoo.stats import interval
 from glazoo.strictjson import loads
@@ -68,8 +68,7 @@ def demo(
     it never does. Finished runs are kept: after an interruption the same command goes on where it
     stopped.
     """
-    if not can_plot():
-        raise CompareError(MISSING)
+    require()
     started = time.perf_counter()
     assert _TASK.control is not None
     tasks = (_TASK, _TASK.control)
@@ -445,7 +444,7 @@ def _draw(
         figure.colorbar(
             image, ax=axes[1:], pad=0.02, shrink=0.75, label="read, over the own record"
         )
-        return png(figure)
+        return encoded(figure)
 
 
 def _projected(model: Any, tokens: Int[Tensor, "B T"]) -> list[Float[Tensor, "B T G K"]]:

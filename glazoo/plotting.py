@@ -1,21 +1,40 @@
-"""What all pictures share: whether they can be drawn, and how they look."""
+"""What all pictures share: whether they can be drawn, how they look, and panels of lines.
+
+Legible in print and for colour-blind readers.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["MISSING", "can_plot", "png", "style"]
+from glazoo.stats import source_of
 
-MISSING = "plots need matplotlib, which is not installed: pip install 'glazoo[plots]'"
+__all__ = ["Axes", "Line", "encoded", "panels", "require", "style"]
+
+# Okabe and Ito's palette without its yellow, which vanishes on paper.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
-def can_plot() -> bool:
-    """Return whether matplotlib is installed."""
-    return importlib.util.find_spec("matplotlib") is not None
+def require(hint: str = "") -> None:
+    """Check that pictures can be drawn.
+
+    Args:
+        hint: what else can be done about it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(
+            "plots need matplotlib, which is not installed: pip install 'glazoo[plots]'" + hint
+        )
 
 
 @contextmanager
@@ -43,9 +62,173 @@ def style() -> Iterator[None]:
         yield
 
 
-def png(figure: Any) -> bytes:
-    """Return a figure as a PNG file."""
+def encoded(figure: Any, kind: str = "png") -> bytes:
+    """Return a figure as a file of one of matplotlib's formats."""
     buffer = io.BytesIO()
     # No version in the file: the same data gives the same picture.
-    figure.savefig(buffer, format="png", metadata={"Software": None})
+    figure.savefig(buffer, format=kind, metadata={"Software": None} if kind == "png" else None)
     return buffer.getvalue()
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a plot, with its interval."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    theory_x: Sequence[float] | None = None
+    theory_y: Sequence[float] | None = None
+    source: str | None = None
+    """Label of the line whose colour and marker it has; default: that of the form's source."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """One panel."""
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: Sequence[Line]
+    log_x: bool = False
+    log_y: bool = False
+    y_range: tuple[float, float] | None = None
+    guide: float | None = None
+    """A horizontal line."""
+    guide_label: str = ""
+    ticks: Sequence[float] | None = None
+    """Places on the x axis to name."""
+
+
+def _styles(lines: Iterable[Line]) -> dict[str, dict[str, Any]]:
+    """Return every label its colour, marker and line; metaplastic forms have their source's colour,
+    hollow and dashed, and the first has its marker too."""
+    sources = {line.label: line.source or source_of(line.label) for line in lines}
+    families = list(dict.fromkeys(sources.values()))
+    forms: Counter[str] = Counter()
+    out: dict[str, dict[str, Any]] = {}
+    for label, source in sources.items():
+        again, i = divmod(families.index(source), len(_COLORS))
+        form = source != label
+        out[label] = {
+            "color": _COLORS[i],
+            "marker": _MARKERS[(i + again + 3 * form * forms[source]) % len(_MARKERS)],
+            "linestyle": (0, (4, 2)) if form else (0, (1, 1)) if again else "-",
+            "markerfacecolor": "white" if form else _COLORS[i],
+        }
+        forms[source] += form
+    return out
+
+
+def panels(axes: Sequence[Axes], *, title: str = "", columns: int = 2, kind: str = "png") -> bytes:
+    """Draws panels with one legend for all.
+
+    Args:
+        axes: the panels.
+        title: above all of them.
+        columns: panels side by side.
+        kind: the picture's format, one of matplotlib's.
+
+    Returns:
+        The picture.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: matplotlib has no such format.
+    """
+    require()
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    drawn_as = _styles(line for a in axes for line in a.lines)
+    labels = list(drawn_as)
+    columns = min(columns, len(axes))
+    rows = -(-len(axes) // columns)
+    entries = len(labels) + 2 * any(ln.theory_y is not None for a in axes for ln in a.lines)
+    longest = max((len(x) for label in labels for x in label.splitlines()), default=0)
+    room = 3 if columns > 1 and longest <= 30 else 2 if columns > 1 or longest <= 30 else 1
+    per_row = max(1, min(room, entries))
+    deep = -(-entries // per_row)
+    # Filled column by column; the longest decides.
+    texts = [label.count("\n") for label in labels]
+    taller = max((sum(texts[i : i + deep]) for i in range(0, len(texts), deep)), default=0)
+    legend_height = 0.22 * deep + 0.15 * taller + 0.15
+    plain: Callable[[float, int], str] = lambda x, _: f"{x:g}"  # noqa: E731
+    with style():
+        figure = Figure(figsize=(4.4 * columns, 3.3 * rows + legend_height))
+        grid: Any = figure.subplots(rows, columns, squeeze=False)
+        handles: dict[str, Any] = {}
+        for i, panel in enumerate(axes):
+            ax = grid[i // columns][i % columns]
+            for line in panel.lines:
+                s = drawn_as[line.label]
+                bare = line.theory_y is not None
+                drawn = ax.plot(
+                    line.x,
+                    line.y,
+                    label=line.label,
+                    **(s | {"linestyle": "none"} if bare else s),
+                    markeredgewidth=1.2,
+                    clip_on=panel.log_y,
+                    zorder=3,
+                )
+                if line.low is not None and line.high is not None:
+                    ax.fill_between(
+                        line.x, line.low, line.high, color=s["color"], alpha=0.18, linewidth=0
+                    )
+                if bare:
+                    ax.plot(
+                        line.theory_x,
+                        line.theory_y,
+                        color=s["color"],
+                        linestyle=s["linestyle"],
+                        linewidth=1.4,
+                    )
+                handles.setdefault(line.label, drawn[0])
+            if panel.guide is not None:
+                ax.axhline(panel.guide, color="#555555", linewidth=0.8, linestyle=(0, (6, 3)))
+                ax.annotate(
+                    panel.guide_label,
+                    (1.0, panel.guide),
+                    xycoords=("axes fraction", "data"),
+                    ha="right",
+                    va="bottom",
+                    fontsize=8,
+                    color="#555555",
+                )
+            ax.set_title(panel.title)
+            ax.set_xlabel(panel.x_label)
+            ax.set_ylabel(panel.y_label)
+            if panel.log_x:
+                ax.set_xscale("log", base=2)
+                ax.xaxis.set_major_formatter(FuncFormatter(plain))
+            if panel.ticks is not None:
+                ax.set_xticks(list(panel.ticks))
+                ax.xaxis.set_minor_locator(NullLocator())
+            if panel.log_y:
+                ax.set_yscale("log")
+                ax.yaxis.set_major_formatter(FuncFormatter(plain))
+            if panel.y_range is not None:
+                ax.set_ylim(*panel.y_range)
+        for i in range(len(axes), rows * columns):
+            grid[i // columns][i % columns].set_visible(False)
+        shown = list(handles.items())
+        if any(line.theory_y is not None for a in axes for line in a.lines):
+            from matplotlib.lines import Line2D
+
+            gray: Any = {"color": "#555555"}
+            measured = Line2D([], [], marker="o", linestyle="none", **gray)
+            shown.append(("measured, with 95 % interval", measured))
+            shown.append(("theory", Line2D([], [], linestyle="-", **gray)))
+        figure.legend(
+            [h for _, h in shown],
+            [n for n, _ in shown],
+            loc="outside lower center",
+            ncols=per_row,
+        )
+        if title:
+            figure.suptitle(title, fontsize=11)
+        return encoded(figure, kind)

@@ -7,9 +7,9 @@ from statistics import median
 from typing import Any
 
 from glazoo.compare.plan import Plan
-from glazoo.compare.plots import Axes, Line, panels
 from glazoo.compare.rows import Row
 from glazoo.compare.train import evaluation_points
+from glazoo.plotting import Axes, Line, panels
 from glazoo.stats import Interval, interval
 
 __all__ = ["draw_figures"]

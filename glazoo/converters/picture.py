@@ -12,7 +12,7 @@ from typing import Any
 
 from glazoo.converters.report import InspectReport
 from glazoo.errors import ConversionError
-from glazoo.plotting import MISSING, can_plot, png, style
+from glazoo.plotting import encoded, require, style
 
 __all__ = ["check_plot", "draw", "numbers", "write_plot"]
 
@@ -38,19 +38,20 @@ def check_plot(path: Path) -> None:
     """Refuses what cannot be drawn, before any model is loaded.
 
     Raises:
-        ConversionError: matplotlib is not installed, or the file's name is no PNG's.
+        ConversionError: the file's name is no PNG's.
+        ImportError: matplotlib is not installed.
     """
     if path.suffix.lower() != ".png":
         raise ConversionError(f"plot: got {path.name!r}, expected a file name that ends in .png")
-    if not can_plot():
-        raise ConversionError(MISSING)
+    require()
 
 
 def write_plot(report: InspectReport, path: Path) -> Path:
     """Writes the picture, and the numbers beside it as CSV; gives the latter's path.
 
     Raises:
-        ConversionError: matplotlib is not installed, or a file cannot be written.
+        ConversionError: the file cannot be written.
+        ImportError: matplotlib is not installed.
     """
     check_plot(path)
     table = path.with_suffix(".csv")
@@ -132,7 +133,7 @@ def draw(report: InspectReport) -> bytes:
         text = f", on {report.tokens:,} tokens" if report.use else ""
         name = Path(report.folder).resolve().name
         figure.suptitle(f"{name}: {report.spec}, {report.gate}-shaped gate{text}", fontsize=11)
-        return png(figure)
+        return encoded(figure)
 
 
 def _maps(report: InspectReport) -> list[_Map]:

@@ -9,6 +9,7 @@ decay per token, prior 1.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from glazoo.api import attention
+from glazoo.plotting import Axes, Line, panels, require
 from glazoo.program import Role, lower
 from glazoo.spec import Spec
 from glazoo.stats import interval
@@ -343,22 +345,14 @@ def render(distances: Sequence[Distance]) -> Table:
     return table
 
 
-# Okabe and Ito's palette, which people with colour-blindness tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
 _EXACT = 1e-9
 """Below this, answers are those of the exact posterior up to rounding."""
 
 
-def _family_colours(classes: dict[str, list[Distance]]) -> dict[str, str]:
-    """Return a class and its metaplastic form the same colour."""
+def _homes(classes: dict[str, list[Distance]]) -> dict[str, str]:
+    """Return the class of each class's source; its own, where that has none."""
     members = {d: label for label in classes for d in _labels(label)}
-    families: dict[str, str] = {}
-    for label, mine in classes.items():
-        home = members.get(mine[0].source, label)
-        families[label] = home
-    order = list(dict.fromkeys(families.values()))
-    return {label: _COLOURS[order.index(home) % len(_COLOURS)] for label, home in families.items()}
+    return {label: members.get(mine[0].source, label) for label, mine in classes.items()}
 
 
 def _labels(name: str) -> list[str]:
@@ -368,7 +362,7 @@ def _labels(name: str) -> list[str]:
 def plot(distances: Sequence[Distance], path: str | Path) -> tuple[Path, Path]:
     """Plots distance against load, one panel per kind of keys and decay, and writes the data.
 
-    A class and its metaplastic form share a colour: the source is dashed, the form solid.
+    A class and its metaplastic form share a colour: the form is hollow and dashed.
 
     Args:
         distances: what `run` gives.
@@ -381,81 +375,56 @@ def plot(distances: Sequence[Distance], path: str | Path) -> tuple[Path, Path]:
         ImportError: matplotlib is not installed.
         ValueError: the suffix is none of matplotlib's.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ImportError("a plot needs the package matplotlib: pip install 'glazoo[plots]'") from e
+    require()
     image = Path(path)
     data = image.with_suffix(".json")
     conditions = list(dict.fromkeys(d.condition for d in distances))
+    classes = groups(distances)
+    names = {
+        label: _wrapped(label if max(d.mean for d in mine) > _EXACT else f"{label} (exact: 0)")
+        for label, mine in classes.items()
+    }
+    homes = _homes(classes)
+    axes = []
     decays = list(dict.fromkeys(c.decay for c in conditions))
     kinds = list(dict.fromkeys(c.keys for c in conditions))
-    classes = groups(distances)
-    lines = [
-        _wrapped(label if max(d.mean for d in mine) > _EXACT else f"{label} (exact: 0)")
-        for label, mine in classes.items()
-    ]
-    # The legend has two columns; its height in inches decides the figure's.
-    half = (len(lines) + 1) // 2
-    heights = [
-        0.2 + sum(0.05 + 0.13 * (1 + line.count("\n")) for line in column)
-        for column in (lines[:half], lines[half:])
-    ]
-    width, height = 3.7 * max(len(kinds), 2), 2.6 * len(decays) + max(heights) + 0.3
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(decays), len(kinds), sharex=True, sharey=True, squeeze=False)
-    colours = _family_colours(classes)
-    handles: list[Any] = [None] * len(classes)
-    for row, decay in enumerate(decays):
-        for column, keys in enumerate(kinds):
-            ax = axes[row][column]
-            for n, (label, mine) in enumerate(classes.items()):
-                here = sorted(
-                    (d for d in mine if (d.condition.keys, d.condition.decay) == (keys, decay)),
-                    key=lambda d: d.condition.load,
-                )
-                # Rounding is not a distance, and a logarithmic axis has no zero.
-                here = [d for d in here if d.mean > _EXACT]
-                loads = [d.condition.load for d in here]
-                style = {
-                    "color": colours[label],
-                    "linestyle": "-" if mine[0].metaplastic else "--",
-                    "marker": _MARKERS[n % len(_MARKERS)],
-                    "markersize": 4,
-                    "linewidth": 1.3,
-                }
-                (handles[n],) = ax.plot(loads, [d.mean for d in here], **style)
-                ax.fill_between(
-                    loads,
+    for decay, keys in itertools.product(decays, kinds):
+        lines = []
+        for label, mine in classes.items():
+            # Rounding is not a distance, and a logarithmic axis has no zero.
+            here = sorted(
+                (
+                    d
+                    for d in mine
+                    if (d.condition.decay, d.condition.keys) == (decay, keys) and d.mean > _EXACT
+                ),
+                key=lambda d: d.condition.load,
+            )
+            lines.append(
+                Line(
+                    names[label],
+                    [d.condition.load for d in here],
+                    [d.mean for d in here],
                     [d.low for d in here],
                     [d.high for d in here],
-                    color=colours[label],
-                    alpha=0.15,
-                    linewidth=0,
+                    source=names[homes[label]],
                 )
-            forget = "no forgetting" if decay == 1 else f"forgetting gate a = {decay:g}"
-            ax.set_title(f"{keys} keys, {forget}", fontsize=9)
-            ax.set_xscale("log", base=2)
-            ax.set_yscale("log")
-            loads = sorted({c.load for c in conditions})
-            ax.set_xticks(loads, [f"{x:g}" for x in loads])
-            ax.minorticks_off()
-            ax.set_ylim(0.03, 10)
-            ax.set_yticks([0.03, 0.1, 0.3, 1, 3, 10], ["0.03", "0.1", "0.3", "1", "3", "10"])
-            ax.grid(alpha=0.3, linewidth=0.5)
-            ax.spines[["top", "right"]].set_visible(False)
-            if row == len(decays) - 1:
-                ax.set_xlabel("load (stored pairs per key channel)", fontsize=9)
-            if column == 0:
-                ax.set_ylabel("distance to exact posterior\n|y - y*| / |y*|", fontsize=9)
-    figure.legend(
-        handles, lines, loc="outside lower center", ncols=2, fontsize=7.5, frameon=False,
-        handlelength=3.5, title_fontsize=8, title="solid: with importance; dashed: without; bands: "
-        "95 % intervals of the mean over seeds; exact answers are not drawn",
-    )  # fmt: skip
-    figure.savefig(image, dpi=160)
+            )
+        forget = "no forgetting" if decay == 1 else f"forgetting gate a = {decay:g}"
+        axes.append(
+            Axes(
+                f"{keys} keys, {forget}",
+                "load (stored pairs per key channel)",
+                "distance to exact posterior, |y - y*| / |y*|",
+                lines,
+                log_x=True,
+                log_y=True,
+                y_range=(0.03, 10),
+                ticks=sorted({c.load for c in conditions}),
+            )
+        )
+    title = "bands: 95 % intervals of the mean over seeds; exact answers are not drawn"
+    image.write_bytes(panels(axes, title=title, columns=len(kinds), kind=image.suffix[1:]))
     data.write_text(dumps([d.to_json() for d in distances], indent=1) + "\n", "utf-8")
     return image, data
 

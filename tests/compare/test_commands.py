@@ -221,7 +221,7 @@ def test_without_matplotlib_the_extra_is_named(
     )
     out = str(tmp_path / "out")
     for command in ("capacity", "decay", "compare"):
-        with pytest.raises(CompareError, match=r"glazoo\[plots\].*--no-plots"):
+        with pytest.raises(ImportError, match=r"glazoo\[plots\].*--no-plots"):
             CliRunner().invoke(app, [command, "gla", "--out", out], catch_exceptions=False)
     small = ("--key-size", "4", "--before", "2", "--after", "8", "--seeds", "1")
     run("decay", "gla", *small, "--no-plots", "--out", out)

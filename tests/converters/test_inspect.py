@@ -151,5 +151,5 @@ def test_what_cannot_be_drawn_is_refused_first(
     )
     # Before the model is looked for.
     result = CliRunner().invoke(app, [str(tmp_path / "gone"), "--plot", str(tmp_path / "x.png")])
-    assert isinstance(result.exception, ConversionError)
+    assert isinstance(result.exception, ImportError)
     assert "plots need matplotlib, which is not installed" in str(result.exception)

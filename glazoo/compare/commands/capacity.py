@@ -28,8 +28,8 @@ from glazoo.compare.commands.options import (
 from glazoo.compare.errors import CompareError
 from glazoo.compare.files import make_folder, write_bytes, write_csv, write_json
 from glazoo.compare.machine import cores, versions
-from glazoo.compare.plots import Axes, Line, panels, require_matplotlib
 from glazoo.compare.probe import KEY_KINDS
+from glazoo.plotting import Axes, Line, panels, require
 from glazoo.stats import against_source
 from glazoo.terminal import AsJson, console, print_json, progress
 
@@ -74,7 +74,7 @@ def capacity(
     reported. The error is the share of the values' energy that is not recovered.
     """
     if plots:
-        require_matplotlib()
+        require(", or pass --no-plots")
     for kind in keys or ():
         if kind not in KEY_KINDS:
             raise CompareError(f"keys: got {kind!r}, accepted are {', '.join(KEY_KINDS)}")

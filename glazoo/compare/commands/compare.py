@@ -27,7 +27,6 @@ from glazoo.compare.commands.options import (
 from glazoo.compare.errors import CompareError
 from glazoo.compare.machine import cores, machine, versions
 from glazoo.compare.plan import PRESETS, Plan, Tuning
-from glazoo.compare.plots import require_matplotlib
 from glazoo.compare.report import write_report
 from glazoo.compare.rows import rows
 from glazoo.compare.running import run_plan
@@ -35,6 +34,7 @@ from glazoo.compare.store import Store
 from glazoo.compare.tables import table
 from glazoo.compare.tasks import TASKS, Task
 from glazoo.compare.train import Training
+from glazoo.plotting import require
 from glazoo.terminal import AsJson, console, print_json
 
 __all__ = ["compare"]
@@ -153,7 +153,7 @@ def compare(
     the figures with their data, and every run in runs.jsonl.
     """
     if plots and not dry_run:
-        require_matplotlib()
+        require(", or pass --no-plots")
     chosen: Any = known("task", task, TASKS)
     p = PRESETS[known("preset", preset, tuple(PRESETS))].for_task(chosen)
     check_device(device)

@@ -27,8 +27,8 @@ from glazoo.compare.errors import CompareError
 from glazoo.compare.files import make_folder, write_bytes, write_csv, write_json
 from glazoo.compare.forgetting import Forgetting, ForgettingPlan, forgetting
 from glazoo.compare.machine import versions
-from glazoo.compare.plots import Axes, Line, panels, require_matplotlib
 from glazoo.compare.probe import Gates
+from glazoo.plotting import Axes, Line, panels, require
 from glazoo.terminal import AsJson, console, print_json, progress
 
 __all__ = ["decay"]
@@ -67,7 +67,7 @@ def decay(
     the association's signal that is left. Right: the share of the value that is not recovered.
     """
     if plots:
-        require_matplotlib()
+        require(", or pass --no-plots")
     if not (time_constant >= 0 and math.isfinite(time_constant)):
         raise CompareError(f"time-constant: got {time_constant}, accepted are numbers >= 0")
     gates = Gates(
