@@ -25,8 +25,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 
 from glazoo import attention, load, metaplasticize
 from glazoo.compare.machine import machine
+from glazoo.compare.timing import in_turns, spread
 from glazoo.engines import chunked
 from glazoo.versions import stated
 
@@ -85,8 +87,7 @@ class Timing:
         found: dict[str, Any] = {**asdict(self.size), "contender": self.contender}
         for name in ("forward", "both"):
             times = getattr(self, name)
-            cuts = quantiles(times, n=5) if len(times) > 1 else [times[0]] * 4
-            found[name] = {"p20": cuts[0], "p50": median(times), "p80": cuts[3], "n": len(times)}
+            found[name] = {**spread(times)._asdict(), "n": len(times)}
         found["memory"] = self.memory
         return found
 
@@ -237,17 +238,11 @@ def measure(
     if memory:
         for name, function in found.items():
             timings[name].memory = peak(function, leaves)
-    for function in found.values():
-        once(function, leaves)
-    for i in range(rounds):
-        for name, function in found.items():
-            timing = timings[name]
-            # slow contenders get fewer rounds, but at least two
-            if i >= 2 and sum(timing.both) > patience:
-                continue
-            forward, both = once(function, leaves)
-            timing.forward.append(forward)
-            timing.both.append(both)
+    calls = [partial(once, function, leaves) for function in found.values()]
+    # Slow contenders get fewer rounds, but at least two.
+    times = in_turns(calls, seconds=patience, least=2, most=rounds)
+    for timing, own in zip(timings.values(), times, strict=True):
+        timing.forward, timing.both = map(list, zip(*own, strict=True))
     return list(timings.values()), differences
 
 

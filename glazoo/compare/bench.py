@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
-import time
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from glazoo.api import attention
+from glazoo.compare.timing import in_turns, seconds_of, spread
 from glazoo.engines import available
 from glazoo.program import lower
 from glazoo.spec import Spec
@@ -189,20 +189,20 @@ def measure(plan: BenchPlan) -> Measurement:
         saved = _saved(lambda: _call(plan, ops, plan.engine)) if plan.mode == "train" else 0
         if cuda:
             torch.cuda.reset_peak_memory_stats(plan.device)
-        times = _times(run, plan.seconds, cuda)
+        once = functools.partial(seconds_of, run, plan.device)
+        (times,) = in_turns([once], seconds=plan.seconds)
         peak = torch.cuda.max_memory_allocated(plan.device) if cuda else None
     except (ValueError, RuntimeError, NotImplementedError, AttributeError) as e:
         lines = str(e).strip().splitlines()
         return _failed(nothing, f"{type(e).__name__}: {lines[0] if lines else ''}")
-    cut = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times * 9
-    middle = statistics.median(times)
+    shares = spread(times)
     return Measurement(
         plan.label,
         plan.engine,
         plan.mode,
         tokens,
-        (1000 * cut[1], 1000 * middle, 1000 * cut[7]),
-        plan.batch * tokens / middle,
+        (1000 * shares.p20, 1000 * shares.p50, 1000 * shares.p80),
+        plan.batch * tokens / shares.p50,
         len(times),
         4 * floats,
         saved,
@@ -212,8 +212,6 @@ def measure(plan: BenchPlan) -> Measurement:
 
 
 def _failed(nothing: Measurement, reason: str) -> Measurement:
-    from dataclasses import replace
-
     return replace(nothing, failure=reason)
 
 
@@ -232,23 +230,3 @@ def _runner(plan: BenchPlan, ops: Operands, state: State | None) -> Callable[[],
         _call(plan, ops, plan.engine, state)
 
     return forward
-
-
-def _times(run: Callable[[], None], seconds: float, cuda: bool) -> list[float]:
-    """Times calls until the time is spent, at least three and at most a thousand."""
-
-    def once() -> float:
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    once()
-    out: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(out) < 3 or (time.perf_counter() < end and len(out) < 1000):
-        out.append(once())
-    return out

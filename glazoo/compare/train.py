@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from glazoo.compare.files import make_folder, write_bytes
 from glazoo.compare.model import Model, ModelConfig, count_parameters, shape_for
 from glazoo.compare.tasks import Batch, Task, data_hash, draw, generator
+from glazoo.compare.timing import in_turns, seconds_of
 from glazoo.layers.plasticity import PLASTICITY
 from glazoo.spec import Spec
 
@@ -324,16 +325,15 @@ def step_seconds(run: Run) -> float:
     small = run.model_copy(update={"training": t.model_copy(update={"batch": batch})})
     model = Model(run.spec, run.model, run.task.interface, mlp=run.mlp, impl=run.impl)
     model.to(run.device)
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
+
+    def step() -> None:
         _loss(model, _step_batch(small, t.steps - 1), run.device).backward()
-        if run.device != "cpu":
-            torch.cuda.synchronize(run.device)
-        times.append(time.perf_counter() - start)
+
+    once = functools.partial(seconds_of, step, run.device)
+    (times,) = in_turns([once], seconds=0, least=2, most=2)
     asked = t.eval_examples * sum(length for _, length in evaluation_points(run.task))
-    # The first step warms up; a pass forwards takes about a third of a step.
-    return min(times[1:]) * (t.batch / batch + asked / 3 / t.steps / run.task.length / batch)
+    # A pass forwards takes about a third of a step.
+    return min(times) * (t.batch / batch + asked / 3 / t.steps / run.task.length / batch)
 
 
 def evaluate(model: nn.Module, run: Run) -> list[dict[str, Any]]:
