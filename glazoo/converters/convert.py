@@ -186,6 +186,8 @@ def _added(
         "b_up": "zero",
         "b_scale": f"{settings.plasticity:g}",
         "ip_log": "zero (prior 1)",
+        "axes": "identity",
+        "turn": "zero",
     }
     new: list[NewTensor] = []
     reported: list[AddedTensor] = []

@@ -340,6 +340,7 @@ class GatedLinearAttention(OperandProjections):
         """Return the shape of every tensor of the layer's state, by name."""
         n = self.sizes
         sizes = {"N": batch, "HV": n.heads, "K": self.keys, "V": n.value, "H": self.op_key_heads}
+        sizes["1"] = 1
         shapes = {p.name: tuple(sizes[d] for d in p.shape) for p in self._parts}
         return shapes | self.projection_state_shapes(batch)
 

@@ -209,7 +209,7 @@ class OperandProjections(KeepsWide):
             heads=self.sizes.heads,
             keys=self.keys,
             values=self.sizes.value,
-            key_heads=self.sizes.heads if self.grouped_query else self.sizes.key_heads,
+            key_heads=self.op_key_heads,
             steps=self.steps,
             layer=self.layer_idx,
             **start,  # type: ignore[arg-type]

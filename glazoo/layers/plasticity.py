@@ -311,13 +311,15 @@ class ImportanceGate(KeepsWide):
         start times the Cayley transform (1 + A)^-1 (1 - A) of A = turn - turn^T."""
         assert self.axes is not None
         assert self.turn is not None
+        # The axes at the start are no parameter, even where all of a model is trained.
+        axes = self.axes.detach()
         learns = torch.is_grad_enabled() and self.turn.requires_grad
         if learns or torch.compiler.is_compiling():
-            return self._basis(self.axes, self.turn)
+            return self._basis(axes, self.turn)
         key = (self.axes.data_ptr(), self.axes._version, self.turn.data_ptr(), self.turn._version)
         if self._turned is None or self._turned[0] != key:
             with torch.no_grad():
-                self._turned = key, self._basis(self.axes, self.turn)
+                self._turned = key, self._basis(axes, self.turn)
         return self._turned[1]
 
     @staticmethod

@@ -60,6 +60,8 @@ def open_gates(model: torch.nn.Module, kappa: float = 0.5) -> None:
             if ".metaplastic." not in name:
                 continue
             noise = torch.rand(p.shape, generator=generator).to(p) - 0.5
+            if name.endswith("axes"):
+                continue  # orthogonal, and `turn` moves them
             if name.endswith("b_scale"):
                 p.copy_(kappa * (1 + noise))
             else:
