@@ -81,7 +81,9 @@ Parameterization = Literal[
     "negative_sigmoid",
     "softplus_temperature",
     "sigmoid",
+    "sigmoid_squared",
     "softplus",
+    "reciprocal_softplus",
     "softplus_power",
     "softcap_exp",
     "identity",
@@ -133,7 +135,8 @@ class Gate(_Data):
     sigmoid(exp(A_log) (x + dt_bias)); lower_bounded_sigmoid = log(l + (1 - l) sigmoid(x)) with a
     learned, layer-cumulative l; negative_exp = -exp(x); negative_sigmoid = -divisor sigmoid(x);
     softplus_temperature = -softplus(x) sigmoid(x_tau). Other gates give the value: sigmoid = factor
-    sigmoid(x); softplus; softplus_power = softplus(x) ** sigmoid(x_tau); softcap_exp = exp(cap
+    sigmoid(x); sigmoid_squared = factor sigmoid(x)^2; softplus; reciprocal_softplus = 1 / (floor +
+    softplus(x)); softplus_power = softplus(x) ** sigmoid(x_tau); softcap_exp = exp(cap
     tanh(x / cap))."""
     tie: Literal["none", "step", "write", "precision", "decay", "one_minus_decay"] = "none"
     """step: the discretisation step softplus(x + dt_bias) of the decay; write: the formula's value
@@ -161,7 +164,7 @@ class Gate(_Data):
     bound: float | None = None
     """Lower bound of bounded_sigmoid (negative)."""
     floor: float = 0.0
-    """Smallest softplus(x_A) of softplus_product."""
+    """Smallest softplus(x_A) of softplus_product, or what reciprocal_softplus adds."""
     a_init: Init | None = None
     """Start of A_log."""
     bias_init: Init | None = None
@@ -218,8 +221,8 @@ class Posterior(_Data):
     part, all of it (delta rule)."""
     gain: Literal["first_order", "exact", "flow"] = "first_order"
     """Learning rate beta k / I_t; the exact rank-one gain (k / I') r / (1 + r sum k^2 / I') of an
-    observation with precision r; or, with constant importance, the delta rule as a flow in
-    continuous time, whose rate is (1 - exp(-beta k.k)) / k.k."""
+    observation with precision r; or, flow, the delta rule in continuous time over a step beta,
+    (k / I') (1 - exp(-beta c)) / c with c = sum k^2 / I'."""
     beta: Literal["precision", "rate"] = "precision"
     """What the write gate is to the exact gain. precision: r = beta. rate: beta k is the step at
     importance 1, as in a delta rule, so that r = beta / (1 - beta k.k) and the gain is
@@ -243,13 +246,16 @@ class Posterior(_Data):
             ("isotropic", "none", "first_order"),
             ("isotropic", "full", "first_order"),
             ("isotropic", "full", "exact"),
+            ("isotropic", "full", "flow"),
             ("diagonal", "diagonal", "first_order"),
             ("diagonal", "diagonal", "exact"),
             ("diagonal", "full", "first_order"),
             ("diagonal", "full", "exact"),
+            ("diagonal", "full", "flow"),
             ("full", "none", "first_order"),
             ("full", "full", "first_order"),
             ("full", "full", "exact"),
+            ("full", "full", "flow"),
         }
         if here not in allowed:
             choices = "; ".join(", ".join(a) for a in sorted(allowed))
@@ -460,6 +466,8 @@ class Local(_Data):
     """Whether the convolution has a bias."""
     shift: Literal["none", "static", "data"] = "none"
     """token_shift: learned or data-dependent interpolation weights."""
+    shift_rank: int = Field(default=32, ge=1)
+    """Rank of the projection of data-dependent interpolation weights."""
 
 
 class OutputPath(_Data):
@@ -522,6 +530,8 @@ class Layer(_Data):
     """The written key is k (1 + (r - 1) c) with the removal gate r and a learned c per channel."""
     value_residual: bool = False
     """Values interpolate with those of the first layer."""
+    value_residual_rank: int = Field(default=32, ge=1)
+    """Rank of the projection of those interpolation weights."""
     skip: Literal["none", "head", "branch", "same_token"] = "none"
     """head: + D_h v; branch: + weight * convolution branch; same_token: + (sum_k q k r) v, after
     the output norm. The first two come before the norm."""
@@ -564,6 +574,8 @@ class Spec(_Data):
     """One sentence for tables."""
     reference: Reference
     """Where it was published."""
+    aliases: tuple[str, ...] = ()
+    """Names under which models use this variant; `glazoo.load` knows them, too."""
     counterpart: str | None = None
     """Metaplastic specs made from another: the name of that source."""
     posterior: Posterior
@@ -743,6 +755,8 @@ class Spec(_Data):
                 f"precision = {precision} takes a write gate per head, not write.shape = value: a "
                 "learning rate per value channel would need an importance for each"
             )
+        if p.gain == "flow" and imp.gate.shape == "value":
+            raise ValueError("gain = flow takes one importance per key, not one per synapse")
         if precision == "isotropic" and (imp.gate.shape != "head" or imp.prior.shape != "head"):
             raise ValueError(
                 "precision = isotropic is one number per head: importance.gate.shape and "
@@ -796,6 +810,7 @@ class Spec(_Data):
             raise ValueError(
                 "erase.side = removal is defined for a diagonal precision with forgetting = temper"
             )
+
     def _repr_html_(self) -> str | None:
         """Return what `glazoo show` prints, for notebooks; None, where rich is not installed."""
         # By name: what a spec computes is nothing that specs need to know otherwise.
@@ -828,6 +843,8 @@ def no_exact_gain(spec: Spec) -> str | None:
     """
     if spec.posterior.gain == "exact":
         return None
+    if spec.posterior.gain == "flow":
+        return f"{spec.name!r} has the gain of a flow"
     if spec.posterior.correction != "full":
         return f"{spec.name!r} subtracts no prediction"
     if spec.erase != Erase():
@@ -891,14 +908,16 @@ def metaplasticize(
             )
     source, precision = spec.posterior, precision or "diagonal"
     reason = no_exact_gain(spec)
-    if gain is None:
+    if gain is None and source.gain != "first_order":
+        gain = source.gain  # type: ignore[assignment]  # of a flow, which no option asks for
+    elif gain is None:
         gain = "exact" if reason is None else "first_order"
+    elif source.gain == "exact":
+        reason = None
     if gain == "exact" and reason is not None:
         raise SpecError(f"gain: 'exact' is not possible here: {reason}")
-    if gain == "first_order" and source.gain == "exact":
-        raise SpecError(f"gain: got 'first_order', but the gain of {spec.name!r} is exact already")
-    if source.gain == "flow":
-        raise SpecError(f"{spec.name!r} has the gain of a flow, which knows no importance")
+    if source.gain != "first_order" and gain != source.gain:
+        raise SpecError(f"gain: got {gain!r}, but that of {spec.name!r} is {source.gain!r}")
     if source.correction == "diagonal" and precision != "diagonal":
         raise SpecError(
             f"precision: got {precision!r}, but every synapse of {spec.name!r} corrects its own "

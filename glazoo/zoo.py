@@ -30,9 +30,9 @@ def load(name_or_path: str | Path | Spec) -> Spec:
     """Return a spec by its name or from a TOML file.
 
     Args:
-        name_or_path: a shipped variant's name; `metaplastic_<name>` for the metaplastic counterpart
-            of a shipped one; the path of a TOML file (a `Path`, or a string that ends in `.toml`);
-            a `Spec` is given back as it is.
+        name_or_path: a shipped variant's name or alias; `metaplastic_<name>` for the metaplastic
+            counterpart of a shipped one; the path of a TOML file (a `Path`, or a string that ends
+            in `.toml`); a `Spec` is given back as it is.
 
     Returns:
         The validated spec.
@@ -49,15 +49,23 @@ def load(name_or_path: str | Path | Spec) -> Spec:
 
 
 @functools.cache
+def _aliases() -> dict[str, str]:
+    """Return the names of shipped variants by their aliases."""
+    return {alias: name for name in names() for alias in _shipped(name).aliases}
+
+
+@functools.cache
 def _shipped(name: str) -> Spec:
     if name in names():
         return _parse(
             (resources.files("glazoo.specs") / f"{name}.toml").read_text("utf-8"), f"{name}.toml"
         )
-    source = name.removeprefix(_PREFIX)
-    if source != name and source in names():
+    source, aliases = name.removeprefix(_PREFIX), _aliases()
+    if name in aliases:
+        return _shipped(aliases[name])
+    if source != name and (source in names() or source in aliases):
         return metaplasticize(_shipped(source))
-    known = [*names(), *(_PREFIX + n for n in names() if not _shipped(n).metaplastic)]
+    known = [*names(), *aliases, *(_PREFIX + n for n in names() if not _shipped(n).metaplastic)]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names())}"
     raise SpecError(

@@ -290,7 +290,7 @@ def test_every_combination_of_axes_is_decided() -> None:
                 else:
                     with pytest.raises(ValueError, match="contradict each other; accepted are"):
                         Posterior.model_validate(values)
-    assert accepted == 15
+    assert accepted == 18
 
 
 def _is_posterior(values: dict[str, str]) -> bool:

@@ -263,7 +263,8 @@ class _Sequence:
             rate = before(w.k)
             strength = self._exact_strength(w, rate)
         elif p.gain == "flow":
-            strength = self._flow(w)
+            rate = before(w.k)
+            strength = self._flow(w, rate)
         if p.correction == "diagonal":
             gain = rate * strength
             self._keep(mean * (1 - w.k * gain) + gain * w.v, after)
@@ -403,13 +404,12 @@ class _Sequence:
         most = s.clamp(min=1)
         return w.beta / ((most - s + found) / most)
 
-    def _flow(self, w: _Write) -> Tensor:
-        """Return the rate of the delta rule as a flow: [B, HV, 1, 1 or V]."""
-        square = w.k.square().sum(2, keepdim=True)
-        still = square == 0
-        return torch.where(
-            still, w.beta, -torch.expm1(-w.beta * square) / square.masked_fill(still, 1)
-        )
+    def _flow(self, w: _Write, rate: Tensor) -> Tensor:
+        """Return the strength of the delta rule as a flow: [B, HV, 1, 1 or V]."""
+        found = (w.k * rate).sum(2, keepdim=True)
+        still = found == 0
+        reached = -torch.expm1(-w.beta * found) / found.masked_fill(still, 1)
+        return torch.where(still, w.beta, reached)
 
     def _observe_log_evidence(self, w: _Write) -> None:
         assert self.importance is not None

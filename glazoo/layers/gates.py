@@ -141,8 +141,12 @@ class GateModule(KeepsWide):
                 return GateValue(value, tempered=(p, tau))
             case "sigmoid":
                 return GateValue(gate.factor * torch.sigmoid(z))
+            case "sigmoid_squared":
+                return GateValue(gate.factor * torch.sigmoid(z).square())
             case "softplus":
                 return GateValue(F.softplus(z))
+            case "reciprocal_softplus":
+                return GateValue(1 / (gate.floor + F.softplus(z)))
             case "softcap_exp":
                 return GateValue(torch.exp(_softcap(z, gate)))
             case "identity":

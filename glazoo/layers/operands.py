@@ -145,6 +145,7 @@ class OperandProjections(KeepsWide):
                 tuple(used),
                 "data" if local.shift == "data" else "static",
                 self.layer_idx / max(1, self.num_layers),
+                local.shift_rank,
             )
         for s in _STREAMS:
             if (s == "k" and self.spec.key != "operand") or (s == "v" and branch):
@@ -177,7 +178,7 @@ class OperandProjections(KeepsWide):
         if layer.key_rate:
             self.key_rate = wide_parameter(n.heads, self.keys)
         if layer.value_residual and not self.first:
-            self.value_mix = LowRank(n.hidden, width, 32)
+            self.value_mix = LowRank(n.hidden, width, layer.value_residual_rank)
             self.value_mix_bias = wide_parameter(width)
 
     def _build_gates(self) -> None:

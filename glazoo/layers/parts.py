@@ -380,18 +380,16 @@ class TokenShift(KeepsWide):
     data     x_i = x + (mu_i + tanh((x + mu (x_prev - x)) A_i) B_i) (x_prev - x)
     """
 
-    rank = 32
-    """Middle of the data-dependent weights' projection."""
-
     def __init__(
         self,
         channels: int,
         uses: tuple[str, ...],
         kind: Literal["static", "data"],
         depth: float = 0.0,
+        rank: int = 32,
     ) -> None:
         super().__init__()
-        self.uses, self.kind, self.depth = uses, kind, depth
+        self.uses, self.kind, self.depth, self.rank = uses, kind, depth, rank
         self.mix = wide_parameter(len(uses), channels)
         if kind == "data":
             self.mix_base = wide_parameter(channels)

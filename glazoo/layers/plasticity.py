@@ -105,10 +105,12 @@ def importance_gate(
     """Return the importance gate b >= 0 from its projection.
 
         b = scale [write] factor sigmoid(z)   or   scale [write] softplus(z)
+        or, of a derived gate,   scale [write] factor
 
     Args:
         gate: the gate, of shape head or value.
-        z: its projection, in float32 or wider; D is 1 for a head gate, V for a value gate.
+        z: its projection, in float32 or wider; D is 1 for a head gate, V for a value gate; zeros
+            for a derived gate.
         write: what a tied gate multiplies, from `observed_precision`; unset means 1.
         scale: the plasticity kappa >= 0 of every head; unset means 1.
 
@@ -119,7 +121,10 @@ def importance_gate(
     # First, not last: a view as result is what FSDP2 warns of.
     z = z.squeeze(-1) if heads else z
     sigmoid = gate.parameterization == "sigmoid"
-    opening = gate.factor * torch.sigmoid(z) if sigmoid else F.softplus(z)
+    if gate.source == "derived":
+        opening = torch.full_like(z, gate.factor)
+    else:
+        opening = gate.factor * torch.sigmoid(z) if sigmoid else F.softplus(z)
     if gate.tie in ("write", "precision") and write is not None:
         if heads:
             # A write gate per value channel has no head-shaped counterpart but its mean.
@@ -189,7 +194,8 @@ class ImportanceGate(KeepsWide):
         self.plasticity = spec.scale.init if plasticity is None else float(plasticity)
         self.seed, self.layer = seed, layer
         gate = spec.gate
-        if gate.shape != "none" and gate.parameterization not in ("sigmoid", "softplus"):
+        made = gate.shape != "none" and gate.source != "derived"
+        if made and gate.parameterization not in ("sigmoid", "softplus"):
             raise SpecError(
                 f"importance.gate.parameterization: got {gate.parameterization!r}, accepted are "
                 "'sigmoid' and 'softplus'"
@@ -330,6 +336,11 @@ class ImportanceGate(KeepsWide):
         return turned
 
     def _projected(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.spec.gate.source == "derived":
+            count = (
+                self.heads * self.steps * (self.values if self.spec.gate.shape == "value" else 1)
+            )
+            return x.new_zeros((*x.shape[:2], count), dtype=dtype)
         if self.b_up is None:
             assert self.b_bias is not None
             return self.b_bias.to(dtype).expand(*x.shape[:2], -1)

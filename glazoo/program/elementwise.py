@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["exact_strength", "forgetting", "over", "whitened"]
+__all__ = ["exact_strength", "flow_strength", "forgetting", "over", "whitened"]
 
 
 class _Over(torch.autograd.Function):
@@ -176,3 +176,24 @@ def exact_strength(
     s = square if beta is None else beta * square
     most = s.clamp(min=1)
     return (1 if beta is None else beta) / ((most - s + reached) / most)
+
+
+def flow_strength(
+    beta: Float[Tensor, "*shape"] | None, found: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
+    """Return how far the delta rule goes in continuous time: gain = (k / I') strength.
+
+        (1 - exp(-beta found)) / found, and beta where found = 0
+
+    Args:
+        beta: write gate, >= 0: how long it runs; None is 1.
+        found: sum k^2 / I', >= 0.
+
+    Returns:
+        The strength, >= 0.
+    """
+    beta = torch.ones_like(found) if beta is None else beta
+    still = found == 0
+    # No division by zero: its gradient would be nan.
+    reached = -torch.expm1(-beta * found) / found.masked_fill(still, 1)
+    return torch.where(still, beta, reached)

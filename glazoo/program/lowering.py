@@ -206,7 +206,8 @@ def _steps(spec: Spec) -> Iterator[Step | step.OneToken]:
         parts = tuple(_per_key(spec, g, beta, e, removed))
         # An engine may have a token in one piece, where importance scales one write.
         plain = imp is not None and imp.preconditioner is None and imp.basis == "own"
-        if plain and (p.precision, spec.forgetting, count) == ("diagonal", "temper", 1):
+        kind = p.precision, spec.forgetting, p.gain == "flow", count
+        if plain and kind == ("diagonal", "temper", False, 1):
             yield step.OneToken(
                 parts,
                 beta=beta,
@@ -292,12 +293,12 @@ def _matrix(spec: Spec, g: str | None, beta: str | None, e: str) -> Iterator[Ste
     noise = None if imp.noise.shape == "none" else "noise"
     if imp.forgetting == "diffuse":
         yield step.Covariance(b, g, noise)
-    if p.gain == "exact" and not spec.sums_writes:
+    if p.gain != "first_order" and not spec.sums_writes:
         scaled = "found"
         if imp.forgetting != "diffuse":
             scaled = "z"
             yield step.Solve("z", "k", b, g, "decayed")
-        yield step.ExactGain(beta, None, g, False, p.beta == "rate", scaled)
+        yield step.Gain(beta, None, g, False, _gain(spec), scaled)
         if imp.forgetting == "diffuse":
             yield step.Times("e", "rate", "k")
             yield step.Times("w", "rate", "v")
@@ -372,8 +373,8 @@ def _per_key(
         symbol, found = "mu", "found"
     else:
         discount = spec.forgetting == "discount"
-        pulled = not spec.hebbian and not discount and (g is not None or p.gain == "exact")
-        keeps = pulled or when == "pre" or (discount and p.gain == "exact")
+        pulled = not spec.hebbian and not discount and (g is not None or p.gain != "first_order")
+        keeps = pulled or when == "pre" or (discount and p.gain != "first_order")
         yield step.Importance(g, keeps, isotropic, discount)
         yield step.Variance(J)
         symbol = "h" if spec.hebbian else "mu"
@@ -382,19 +383,19 @@ def _per_key(
             q = "read"
         elif discount:
             forget = None
-            if p.gain == "exact":
+            if p.gain != "first_order":
                 yield step.Discounted(g)
                 found = "found"
         elif pulled:
             yield step.Forget(g)
             forget, found = None if g is None else "forget", "found"
-    if p.gain == "exact":
+    if p.gain != "first_order":
         diagonal, scaled = p.correction == "diagonal", "k"
         if axes:
             yield step.Divide("k_axes", "k_axes", "found", whole=True)
             yield step.Turn("scaled", "k_axes", back=True)
             found, scaled = None, "scaled"
-        yield step.ExactGain(beta, found, forget, diagonal, p.beta == "rate", scaled)
+        yield step.Gain(beta, found, forget, diagonal, _gain(spec), scaled)
         if diagonal:
             yield step.Linear(q, "kappa", w, "kept", symbol=symbol)
         else:
@@ -402,9 +403,6 @@ def _per_key(
             yield step.Times("w", "rate", "v")
             yield step.Delta(q, "e", "kappa", "w", forget, "decayed", symbol)
         return
-    if p.gain == "flow":
-        yield step.Flow(beta)
-        beta = "rate"
     if beta is not None:
         yield step.Times("w", beta, "v")
         w = "w"

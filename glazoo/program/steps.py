@@ -18,7 +18,7 @@ from torch import Tensor
 
 from glazoo.kernels.register import wants_derivative
 from glazoo.program.core import Core, Kernel
-from glazoo.program.elementwise import exact_strength, forgetting, over, whitened
+from glazoo.program.elementwise import exact_strength, flow_strength, forgetting, over, whitened
 from glazoo.program.sequences import interleave, last, positions, previous
 from glazoo.program.terms import NUMBER, Names, Shape, Term, apply, number
 
@@ -549,8 +549,8 @@ def _strength(names: Names, beta: Term | None, found: Term, square: Term | None)
 
 
 @dataclass(frozen=True, slots=True)
-class ExactGain(Step):
-    """The strength of the exact rank-one gain, and the key that it goes along."""
+class Gain(Step):
+    """The strength of a gain that is not of first order, and the key that it goes along."""
 
     beta: str | None
     found: str | None
@@ -559,8 +559,9 @@ class ExactGain(Step):
     diagonal: bool
     """Whether every synapse corrects its own part of the prediction alone, which makes the gain
     part of the decay."""
-    rated: bool
-    """Whether the write gate is the rate of a precision, and not a precision."""
+    kind: str
+    """exact: the write gate is a precision; exact_rate: the rate of one; flow: how long the delta
+    rule runs."""
     scaled: str = "k"
 
     def run(self, env: Env) -> None:
@@ -571,8 +572,11 @@ class ExactGain(Step):
         else:
             scaled, wide = env.heads(self.scaled), key.to(env.wide)
             found = (wide * scaled).sum(-1)
-            square = (wide * wide).sum(-1) if self.rated else None
-        x["rate"] = exact_strength(beta, found, square if self.rated else None)
+            square = (wide * wide).sum(-1) if self.kind == "exact_rate" else None
+        if self.kind == "flow":
+            x["rate"] = flow_strength(beta, found)
+        else:
+            x["rate"] = exact_strength(beta, found, square if self.kind == "exact_rate" else None)
         x["kappa"] = scaled
         if self.diagonal:
             x["kappa"] = x["rate"][..., None] * scaled
@@ -583,7 +587,14 @@ class ExactGain(Step):
         x, k = names.x, names.x["k"]
         beta = None if self.beta is None else x[self.beta]
         scaled = x[self.scaled] if self.found is None else k / x[self.found]
-        strength = _strength(names, beta, k.T @ scaled, k.T @ k if self.rated else None)
+        found = k.T @ scaled
+        if self.kind == "flow":
+            found = names.let("c", found)
+            reached = found if beta is None else beta * found
+            strength = (_ONE - Term(f"exp(-{reached.within(1)})")) / found
+        else:
+            square = k.T @ k if self.kind == "exact_rate" else None
+            strength = _strength(names, beta, found, square)
         x["rate"] = names.let("s", strength)
         x["kappa"] = scaled
         if self.diagonal:
@@ -592,29 +603,7 @@ class ExactGain(Step):
             x["kept"] = kept if self.g is None else x[self.g] * kept
 
     def cost(self, key_size: int, value_size: int) -> int:
-        return (9 if self.rated else 7) * key_size
-
-
-@dataclass(frozen=True, slots=True)
-class Flow(Step):
-    """The rate of the delta rule as a flow in continuous time: (1 - exp(-beta k.k)) / k.k."""
-
-    beta: str | None
-    operations = (("K", 2), ("", 4))
-
-    def run(self, env: Env) -> None:
-        square = env.heads("k").to(env.wide).square().sum(-1)
-        beta = env.rate(self.beta, "v")
-        still = square == 0
-        # No division by zero: its gradient would be nan.
-        rate = -torch.expm1(-beta * square) / square.masked_fill(still, 1)
-        env.x["rate"] = torch.where(still, beta, rate)
-
-    def write(self, names: Names) -> None:
-        k = names.x["k"]
-        square = names.let("c", k.T @ k)
-        reached = square if self.beta is None else names.x[self.beta] * square
-        names.x["rate"] = names.let("s", (_ONE - Term(f"exp(-{reached.within(1)})")) / square)
+        return (9 if self.kind == "exact_rate" else 7) * key_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,8 +51,11 @@ def forms(
             continue
         default = metaplasticize(spec).posterior
         gains: list[Any] = [default.gain] + ["first_order"] * (default.beta == "rate")
-        for gate, gain in itertools.product(_GATES, gains):
-            label = gate if gain == default.gain else f"{gate}, {gain.replace('_', ' ')}"
+        gains = [None] if default.gain == "flow" else gains
+        gates = _GATES[:1] if default.gain == "flow" else _GATES
+        for gate, gain in itertools.product(gates, gains):
+            usual = gain in (None, default.gain)
+            label = gate if usual else f"{gate}, {gain.replace('_', ' ')}"
             out.append(
                 Form(
                     f"metaplastic_{spec.name}[{label}]",
