@@ -34,7 +34,7 @@ from glazoo.plotting import encoded, require, style
 from glazoo.spec import metaplasticize
 from glazoo.stats import interval
 from glazoo.strictjson import loads
-from glazoo.terminal import console, refusals
+from glazoo.terminal import console, markdown_table, refusals
 from glazoo.zoo import load
 
 __all__ = ["demo"]
@@ -329,19 +329,12 @@ def _report(
 ) -> str:
     """Writes the results as Markdown."""
     models = list(rows[0])[1:]
-    lines = [
-        f"transformers' Mamba2ForCausalLM and its conversion, both trained on alike for {more} "
-        "steps: accuracy in percent",
-        "",
-        f"| task | {' | '.join(models)} | difference by seed |",
-        f"| --- |{' ---: |' * (len(models) + 1)}",
-    ]
+    cells = []
     for row in rows:
         _, source, converted = (row[m] for m in models)
         difference = interval([b - a for a, b in zip(source, converted, strict=True)])
-        cells = [interval(row[m]).text(1) for m in models]
-        cells.append(difference.signed(1))
-        lines.append(f"| {row['task']} | {' | '.join(cells)} |")
+        means = [interval(row[m]).text(1) for m in models]
+        cells.append([row["task"], *means, difference.signed(1)])
     seeds = len(rows[0][models[0]])
     before, after = conversions[0]["state_bytes"]
     change = max(c["max_logit_change"] for c in conversions)
@@ -349,7 +342,10 @@ def _report(
     plain, own, other = (f"{100 * f:.0f} %" for f in found)
     return "\n".join(
         [
-            *lines,
+            f"transformers' Mamba2ForCausalLM and its conversion, both trained on alike for {more} "
+            "steps: accuracy in percent",
+            "",
+            *markdown_table(["task", *models, "difference by seed"], cells, right=True),
             "",
             f"- Seeds: {seeds}{', with 95 % intervals' * (seeds > 1)}. State of a sequence: "
             f"{before:,} bytes, converted {after:,}.",

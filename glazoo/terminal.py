@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -22,7 +22,7 @@ from rich.text import Text
 from glazoo.errors import one_line
 from glazoo.strictjson import dumps
 
-__all__ = ["AsJson", "console", "print_json", "progress", "refusals"]
+__all__ = ["AsJson", "console", "markdown_table", "print_json", "progress", "refusals"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
 
@@ -35,6 +35,16 @@ def console() -> Console:
 def print_json(data: Any) -> None:
     """Prints plain data as JSON, and nothing else."""
     typer.echo(dumps(data, indent=2))
+
+
+def markdown_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, right: bool = False
+) -> list[str]:
+    """Return the lines of a Markdown table; with `right`, all columns but the first are aligned to
+    the right."""
+    rule = ["---", *(["---:" if right else "---"] * (len(head) - 1))]
+    cells = ([x.replace("|", "\\|").replace("\n", " ") for x in row] for row in rows)
+    return [f"| {' | '.join(line)} |" for line in (head, rule, *cells)]
 
 
 @contextmanager

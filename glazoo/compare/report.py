@@ -15,6 +15,7 @@ from glazoo.compare.plan import Plan
 from glazoo.compare.rows import Row, with_controls
 from glazoo.compare.tables import choice_lines, group_lines, main_columns, more_columns
 from glazoo.compare.train import Training
+from glazoo.terminal import markdown_table
 
 __all__ = ["write_report"]
 
@@ -208,14 +209,8 @@ def _markdown(blocks: Sequence[Block], figures: dict[str, tuple[str, bytes]]) ->
         elif kind == "figures":
             out += [f"![{caption}](plots/{n})\n\n{caption}" for n, (caption, _) in figures.items()]
         else:
-            head, *rest = body
-            lines = [head, ["---"] * len(head), *rest]
-            out.append("\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines))
+            out.append("\n".join(markdown_table(body[0], body[1:], right=True)))
     return "\n\n".join(out) + "\n"
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
 
 
 _STYLE = """

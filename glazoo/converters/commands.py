@@ -24,6 +24,16 @@ Column = Annotated[str, typer.Option(help="The data set's column with the text."
 Split = Annotated[
     str | None, typer.Option(help="The data set's split. Default: train, or the only one.")
 ]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="Folder with a tokenizer, or bytes. Default: the model's.")
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace a model's folder that is already at DST.")
+]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option(help="Write the report to this file: JSON, or Markdown if it ends in .md."),
+]
 
 
 def convert(
@@ -116,17 +126,12 @@ def convert(
             "flash-linear-attention: write it as a folder that loads here, not converted yet.",
         ),
     ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace a model's folder that is already at DST.")
-    ] = False,
+    force: Force = False,
     clean: Annotated[
         bool,
         typer.Option("--remove-leftovers", help="Remove what killed runs have left beside DST."),
     ] = False,
-    report: Annotated[
-        Path | None,
-        typer.Option(help="Write the report to this file: JSON, or Markdown if it ends in .md."),
-    ] = None,
+    report: ReportFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint folder into its metaplastic form without changing what it computes.
@@ -259,9 +264,7 @@ def tune(
             help="The data set's split for evaluation. Default: validation, or the end of the text."
         ),
     ] = None,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder with a tokenizer, or bytes. Default: the model's.")
-    ] = None,
+    tokenizer: Tokenizer = None,
     checkpoint_every: Annotated[
         int, typer.Option(help="Steps between checkpoints, for --resume; 0 for none.")
     ] = 0,
@@ -273,13 +276,8 @@ def tune(
         Literal["float32", "bfloat16"], typer.Option(help="Dtype of weights that stay.")
     ] = "float32",
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU.")] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace a model's folder that is already at DST.")
-    ] = False,
-    report: Annotated[
-        Path | None,
-        typer.Option(help="Write the report to this file: JSON, or Markdown if it ends in .md."),
-    ] = None,
+    force: Force = False,
+    report: ReportFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Train the importance gates of a metaplastic model on texts, and write a new folder.
@@ -329,9 +327,7 @@ def inspect(
         ),
     ] = None,
     *,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder with a tokenizer, or bytes. Default: the model's.")
-    ] = None,
+    tokenizer: Tokenizer = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the texts that are read at most.")] = 2048,
     column: Column = "text",
     split: Split = None,
@@ -343,10 +339,7 @@ def inspect(
             "beside it.",
         ),
     ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(help="Write the report to this file: JSON, or Markdown if it ends in .md."),
-    ] = None,
+    report: ReportFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Show, for every layer and head, where a model sits between source and metaplastic.

@@ -13,6 +13,7 @@ from glazoo.converters.files import size_text
 from glazoo.errors import ConversionError
 from glazoo.families import Found
 from glazoo.strictjson import dumps, plain
+from glazoo.terminal import markdown_table
 from glazoo.versions import stated
 
 __all__ = [
@@ -37,11 +38,6 @@ def _versions() -> dict[str, str]:
 
 def _warned(warnings: Sequence[str]) -> list[str]:
     return ["", "## Warnings", "", *(f"- {w}" for w in warnings)] if warnings else []
-
-
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +143,7 @@ class ConversionReport(Report):
             f"# Conversion of {self.source}"
             + (" (dry run: nothing written)" if self.dry_run else ""),
             "",
-            *_table(
+            *markdown_table(
                 ("what", "value"),
                 [
                     ("destination", self.destination),
@@ -189,7 +185,7 @@ class ConversionReport(Report):
         kinds: dict[Found, list[int]] = {}
         for mixer in self.mixers:
             kinds.setdefault(replace(mixer, path="", layer=0), []).append(mixer.layer)
-        lines += _table(
+        lines += markdown_table(
             ("layers", "mixer", "calls", "spec", "heads", "key heads", "key", "value"),
             [
                 (
@@ -211,7 +207,7 @@ class ConversionReport(Report):
             "same)",
             "",
         ]
-        lines += _table(
+        lines += markdown_table(
             ("name", "shape", "dtype", "start"),
             [
                 (t.name, " x ".join(map(str, t.shape)), t.dtype, t.start)
@@ -219,7 +215,7 @@ class ConversionReport(Report):
             ],
         )
         lines += ["", "## Files", ""]
-        lines += _table(
+        lines += markdown_table(
             ("source", "converted", "size", "how", "SHA-256"),
             [(f.path, f.stored, size_text(f.bytes), f.how, f.sha256 or "") for f in self.files],
         )
@@ -255,7 +251,7 @@ class RevertReport(Report):
             "",
             f"{len(self.files)} files, {self._likeness()} ({self.seconds:.1f} s).",
             "",
-            *_table(
+            *markdown_table(
                 ("file", "size", "how", "SHA-256"),
                 [(f.path, size_text(f.bytes), f.how, f.sha256 or "") for f in self.files],
             ),
@@ -341,7 +337,7 @@ class VerifyReport(Report):
             "the budget is eight "
             "times the larger of that noise and one rounding of the largest logit.",
             "",
-            *_table(
+            *markdown_table(
                 (
                     "check",
                     "result",
@@ -434,7 +430,7 @@ class TuneReport(Report):
             ),
             ("seconds", f"{self.seconds:.1f}"),
         ]
-        lines = [f"# {self.source} tuned", "", *_table(("what", "value"), rows), ""]
+        lines = [f"# {self.source} tuned", "", *markdown_table(("what", "value"), rows), ""]
         lines += ["## Importance gates", "", *_gate_table(self.gates), *_warned(self.warnings)]
         lines += ["", "Versions: " + ", ".join(f"{k} {v}" for k, v in self.versions.items()) + "."]
         return "\n".join(lines) + "\n"
@@ -445,7 +441,7 @@ def _gate_table(gates: tuple[GateSummary, ...]) -> list[str]:
         return f"{min(xs):.3g} / {sum(xs) / len(xs):.3g} / {max(xs):.3g}"
 
     head = ("layer", "kappa (least / mean / most)", "prior (least / mean / most)", "opening")
-    return _table(
+    return markdown_table(
         head,
         [(f"{g.layer}", spread(g.kappa), spread(g.prior), f"{g.opening:.3g}") for g in gates],
     )
@@ -507,7 +503,7 @@ class InspectReport(Report):
                 for h in range(len(u.window))
             ]
             lines += ["", f"## On {self.tokens:,} tokens", ""]
-            lines += _table((*head, "synapses above the prior"), rows)
+            lines += markdown_table((*head, "synapses above the prior"), rows)
         return "\n".join(lines) + "\n"
 
 

@@ -174,6 +174,9 @@ def _verify(
     cases = [e.domain.sample(n, own) for n in range(examples)]
     if e.domain.long:
         cases.append(e.domain.sample_long(own))
+    result = functools.partial(
+        Result, e.id, e.statement, e.kind, form.label, name, dtype, instances=len(cases)
+    )
     worst: Finding | None = None
     unsupported: set[str] = set()
     for instance in cases:
@@ -186,37 +189,17 @@ def _verify(
         if not finding.passed:
             if shrink:
                 instance, worst = _smallest(e, form, name, op, dtype, instance, finding)
-            return Result(
-                e.id,
-                e.statement,
-                e.kind,
-                form.label,
-                name,
-                dtype,
+            return result(
                 "failed",
-                len(cases),
-                worst.residual,
-                worst.allowed,
-                worst.what,
-                instance,
-                snippet(e, form, name, dtype, instance),
+                residual=worst.residual,
+                allowed=worst.allowed,
+                what=worst.what,
+                instance=instance,
+                snippet=snippet(e, form, name, dtype, instance),
             )
     if worst is None:
-        reason = "; ".join(sorted(unsupported))
-        return Result(e.id, e.statement, e.kind, form.label, name, dtype, "skipped", what=reason)
-    return Result(
-        e.id,
-        e.statement,
-        e.kind,
-        form.label,
-        name,
-        dtype,
-        "passed",
-        len(cases),
-        worst.residual,
-        worst.allowed,
-        worst.what,
-    )
+        return result("skipped", instances=0, what="; ".join(sorted(unsupported)))
+    return result("passed", residual=worst.residual, allowed=worst.allowed, what=worst.what)
 
 
 def _badness(e: Entry, f: Finding) -> float:
