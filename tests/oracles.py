@@ -66,7 +66,8 @@ class Signature:
     optional [HV] that replaces the variant's own schedule.
     keys: "normal" free, "unit" l2-normalised, "positive" a feature map, "raw" logits, "tied" to the
     decay. importance: "" none, "metaplastic" gate b and prior (per value row), "own" gate b only,
-    "full" prior only (a K x K matrix), "log" evidence e^k without a gate.
+    "full" prior only (a K x K matrix), "log" evidence e^k without a gate; of Kalman filters
+    "vector" and "number" gate b and prior, "covariance" prior only.
     """
 
     g: str = ""
@@ -85,13 +86,15 @@ class Signature:
         names = ["q", "k", "v"]
         names += ["g"] if self.g else []
         names += ["beta"] if self.beta else []
-        names += ["b"] if self.importance in ("metaplastic", "own") else []
-        names += ["prior"] if self.importance in ("metaplastic", "full") else []
+        filters = ("vector", "number")
+        names += ["b"] if self.importance in ("metaplastic", "own", *filters) else []
+        prior = ("metaplastic", "full", "covariance", *filters)
+        names += ["prior"] if self.importance in prior else []
         return (*names, *self.extra)
 
     @property
     def uncertainty(self) -> bool:
-        return self.importance in ("metaplastic", "full", "log")
+        return self.importance not in ("", "own")
 
 
 EMPTY: Array = np.zeros(0)
@@ -120,6 +123,7 @@ class Head:
     u: Array = field(default_factory=lambda: EMPTY)
     trap: Array = field(default_factory=lambda: EMPTY)
     al_importance: Array = field(default_factory=lambda: EMPTY)
+    noise: Array = field(default_factory=lambda: EMPTY)
     center: float = 0.0
     S: Array = field(default_factory=lambda: EMPTY)  # [V, K]
     J: Array = field(
@@ -200,7 +204,7 @@ def _over_heads(name: str, sig: Signature, loop: Loop) -> Oracle:
                         x.al = np.exp(g[j]) * x.al
                     else:  # [B, T, HV] or [B, T, HV, K]
                         x.al = np.exp(g[i, :, j, None] if g.ndim == 3 else g[i, :, j])
-                for n in ("beta", "erase", "removal", "trap"):
+                for n in ("beta", "erase", "removal", "trap", "noise"):
                     if n in ops:
                         setattr(x, n, ops[n][i, :, j])
                 if "b" in ops:
@@ -263,11 +267,13 @@ def _begin(x: Head, sig: Signature, state: Any, i: int, j: int, jq: int) -> None
         x.J = np.zeros((x.V, x.K))
         if J is not None:
             x.J = x.J + (J if J.ndim == 1 else J.T)
-    elif sig.importance == "full":
+    elif sig.importance in ("full", "covariance"):
         x.J = np.zeros((x.K, x.K)) if J is None else J.copy()
+    elif sig.importance == "number":
+        x.J = np.zeros(1) if J is None else J.copy()
     elif sig.importance == "log":
         x.J = np.full(x.K, -np.inf) if J is None else J.copy()
-    elif sig.importance == "own":
+    elif sig.importance in ("own", "vector"):
         x.J = np.zeros(x.K) if J is None else J.copy()
 
 
@@ -508,6 +514,20 @@ def longhorn(x: Head) -> None:
     x.S = S
 
 
+@oracle("efla", beta="head", beta_max=3.0)
+def efla(x: Head) -> None:
+    """The flow dS/ds = (v - S k) k^T from 0 to beta, by the exponential of its matrix."""
+    S = x.S
+    for t in range(x.T):
+        k, v, b = x.k[t], x.v[t], x.beta[t]
+        values, axes = np.linalg.eigh(outer(k, k))
+        kept = (axes * np.exp(-b * values)) @ axes.T
+        run = np.where(values > 1e-12, -np.expm1(-b * values) / np.maximum(values, 1e-12), b)
+        S = S @ kept + outer(v, k) @ (axes * run) @ axes.T
+        x.y[t] = S @ x.sq[t]
+    x.S = S
+
+
 def preconditioner(P: Array, center: float) -> Array:
     z = np.log(P + 1e-6) - center
     softsign = z / (1 + abs(z))
@@ -566,6 +586,59 @@ def mesanet(x: Head) -> None:
         x.y[t] = G @ solved
         x.unc[t] = x.sq[t] @ solved
     x.S, x.J = G, H
+
+
+# Kalman filters, with variances p and noise w; J is 1 / p less the prior, or p less its inverse.
+
+
+@oracle("kdn", g="key", beta="head", keys="unit", extra=("noise",), importance="vector")
+def kdn(x: Head) -> None:
+    S, J = x.S, x.J
+    for t in range(x.T):
+        k, v, r, al = x.k[t], x.v[t], 1 / max(x.beta[t], 1e-300), x.al[t]
+        p = al**2 / (J + x.prior) + x.noise[t]
+        gain = p * k / (r + p @ k**2)
+        S = S * al
+        S = S + outer(v - S @ k, gain)
+        J = 1 / p + x.b[t] * k**2 - x.prior
+        x.y[t] = S @ x.sq[t]
+        x.unc[t] = (1 / (J + x.prior)) @ x.sq[t] ** 2
+    x.S, x.J = S, J
+
+
+@oracle("kdn_isotropic", g="key", beta="head", keys="unit", extra=("noise",), importance="number")
+def kdn_isotropic(x: Head) -> None:
+    S, J, prior = x.S, x.J[0], x.prior[0]
+    for t in range(x.T):
+        k, v, r, al = x.k[t], x.v[t], 1 / max(x.beta[t], 1e-300), x.al[t]
+        p = (al**2).mean() / (J + prior) + x.noise[t]
+        S = S * al
+        S = S + outer(v - S @ k, p * k / (r + p * k @ k))
+        J = 1 / p + x.b[t] * (k @ k) / x.K - prior
+        x.y[t] = S @ x.sq[t]
+        x.unc[t] = x.sq[t] @ x.sq[t] / (J + prior)
+    x.S, x.J = S, np.array([J])
+
+
+@oracle(
+    "bayesian_layer", g="head", beta="head", keys="unit", extra=("noise",), importance="covariance"
+)
+def bayesian_layer(x: Head) -> None:
+    """The textbook's predict and update, with the symmetric form of the latter."""
+    S, C, first, eye = x.S, x.J, np.diag(1 / x.prior), np.eye(x.K)
+    for t in range(x.T):
+        k, v, al = x.k[t], x.v[t], x.al[t]
+        P, S = al**2 * (first + C) + x.noise[t] * eye, al * S
+        if x.beta[t] > 0:
+            r = 1 / x.beta[t]
+            gain = P @ k / (k @ P @ k + r)
+            S = S + outer(v - S @ k, gain)
+            left = eye - outer(gain, k)
+            P = left @ P @ left.T + r * outer(gain, gain)
+        x.y[t] = S @ x.sq[t]
+        x.unc[t] = x.sq[t] @ P @ x.sq[t]
+        C = P - first
+    x.S, x.J = S, C
 
 
 @oracle("palimpsa", g="head", beta="head", keys="unit", importance="metaplastic")
@@ -820,6 +893,22 @@ def meta_rwkv7(x: Head) -> None:
     x.S, x.J = mu, J
 
 
+@metaplastic("efla")
+def meta_efla(x: Head) -> None:
+    mu, J = x.S, x.J
+    for t in range(x.T):
+        k, v, beta = x.k[t], x.v[t][:, None], x.beta[t]
+        mu, J = predict(x.al[t], mu, J, x.prior)
+        kI = k / (J + x.prior)
+        c = (kI @ k)[:, None]
+        still = c == 0
+        run = np.where(still, beta, -np.expm1(-beta * c) / np.where(still, 1, c))
+        mu = mu + (v - along(mu, k)) * (run * kI)
+        J = J + outer(x.b[t], k**2)
+        read_mean(x, t, mu, J)
+    x.S, x.J = mu, J
+
+
 @metaplastic("implicit_delta")
 def meta_implicit_delta(x: Head) -> None:
     mu, J = x.S, x.J
@@ -846,6 +935,17 @@ def meta_longhorn(x: Head) -> None:
         J = J + outer(x.b[t], k**2)
         read_mean(x, t, mu, J)
     x.S, x.J = mu, J
+
+
+# Shipped specs that differ from another one in the layer around the recurrence alone.
+KIN = {"kda_bounded": "kda", "gated_deltanet_sigmoid": "gated_deltanet"}
+# Those whose importance is one vector over keys and nothing else.
+PER_KEY = ("efla",)
+
+
+def gate_shapes(name: str) -> tuple[str, ...]:
+    """Shapes of importance gates that the metaplastic form of a variant may have."""
+    return ("head",) if name in PER_KEY else ("head", "value")
 
 
 # Random valid operands and states.
@@ -925,6 +1025,8 @@ def make_operands(
         ops["prior"] = rng.uniform(0.5, 2.0, (HV, K))
         if regime in ("zero_gate", "large_prior"):
             ops["prior"] = np.full((HV, K), 1.0 if regime == "zero_gate" else 1e4)
+        if sig.importance == "number":
+            ops["prior"] = ops["prior"][:, 0]
     if "erase" in sig.extra:
         ops["erase"] = rng.uniform(0.0, 1.0, (B, T, HV, K))
     if "p" in sig.extra:  # near the key, but not it
@@ -937,6 +1039,9 @@ def make_operands(
         ops["trap"] = rng.uniform(0.05, 0.95, (B, T, HV))
     if "g_importance" in sig.extra:
         ops["g_importance"] = make_decay(rng, (B, T, HV), regime)
+    if "noise" in sig.extra:
+        per_key = sig.importance == "vector"
+        ops["noise"] = rng.uniform(0.05, 1.0, (B, T, HV, *((K,) if per_key else ())))
     if "center" in sig.extra:
         ops["center"] = -0.2 + 0.3 * rng.standard_normal(HV)
     ops["q"], ops["k"] = q, None if sig.keys == "tied" else k
@@ -970,11 +1075,13 @@ def make_state(
     if sig.importance == "metaplastic":
         shape = (B, HV, K) if gate == "head" else (B, HV, K, V)
         importance = rng.uniform(0.0, 2.0, shape)
-    elif sig.importance == "own":
+    elif sig.importance in ("own", "vector"):
         importance = rng.uniform(0.0, 2.0, (B, HV, K))
+    elif sig.importance == "number":
+        importance = rng.uniform(0.0, 2.0, (B, HV, 1))
     elif sig.importance == "log":
         importance = rng.standard_normal((B, HV, K))
-    elif sig.importance == "full":
+    elif sig.importance in ("full", "covariance"):
         x = rng.standard_normal((B, HV, K, K + 1))
         importance = x @ np.swapaxes(x, -1, -2) / K
     normalizer = rng.standard_normal((B, HV, K)) if sig.normalized else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from oracles import gate_shapes
 
 import glazoo
 from glazoo.spec import Posterior, Spec, SpecError, freeze, metaplasticize
@@ -69,8 +70,9 @@ def test_the_shipped_variants() -> None:
     assert all(glazoo.load(n).name == n for n in glazoo.names())
 
 
-@pytest.mark.parametrize("gate", ["head", "value", None])
-@pytest.mark.parametrize("name", FROZEN)
+@pytest.mark.parametrize(
+    ("name", "gate"), [(name, gate) for name in FROZEN for gate in (None, *gate_shapes(name))]
+)
 def test_freeze_inverts_metaplasticize(name: str, gate: str | None) -> None:
     source = glazoo.load(name)
     metaplastic = metaplasticize(source, gate=gate)

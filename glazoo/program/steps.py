@@ -561,7 +561,7 @@ class Gain(Step):
     part of the decay."""
     kind: str
     """exact: the write gate is a precision; exact_rate: the rate of one; flow: how long the delta
-    rule runs."""
+    rule runs, with phi(x) = (1 - exp(-x)) / x."""
     scaled: str = "k"
 
     def run(self, env: Env) -> None:
@@ -589,9 +589,8 @@ class Gain(Step):
         scaled = x[self.scaled] if self.found is None else k / x[self.found]
         found = k.T @ scaled
         if self.kind == "flow":
-            found = names.let("c", found)
-            reached = found if beta is None else beta * found
-            strength = (_ONE - Term(f"exp(-{reached.within(1)})")) / found
+            phi = apply("phi", found if beta is None else beta * found)
+            strength = phi if beta is None else beta * phi
         else:
             square = k.T @ k if self.kind == "exact_rate" else None
             strength = _strength(names, beta, found, square)
@@ -700,7 +699,7 @@ class Natural(Step):
 
 @dataclass(frozen=True, slots=True)
 class Covariance(Step):
-    """A Kalman filter's covariance, P = 1 / I_p + C, and a key times it, before and after the
+    """A Kalman filter's covariance, Diag(1 / I_p) + C, and a key times it, before and after the
     observation; token by token."""
 
     b: str | None
@@ -729,25 +728,25 @@ class Covariance(Step):
     def write(self, names: Names) -> None:
         x, square = names.x, ("K", "K")
         k, q, b = x["k"], x["q"], _ONE if self.b is None else x[self.b]
-        old = names.previous("P", square)
-        if self.g is None:
-            drift = old
-        elif x[self.g].shape == NUMBER:
-            drift = x[self.g].squared * old
-        else:
-            drift = apply("Diag", x[self.g]) @ old @ apply("Diag", x[self.g])
-        keep = _ONE if self.g is None else x[self.g].squared
-        added = (_ONE - keep) / _PRIOR if self.noise is None else x[self.noise]
-        added = Term(f"Diag({Term(added.text, _KEY).text})", square)
-        drift = names.let("P'", drift + added)
-        x["found"] = found = names.let("f", drift @ k)
+        g = None if self.g is None else x[self.g]
+        drift = names.previous("C", square)
+        if g is not None:
+            drift = g.squared * drift if g.shape == NUMBER else g * drift * g.T
+        if self.noise is not None:
+            added = x[self.noise]
+            if g is not None:
+                # What the decay would lose of the prior's variance comes back as noise.
+                added = added - (_ONE - g.squared) / _PRIOR
+            drift = drift + apply("Diag", added)
+        drift = names.let("C'", drift)
+        x["found"] = found = names.let("f", k / _PRIOR + drift @ k)
         x["kappa"] = found / (_ONE + b * (k.T @ found))
-        new = names.let("P", drift - b * (x["kappa"] @ found.T))
-        x["uncertainty"] = q.T @ (new @ q)
+        new = names.let("C", drift - b * (x["kappa"] @ found.T))
+        x["uncertainty"] = q.T @ (q / _PRIOR + new @ q)
 
     def state(self) -> tuple[StatePart, ...]:
         meaning = "covariance above that of the prior"
-        return (StatePart("importance", "P", ("N", "HV", "K", "K"), meaning),)
+        return (StatePart("importance", "C", ("N", "HV", "K", "K"), meaning),)
 
 
 @dataclass(frozen=True, slots=True)

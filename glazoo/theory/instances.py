@@ -296,7 +296,7 @@ def state(
     Returns:
         The state; importance is positive (definite), as any sequence of tokens would leave it.
     """
-    sizes = {"N": N, "H": H, "HV": HV, "K": K, "V": V}
+    sizes = {"N": N, "H": H, "HV": HV, "K": K, "V": V, "1": 1}
     parts: dict[str, Tensor] = {}
     for part in lower(spec).state:
         x = torch.randn(

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from oracles import make_operands, make_state
+from oracles import METAPLASTIC_ORACLES, ORACLES, gate_shapes, make_operands, make_state
 from program.unusual import UNUSUAL
 
 import glazoo
@@ -15,11 +15,8 @@ from glazoo.engines import available
 from glazoo.theory.instances import Instance
 from glazoo.theory.instances import operands as draw
 
-FORMS = [(n, None) for n in glazoo.names()] + [
-    (n, gate)
-    for n in glazoo.names()
-    if not glazoo.load(n).metaplastic
-    for gate in ("head", "value")
+FORMS = [(n, None) for n in ORACLES] + [
+    (n, gate) for n in METAPLASTIC_ORACLES for gate in gate_shapes(n)
 ]
 ENGINES = [e for e in available() if e != "reference"]
 

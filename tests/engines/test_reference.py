@@ -10,10 +10,12 @@ import pytest
 import torch
 from oracles import (
     FIRST_ORDER_ORACLES,
+    KIN,
     METAPLASTIC_ORACLES,
     ORACLES,
     OracleResult,
     OracleState,
+    gate_shapes,
     make_operands,
     make_state,
 )
@@ -21,11 +23,8 @@ from oracles import (
 import glazoo
 
 REGIMES = ("normal", "no_decay", "strong_decay", "reset", "zero_write", "zero_keys", "large_prior")
-FORMS = [(n, None) for n in glazoo.names()] + [
-    (n, gate)
-    for n in glazoo.names()
-    if not glazoo.load(n).metaplastic
-    for gate in ("head", "value")
+FORMS = [(n, None) for n in ORACLES] + [
+    (n, gate) for n in METAPLASTIC_ORACLES for gate in gate_shapes(n)
 ]
 
 
@@ -87,8 +86,12 @@ def assert_matches(result, truth: OracleResult, sums: int) -> None:
 
 
 def test_every_variant_has_an_oracle() -> None:
-    assert set(glazoo.names()) == set(ORACLES)
-    assert {n for n in glazoo.names() if not glazoo.load(n).metaplastic} == set(METAPLASTIC_ORACLES)
+    assert set(glazoo.names()) == set(ORACLES) | set(KIN)
+    plain = {n for n in ORACLES if not glazoo.load(n).metaplastic}
+    assert plain == set(METAPLASTIC_ORACLES)
+    for name, kin in KIN.items():
+        program, other = glazoo.lower(glazoo.load(name)), glazoo.lower(glazoo.load(kin))
+        assert (program.steps, program.operands) == (other.steps, other.operands)
 
 
 @pytest.mark.parametrize("regime", REGIMES)

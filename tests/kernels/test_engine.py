@@ -8,16 +8,13 @@ import numpy as np
 import pytest
 import torch
 from budget import assert_within_budget, witnesses
-from oracles import make_operands, make_state
+from oracles import METAPLASTIC_ORACLES, ORACLES, gate_shapes, make_operands, make_state
 
 import glazoo
 from glazoo import kernels
 
-FORMS = [(n, None) for n in glazoo.names()] + [
-    (n, gate)
-    for n in glazoo.names()
-    if not glazoo.load(n).metaplastic
-    for gate in ("head", "value")
+FORMS = [(n, None) for n in ORACLES] + [
+    (n, gate) for n in METAPLASTIC_ORACLES for gate in gate_shapes(n)
 ]
 
 
