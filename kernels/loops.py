@@ -128,11 +128,9 @@ def _walk(
 
     count = next(x.shape[1] for x in tokens if x is not None)
     if not count:
-        # No token: a silent one tells the outputs' shapes.
-        silent = [None if x is None else x.new_zeros(x.shape[0], *x.shape[2:]) for x in tokens]
-        return [x.unsqueeze(1)[:, :0] for x in rule(*silent, *states)[0]], [
-            x.clone() for x in states
-        ]
+        # No token: one of ones, of which every rule has finite derivatives, tells the shapes.
+        ones = [None if x is None else x.new_ones(x.shape[0], *x.shape[2:]) for x in tokens]
+        return [x.unsqueeze(1)[:, :0] for x in rule(*ones, *states)[0]], [x.clone() for x in states]
     rows = []
     if count == 1:
         # A step of decoding.

@@ -12,7 +12,7 @@ from budget import assert_within_budget, witnesses
 from hypothesis import strategies as st
 from torch import Tensor
 
-OPERATIONS = ("linear", "delta", "importance", "synapse", "synapse_delta", "full")
+OPERATIONS = ("linear", "delta", "importance", "synapse", "synapse_delta", "full", "riccati")
 POSITIONAL = {
     "linear": ("q", "k", "w", "g"),
     "delta": ("q", "e", "k", "w", "g"),
@@ -20,6 +20,7 @@ POSITIONAL = {
     "synapse": ("q", "k", "w", "b", "g"),
     "synapse_delta": ("q", "k", "v", "beta", "b", "g"),
     "full": ("q", "k", "w", "beta", "g"),
+    "riccati": ("a", "c", "d", "u"),
 }
 KEYWORD = {
     "synapse": ("prior",),
@@ -33,6 +34,7 @@ STATES = {
     "synapse": ("h", "j"),
     "synapse_delta": ("h", "j"),
     "full": ("s", "m"),
+    "riccati": ("s",),
 }
 OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
     "linear": {"read": ("post", "pre")},
@@ -50,9 +52,10 @@ OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
         "uncertainty": (False, True),
     },
     "full": {"uncertainty": (False, True)},
+    "riccati": {},
 }
 # What stays in float32 when queries, keys and values are in a 16-bit dtype.
-GATES = ("g", "b", "beta", "prior", "s", "h", "j", "m")
+GATES = ("g", "b", "beta", "prior", "a", "c", "d", "u", "s", "h", "j", "m")
 
 
 @dataclass
@@ -220,6 +223,7 @@ def make(
     prior: str = "key",
     write: str = "head",
     eraser: bool = False,
+    noise: bool = False,
     seed: int = 0,
     **options: Any,
 ) -> Case:
@@ -235,6 +239,7 @@ def make(
         states: number of sequences of the initial states; None is no initial state.
         prior: "head" or "key"; write: "head" or "value", the shape of synapse_delta's beta.
         eraser: synapse_delta gets erase keys of its own.
+        noise: riccati adds a noise of its own, not what keeps the prior.
         options: options of the operation.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -278,15 +283,23 @@ def make(
         x["beta"] = uniform(*size, generator=generator, low=0.1, high=1)
         x["e"] = None
         if eraser:
-            noise = 0.05 * normal(batch, tokens, count("e"), keys)
-            x["e"] = unit_keys[:, :, : count("e")] + noise
+            apart = 0.05 * normal(batch, tokens, count("e"), keys)
+            x["e"] = unit_keys[:, :, : count("e")] + apart
     if operation == "full":
         x["beta"] = uniform(*lead, generator=generator, low=0, high=1)
     if operation == "importance":
         del x["q"], x["w"]
+    if operation == "riccati":
+        one = torch.ones(*lead, 1, dtype=torch.float64)
+        keep = one if x["g"] is None else x["g"].exp().view(*lead, 1 if gate == "head" else keys)
+        added = uniform(*keep.shape, generator=generator, low=0.1, high=1)
+        u = unit_keys.square() * uniform(*lead, 1, generator=generator, low=0, high=1)
+        x = {"a": keep, "c": (1 - keep) * added, "d": one, "u": u}
+        if noise:
+            x = {"a": one, "c": added, "d": keep, "u": u}
     if states is not None:
         cell = (states, full_heads, keys)
-        if operation == "importance":
+        if operation in ("importance", "riccati"):
             x["s"] = uniform(*cell, generator=generator, low=0, high=1)
         else:
             first = normal(*cell, values)
@@ -323,6 +336,7 @@ def cases(draw: st.DrawFn, operation: str, longest: int = 140, packed: bool = Fa
         prior=draw(st.sampled_from(("head", "key"))),
         write=draw(st.sampled_from(("head", "value"))),
         eraser=draw(st.booleans()),
+        noise=draw(st.booleans()),
         seed=draw(st.integers(0, 999)),
         **options,
     )

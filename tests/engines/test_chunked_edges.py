@@ -9,9 +9,11 @@ from glazoo.engines import chunked
 from glazoo.kernels import loops
 
 DTYPES = (torch.float64, torch.float32)
+# Those whose tokens come with a key and a log decay.
+KEYED = [operation for operation in OPERATIONS if operation != "riccati"]
 GATED = [
     (operation, gate)
-    for operation in OPERATIONS
+    for operation in KEYED
     for gate in ("head", "key")
     if (operation, gate) != ("full", "key")
 ]
@@ -63,7 +65,7 @@ def test_strong_decays_have_small_gradients(operation: str, gate: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", [1e-6, 1e3])
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", KEYED)
 def test_keys_of_any_norm(operation: str, norm: float, dtype: torch.dtype) -> None:
     """With write gates that keep the recurrence stable: the erase key carries 1 / norm^2."""
     case = make(operation, tokens=80, keys=4, values=2, share=2, states=1, gate="head")
@@ -113,6 +115,34 @@ def test_full_stays_finite_where_rounding_makes_the_system_indefinite() -> None:
     for solver in ("cholesky", "cg"):
         for name, value in with_gradients(chunked, case.cast(torch.float32), solver=solver).items():
             assert torch.isfinite(value).all(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])
+@pytest.mark.parametrize("noise", [False, True])
+def test_riccati_of_any_size_with_zeros(noise: bool, size: float, dtype: torch.dtype) -> None:
+    """Strong decays, resets, and tokens that add nothing, many in a row, next to huge ones."""
+    case = make("riccati", tokens=150, keys=3, gate="key", strength=80, states=1, noise=noise)
+    x, generator = case.operands, torch.Generator().manual_seed(3)
+    x["c"] *= 1 / size
+    for name in ("a", "c", "d", "u"):
+        x[name] = x[name].clone()
+    silent = torch.rand(1, 150, 1, 3, generator=generator) < 0.5
+    x["u"] *= torch.where(silent, 0, size)
+    x["u"][:, 40:80] = 0
+    # Half of them in a row.
+    x["d" if noise else "a"][:, 20:100:2] = 0
+    x["d" if noise else "a"][:, 100:120] = 0
+    case = case.cast(dtype)
+    compare(with_gradients(chunked, case), loops, case, dtype)
+
+
+def test_riccati_keeps_zero() -> None:
+    case = make("riccati", tokens=100, keys=3, gate="key").cast(torch.float32)
+    case.operands["u"][:, :70] = 0
+    out = with_gradients(chunked, case)["out"]
+    assert (out[:, :70] == 0).all()
+    assert (out[:, 70] > 0).any()
 
 
 def test_weak_decays_over_many_chunks_do_not_drift() -> None:

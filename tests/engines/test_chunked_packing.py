@@ -14,7 +14,7 @@ from glazoo.engines import chunked
 from glazoo.engines.chunked.common import GATHER, groups
 from glazoo.kernels import loops
 
-TOKENWISE = ("q", "k", "w", "v", "e", "g", "b", "beta")
+TOKENWISE = ("q", "k", "w", "v", "e", "g", "b", "beta", "a", "c", "d", "u")
 
 
 def cut(case: Case, start: int, stop: int, state: dict[str, Tensor | None]) -> Case:
@@ -68,17 +68,13 @@ def test_a_pack_is_its_sequences(operation: str, data: st.DataObject) -> None:
     borders = torch.tensor([0, *sorted(inner), tokens])
     if data.draw(st.booleans()):
         options = dict(case.options)
-        heads = case.operands["k"].shape[2]
-        values = case.operands.get("w", case.operands.get("v"))
-        full = heads if values is None else values.shape[2]
-        if operation == "importance":
-            full = case.operands["b"].shape[2]
-        width = 1 if values is None else values.shape[3]
+        x = case.operands
+        values = next(x[name] for name in ("w", "v", "b", "u") if name in x)
         made = make(
             operation,
-            heads=full,
-            keys=case.operands["k"].shape[3],
-            values=width,
+            heads=values.shape[2],
+            keys=x["k" if "k" in x else "u"].shape[3],
+            values=values.shape[-1],
             states=len(inner) + 1,
             **options,
         )

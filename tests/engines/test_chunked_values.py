@@ -130,7 +130,8 @@ def test_dtypes_of_results(operation: str) -> None:
             case = make(operation, tokens=tokens, states=1, share=2).cast(dtype)
             found = with_gradients(chunked, case)
             for name, value in found.items():
-                if name.startswith("final") or (operation == "importance" and name == "out"):
+                state = operation in ("importance", "riccati") and name == "out"
+                if name.startswith("final") or state:
                     assert value.dtype == wide, name
                 elif name in ("out", "doubt"):
                     assert value.dtype == dtype, name

@@ -4,9 +4,10 @@ from glazoo.engines.chunked.delta import delta
 from glazoo.engines.chunked.full import full, solve
 from glazoo.engines.chunked.importance import importance
 from glazoo.engines.chunked.linear import linear
+from glazoo.engines.chunked.riccati import riccati
 from glazoo.engines.chunked.synapse import synapse
 from glazoo.engines.chunked.synapse_delta import synapse_delta
-from glazoo.kernels.loops import covariance, riccati
+from glazoo.kernels.loops import covariance
 from glazoo.program.core import PosteriorStep
 
 posterior_step: PosteriorStep | None = None

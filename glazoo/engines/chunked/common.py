@@ -139,6 +139,14 @@ def store(target: Tensor | None, value: Tensor, rows: Rows, tile: Tile) -> None:
         view.copy_(part)
 
 
+def earlier(value: Tensor, initial: Tensor | None, tile: Tile) -> tuple[Tensor, Tile]:
+    """Where the states before the tokens of a tile are, given those after every token."""
+    if tile.start:
+        return value, tile._replace(start=tile.start - 1, stop=tile.stop - 1)
+    first = torch.zeros_like(value[:, :1]) if initial is None else initial.unsqueeze(1)
+    return torch.cat((first.to(value.dtype), value[:, : tile.stop - 1]), 1), tile
+
+
 class Group:
     """Sequences of a pack that are computed as one batch [rows, length].
 

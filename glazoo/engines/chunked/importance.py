@@ -12,6 +12,7 @@ from glazoo.engines.chunked import checks
 from glazoo.engines.chunked.common import (
     begin,
     carry,
+    earlier,
     load,
     over_sequences,
     rooms_for,
@@ -117,8 +118,8 @@ def _backward(
             after_chunk = ends[1:].view(-1, 1, shape[1])
             y = y.add_(after_chunk) if suffix is None else y.addcmul_(after_chunk, suffix)
             if dg is not None and decay is not None:
-                previous = _previous(value, initial, rows, tile, dtype)
-                gate = previous.mul_(y)
+                source, at = earlier(value, initial, tile)
+                gate = load(source, rows, at, dtype).mul_(y)
                 if dg.dim() == 3:
                     gate = gate.sum(-1, keepdim=True)
                 store(dg, gate.mul_(decay), rows, tile)
@@ -126,31 +127,6 @@ def _backward(
             store(db, (y * kt).sum(-1, keepdim=True), rows, tile)
             store(dk, y.mul_(bt).mul_(2), rows, tile)
         dinitial[corner].copy_(state.view(dinitial[corner].shape))
-
-
-def _previous(
-    value: Tensor, initial: Tensor | None, rows: Any, tile: Any, dtype: torch.dtype
-) -> Tensor:
-    """The state before each token of the tile, [N, C, K]."""
-    before = load(value, rows, tile, dtype)
-    before[:, 1:] = before[:, :-1].clone()
-    first = before[:, 0].view(tile.number, rows.batch, rows.width, -1)
-    if tile.start:
-        source = value[
-            rows.b0 : rows.b1, tile.start - 1 : tile.stop - 1 : tile.size, rows.h0 : rows.h1
-        ]
-        first.copy_(source.transpose(0, 1))
-        return before
-    first[1:].copy_(
-        value[
-            rows.b0 : rows.b1, tile.size - 1 : tile.stop - 1 : tile.size, rows.h0 : rows.h1
-        ].transpose(0, 1)
-    )
-    if initial is None:
-        first[0] = 0
-    else:
-        first[0].copy_(initial[rows.b0 : rows.b1, rows.h0 : rows.h1])
-    return before
 
 
 def _allocate(x: Importance, keep: bool) -> tuple[Tensor, Tensor]:
