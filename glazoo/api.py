@@ -325,7 +325,8 @@ def _validated(
             if x is None:
                 x = _default(operand, spec, sizes).to(q.device, compute_dtype)
             # A number per head, and on the right whatever broadcasts over channels.
-            trailing = len(operand.shapes[-1]) - x.ndim
+            axes = 2 if operand.role == "prior" else len(operand.shapes[-1])
+            trailing = axes - x.ndim
             x = x.reshape(*x.shape, *[1] * trailing)
             operands[operand.name] = x.expand(sizes[operand.shapes[-1][0]], *x.shape[1:])
     if uncertainty and not spec.has_variance:

@@ -161,7 +161,8 @@ def operands(spec: Spec) -> Iterator[Operand]:
         meaning = f"center of the preconditioner; default {default}"
         yield Operand("center", "center", _shapes("", "HV"), meaning, default=default)
     if imp.prior.shape != "none":
-        shape, default = _shapes("", "HV", "HV K"), imp.prior.init
+        one = spec.posterior.precision == "isotropic"
+        shape, default = _shapes("", "HV", *(() if one else ("HV K",))), imp.prior.init
         meaning = f"prior importance I_p; default {default}"
         yield Operand(
             "prior", "prior", shape, meaning, low=0.0, open=True, usual=(0.5, 2.0), default=default

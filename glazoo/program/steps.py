@@ -1050,7 +1050,10 @@ class Variance(Step):
             return
         importance = names.x[self.importance]
         total = apply("exp", importance) if self.importance == "z" else importance + _PRIOR
-        names.x["uncertainty"] = (_ONE / total).T @ q.squared
+        if importance.shape == NUMBER:
+            names.x["uncertainty"] = q.T @ q / total
+        else:
+            names.x["uncertainty"] = (_ONE / total).T @ q.squared
 
 
 @dataclass(frozen=True, slots=True)
