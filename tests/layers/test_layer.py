@@ -94,7 +94,9 @@ def test_every_parameter_learns(name: str) -> None:
         if p.requires_grad:
             assert p.grad is not None, key
             assert p.grad.isfinite().all(), key
-            assert p.grad.abs().max() > 0, key
+            # What a factor of zeros multiplies learns once that has learned.
+            outer = made.get_parameter(key.replace(".down.", ".up.")) if ".down." in key else p
+            assert p.grad.abs().max() > 0 or not outer.any(), key
 
 
 @pytest.mark.parametrize("name", VARIANTS)
