@@ -89,6 +89,17 @@ def convert(
             "a Kalman filter. Default: temper where it is sound."
         ),
     ] = None,
+    calibrate: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="With --basis rotated: a text, or a folder with a data set, whose keys give the "
+            "axes; again for more texts. The model then has to fit into memory."
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="For --calibrate: a folder with a tokenizer, or bytes. Default: SRC's."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the importance gate's projection.")] = 0,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
@@ -182,6 +193,8 @@ def convert(
                     precision=precision,
                     basis=basis,
                     forgetting=forgetting,
+                    calibrate=calibrate or (),
+                    tokenizer=tokenizer,
                     dtype=dtype,
                     link=link,
                     remote_code=remote_code,

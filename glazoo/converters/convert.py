@@ -6,17 +6,22 @@ import functools
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
+from torch import Tensor
 
+from glazoo.converters.calibration import Axes
+from glazoo.converters.calibration import calibrate as calibrate_model
 from glazoo.converters.casting import Dtype, plan_cast
 from glazoo.converters.files import Progress, Staging, leftover_warnings
 from glazoo.converters.folders import (
     check_apart,
 )
+from glazoo.converters.loading import load_model
 from glazoo.converters.rehearsal import rehearse
 from glazoo.converters.report import AddedTensor, ConversionReport, FileRecord
 from glazoo.converters.source import Checkpoint, inspect_checkpoint
@@ -25,11 +30,15 @@ from glazoo.converters.tokenizers import settled
 from glazoo.converters.writing import plan_files, write_files
 from glazoo.errors import ConversionError, one_line
 from glazoo.families.settings import Settings
+from glazoo.layers.conversion import metaplastic_layers
 from glazoo.program import lower
 from glazoo.spec import COUNTERPARTS, Counterpart
 from glazoo.versions import installed, untested
 
 __all__ = ["convert_checkpoint"]
+
+CALIBRATION_TOKENS = 65_536
+"""Tokens of the texts that give axes of importance."""
 
 
 def convert_checkpoint(
@@ -46,6 +55,8 @@ def convert_checkpoint(
     dry_run: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    calibrate: Sequence[str | Path] = (),
+    tokenizer: str | None = None,
     **form: Unpack[Counterpart],
 ) -> ConversionReport:
     """Converts a checkpoint folder into its metaplastic counterpart.
@@ -81,6 +92,10 @@ def convert_checkpoint(
         dry_run: check and report only; reads config.json, the index and headers.
         force: replace a model's folder that is already at `dst`.
         progress: called as `progress(file, done_bytes, total_bytes)`.
+        calibrate: texts that the source reads once, in memory, and whose keys then give the axes of
+            importance, with `basis="rotated"`: UTF-8 files, or one folder with a data set. Without,
+            the axes start as the keys' own. At most 65,536 tokens are read.
+        tokenizer: for these texts, a folder with a tokenizer, or "bytes". Default: the source's.
         form: which metaplastic form: `gate`, `gain`, `precision`, `basis` and `forgetting` of
             `glazoo.metaplasticize`.
 
@@ -94,6 +109,8 @@ def convert_checkpoint(
     """
     begun = time.monotonic()
     source, destination = Path(src), Path(os.path.abspath(dst))
+    if calibrate and form.setdefault("basis", "rotated") != "rotated":
+        raise ConversionError("calibrate: gives the axes of basis = 'rotated', and of no other")
     checkpoint = inspect_checkpoint(source)
     family, config, found = checkpoint.family, checkpoint.config, checkpoint.found
     settings = family.settings(
@@ -119,13 +136,14 @@ def convert_checkpoint(
                 "dtype as it is"
             )
         cast = plan_cast(dtype, checkpoint.shards, family, checkpoint.architecture, config)
-    new, added = _added(checkpoint, settings)
-    tokenizer, more = settled(source, family.model_type, family.converted_model_type)
+    axes, turned = _calibrated(checkpoint, settings, calibrate, tokenizer or str(source))
+    new, added = _added(checkpoint, settings, axes)
+    own_tokenizer, more = settled(source, family.model_type, family.converted_model_type)
     newer = untested(installed(("torch", "transformers")))
     warnings = [*checkpoint.warnings, *more, *newer.values()]
     try:
         Staging.check(destination, force=force)
-        files = plan_files(checkpoint, cast, retokenized=tokenizer is not None, link=link)
+        files = plan_files(checkpoint, cast, retokenized=own_tokenizer is not None, link=link)
         records = tuple(FileRecord(f.name, f.stored, f.bytes, None, "planned") for f in files)
         if not dry_run:
             records = write_files(
@@ -135,7 +153,7 @@ def convert_checkpoint(
                 new,
                 destination,
                 cast=cast,
-                tokenizer=tokenizer,
+                tokenizer=own_tokenizer,
                 remote_code=remote_code,
                 force=force,
                 progress=progress,
@@ -174,12 +192,37 @@ def convert_checkpoint(
         seconds=time.monotonic() - begun,
         dtype=dtype if cast is not None and any(map(cast.changes, shards)) else None,
         kept_wide=() if cast is None else cast.kept,
+        axes=turned,
         largest_change=None if cast is None or dry_run else cast.largest,
     )
 
 
+def _calibrated(
+    checkpoint: Checkpoint, settings: Settings, texts: Sequence[str | Path], tokenizer: str
+) -> tuple[dict[int, Tensor], tuple[Axes, ...]]:
+    """Return the axes of importance that texts give, by layer, and what they do."""
+    if not texts:
+        return {}, ()
+    from glazoo.converters.texts import read_tokens
+    from glazoo.models.metaplastic import convert_in_place
+
+    family, architecture = checkpoint.family, checkpoint.architecture
+    model = load_model(family.source_model(architecture), checkpoint.folder, torch.float32)
+    config: Any = model.config
+    ids = read_tokens(
+        texts,
+        tokenizer,
+        vocabulary=int(config.get_text_config().vocab_size),
+        limit=CALIBRATION_TOKENS,
+    )[:CALIBRATION_TOKENS]
+    convert_in_place(model, family, replace(settings, plasticity=0.0), checkpoint.found)
+    turned = calibrate_model(model, torch.from_numpy(ids.astype("int64")))
+    gates = {gate.layer: gate for _, gate, _ in metaplastic_layers(model)}
+    return {i: gates[i].axes.detach().clone() for i in settings.layers}, turned
+
+
 def _added(
-    checkpoint: Checkpoint, settings: Settings
+    checkpoint: Checkpoint, settings: Settings, axes: Mapping[int, Tensor]
 ) -> tuple[list[NewTensor], tuple[AddedTensor, ...]]:
     starts = {
         "b_down": f"uniform, seed {settings.seed}",
@@ -201,8 +244,13 @@ def _added(
             )
         for name, p in gate.named_parameters():
             key, shape = f"{checkpoint.prefixes[layer]}.metaplastic.{name}", tuple(p.shape)
-            new.append(NewTensor(key, shape, functools.partial(gate.start, name)))
-            reported.append(AddedTensor(key, shape, "float32", starts[name]))
+            start = functools.partial(gate.start, name)
+            known = name == "axes" and layer in axes
+            if known:
+                start = functools.partial(axes.__getitem__, layer)
+            new.append(NewTensor(key, shape, start))
+            what = "from the texts" if known else starts[name]
+            reported.append(AddedTensor(key, shape, "float32", what))
     return new, tuple(reported)
 
 

@@ -73,6 +73,7 @@ def measure_use(model: nn.Module, ids: Tensor) -> tuple[LayerUse, ...]:
         One entry for each layer whose importance is what a gate adds to a prior.
     """
     found: dict[int, LayerUse] = {}
+    specs = {gate.layer: spec for _, gate, spec in _measured(model)}
 
     def heads(x: Tensor) -> tuple[float, ...]:
         # The head axis is last by now.
@@ -86,7 +87,7 @@ def measure_use(model: nn.Module, ids: Tensor) -> tuple[LayerUse, ...]:
         g = g.reshape(-1, prior.shape[0])
         b = b.mean(-1) if b.dim() == 4 else b
         prior = prior if prior.dim() == 1 else prior.mean(-1)
-        above = state.importance.flatten(2).transpose(1, 2) / prior
+        above = _above(specs[seen.layer], state.importance, prior).flatten(2).transpose(1, 2)
         window = 1 / -torch.expm1(g.double().clamp(min=-60).mean(0))
         found[seen.layer] = LayerUse(
             layer=seen.layer,
@@ -104,6 +105,18 @@ def measure_use(model: nn.Module, ids: Tensor) -> tuple[LayerUse, ...]:
     finally:
         model.train(training)
     return tuple(found[layer] for layer in sorted(found))
+
+
+def _above(spec: Spec, importance: Tensor, prior: Tensor) -> Tensor:
+    """Return importance above the prior, in units of it, [N, HV, ...]: of a matrix over keys its
+    diagonal, of a covariance the reciprocal of its diagonal."""
+    if spec.posterior.precision != "full":
+        return importance / prior.view(-1, *[1] * (importance.dim() - 2))
+    importance = importance.diagonal(dim1=-2, dim2=-1)
+    if spec.forgetting == "diffuse":
+        # What is kept is the variance less that of the prior, 1 / I_p.
+        return 1 / (1 + importance * prior[:, None]) - 1
+    return importance / prior[:, None]
 
 
 def inspect_model(
@@ -169,11 +182,18 @@ def inspect_model(
         family=config.model_type,
         spec=", ".join(dict.fromkeys(s.counterpart or s.name for _, _, s in measured)),
         gate=", ".join(dict.fromkeys(g.spec.gate.shape for _, g, _ in measured)),
+        form=", ".join(dict.fromkeys(_form(spec) for _, _, spec in measured)),
         gates=gate_summaries(model),
         tokens=count,
         use=use,
         seconds=time.monotonic() - begun,
     )
+
+
+def _form(spec: Spec) -> str:
+    imp = spec.importance
+    assert imp is not None
+    return f"{spec.posterior.precision} precision, {imp.basis} basis, {imp.forgetting}"
 
 
 def _vocabulary(model: nn.Module) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from glazoo.converters.calibration import Axes
 from glazoo.converters.files import size_text
 from glazoo.errors import ConversionError
 from glazoo.families import Found
@@ -133,6 +134,8 @@ class ConversionReport(Report):
     """Tensors that stay wider than that dtype."""
     largest_change: float | None = None
     """Largest difference of a weight from the source's; None in a dry run."""
+    axes: tuple[Axes, ...] = ()
+    """What axes that come from texts do to the keys."""
     versions: dict[str, str] = field(default_factory=_versions)
 
     def to_markdown(self) -> str:
@@ -201,6 +204,21 @@ class ConversionReport(Report):
         if self.skipped_layers:
             lines += ["", "## Layers left as they are", ""]
             lines += [f"- {i}: {reason}" for i, reason in self.skipped_layers.items()]
+        if self.axes:
+            lines += ["", "## Axes of importance, from the texts", ""]
+            lines += markdown_table(
+                ("layer", "off the diagonal before", "after", "directions of", "keys"),
+                [
+                    (
+                        str(x.layer),
+                        f"{x.before:.3f}",
+                        f"{x.after:.3f}",
+                        f"{x.directions:.1f}",
+                        str(x.keys),
+                    )
+                    for x in self.axes
+                ],
+            )
         lines += [
             "",
             f"## Added tensors (those of layer {self.layers[0]}; every converted layer has the "
@@ -470,6 +488,7 @@ class InspectReport(Report):
     family: str
     spec: str
     gate: str
+    form: str
     gates: tuple[GateSummary, ...]
     tokens: int
     """Tokens of the text; 0 if none was given."""
@@ -481,7 +500,7 @@ class InspectReport(Report):
         lines = [
             f"# {self.folder}",
             "",
-            f"{self.family}, {self.spec}, {self.gate}-shaped importance gate.",
+            f"{self.family}, {self.spec}, {self.gate}-shaped importance gate; {self.form}.",
             "",
             *_gate_table(self.gates),
         ]

@@ -157,7 +157,7 @@ class MetaplasticMixer(nn.Module):
         if self.observer is not None:
             assert state is not None
             g = v.new_zeros(v.shape[2]) if x.g is None else x.g
-            self.observer(Observation(self.layer_idx, g, b, prior, state))
+            self.observer(Observation(self.layer_idx, g, b, prior, state, x.k))
         output = out.output if packed is None else out.output[0].unflatten(0, (rows, tokens))
         return x.finish(output, pack_state(state) if x.keep and state is not None else None)
 

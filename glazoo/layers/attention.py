@@ -271,7 +271,8 @@ class GatedLinearAttention(OperandProjections):
             assert result.final_state is not None
             g = operands.get("g", v.new_zeros(self.sizes.heads, dtype=wide_dtype(x)))
             b, prior = operands["b"], operands["prior"]
-            self.observer(Observation(self.layer_idx, g, b, prior, result.final_state))
+            keys = -torch.expm1(g) if k is None else k
+            self.observer(Observation(self.layer_idx, g, b, prior, result.final_state, keys))
         if output_state:
             assert result.final_state is not None
             self._keep(result.final_state, k, v, ctx)

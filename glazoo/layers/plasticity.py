@@ -379,6 +379,8 @@ class Observation(NamedTuple):
     prior: Float[Tensor, "HV *K"]
     state: State
     """After the last token."""
+    keys: Float[Tensor, "B T H K"]
+    """As the recurrence took them."""
 
 
 EARLIER_NAMES = {

@@ -128,7 +128,7 @@ def test_everything_else_is_carried_over(source: Path, tmp_path: Path) -> None:
     assert after["model_type"] == "metaplastic_mamba2"
     assert after["architectures"] == ["MetaplasticMamba2ForCausalLM"]
     assert after["metaplastic"] == {
-        "format_version": 2,
+        "format_version": 3,
         "base_model_type": "mamba2",
         "base_architectures": ["Mamba2ForCausalLM"],
         "spec": "mamba2",
@@ -140,6 +140,9 @@ def test_everything_else_is_carried_over(source: Path, tmp_path: Path) -> None:
         "gain": "first_order",
         "beta": "precision",
         "tie": "write",
+        "precision": "diagonal",
+        "basis": "own",
+        "forgetting": "temper",
     }
     assert (dst.stat().st_mode & 0o777) == (source.stat().st_mode & 0o777)
 

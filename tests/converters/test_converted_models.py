@@ -115,7 +115,7 @@ def test_damaged_blocks_are_an_error(converted: Path) -> None:
     block = json.loads((converted / "config.json").read_text())["metaplastic"]
     for change, message in (
         (None, "has no block 'metaplastic'"),
-        ({**block, "format_version": 7}, "format_version is 7, this glazoo reads 1, 2: install"),
+        ({**block, "format_version": 7}, "format_version is 7, this glazoo reads 1, 2, 3: install"),
         ({k: v for k, v in block.items() if k != "rank"}, "block 'metaplastic' is damaged"),
         ({**block, "layers": [0, 9]}, r"no convertible mixer in the layers \[9\]"),
     ):

@@ -59,7 +59,7 @@ def made(layers: int, heads: int, *, measured: bool = True) -> InspectReport:
         for k in range(layers)
     )
     return InspectReport(
-        "model", "mamba2", "mamba2", "value", gates, 99, use if measured else (), 0.1
+        "model", "mamba2", "mamba2", "value", "diagonal", gates, 99, use if measured else (), 0.1
     )
 
 

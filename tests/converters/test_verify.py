@@ -175,6 +175,6 @@ def test_folders_that_do_not_load_are_refused(source: Path, tmp_path: Path) -> N
     with pytest.raises(ConversionError, match="cannot load") as caught:
         verify_checkpoint(source, tmp_path / "c")
     assert "\n" not in str(caught.value)
-    edit_json(tmp_path / "c" / "config.json", metaplastic={"format_version": 3})
-    with pytest.raises(ConversionError, match="is 3, this glazoo reads 1, 2: install"):
+    edit_json(tmp_path / "c" / "config.json", metaplastic={"format_version": 99})
+    with pytest.raises(ConversionError, match="is 99, this glazoo reads 1, 2, 3: install"):
         verify_checkpoint(source, tmp_path / "c")

@@ -1,0 +1,128 @@
+"""Axes of importance from a text: the directions that the keys of a model live on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from glazoo.errors import ConversionError
+from glazoo.layers import ImportanceGate
+from glazoo.layers.conversion import metaplastic_layers
+from glazoo.layers.plasticity import Observation
+
+__all__ = ["Axes", "calibrate", "key_moments", "observed"]
+
+LENGTH = 512
+"""Tokens that a model reads at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """What a change of axes does to the keys of one layer, means over its key heads."""
+
+    layer: int
+    before: float
+    """Share of |E[k k^T]|^2 off the diagonal, which an importance per key neglects, along the keys'
+    own axes."""
+    after: float
+    """The same along the new axes, on the part of the text that these do not come from."""
+    directions: float
+    """Participation ratio (tr M)^2 / |M|^2 of M = E[k k^T]: how many directions keys live on."""
+    keys: int
+    """Key channels, K."""
+
+
+def observed(model: nn.Module, ids: Int[Tensor, "T"]) -> Iterator[Observation]:
+    """Run a metaplastic model over a text, piece by piece, and give what each layer did."""
+    layers: list[Any] = [layer for layer, _, _ in metaplastic_layers(model)]
+    seen: list[Observation] = []
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    for layer in layers:
+        layer.observer = seen.append
+    try:
+        for piece in ids.split(LENGTH):
+            with torch.no_grad():
+                model(piece[None].to(device), use_cache=False)
+            yield from seen
+            seen.clear()
+    finally:
+        for layer in layers:
+            layer.observer = None
+        model.train(training)
+
+
+def key_moments(model: nn.Module, ids: Int[Tensor, "T"]) -> dict[int, Float[Tensor, "H K K"]]:
+    """Return E[k k^T] of every layer and key head, in float64, keys as the recurrence takes them.
+
+    Args:
+        model: a metaplastic model, in memory.
+        ids: token ids of a text, read once, 512 at a time.
+    """
+    total: dict[int, Tensor] = {}
+    count: dict[int, int] = {}
+    for seen in observed(model, ids):
+        k = seen.keys.double().flatten(0, 1)
+        moment = torch.einsum("thi,thj->hij", k, k).cpu()
+        total[seen.layer] = total.get(seen.layer, 0) + moment
+        count[seen.layer] = count.get(seen.layer, 0) + len(k)
+    return {layer: x / count[layer] for layer, x in total.items()}
+
+
+def calibrate(model: nn.Module, ids: Int[Tensor, "T"]) -> tuple[Axes, ...]:
+    """Turns the axes of every rotated importance to the eigenvectors of E[k k^T], in place.
+
+    Along them, the off-diagonal part of sum b k k^T that one importance per key neglects is as
+    small as it can be where keys live on few directions that all texts share. Where they fill the
+    space, and what they share changes from context to context, the keys' own axes may be better:
+    measure. At kappa = 0 no axes change what a model computes.
+
+    Args:
+        model: a metaplastic model with `basis = "rotated"`, in memory.
+        ids: token ids of a text; its first half gives the axes, its second half measures them.
+
+    Returns:
+        What the axes do to the keys, by layer.
+
+    Raises:
+        ConversionError: no layer has axes, or the text is shorter than two tokens.
+    """
+    gates = {gate.layer: gate for _, gate, _ in metaplastic_layers(model) if gate.axes is not None}
+    if not gates:
+        raise ConversionError(
+            'model: no layer has axes of importance; convert with basis="rotated"'
+        )
+    if len(ids) < 2:
+        raise ConversionError(f"ids: got {len(ids)} tokens, expected at least 2")
+    half = len(ids) // 2
+    found = key_moments(model, ids[:half])
+    held_out = key_moments(model, ids[half:])
+    return tuple(_turned(gates[layer], found[layer], held_out[layer]) for layer in sorted(gates))
+
+
+@torch.no_grad()
+def _turned(gate: ImportanceGate, moment: Tensor, held_out: Tensor) -> Axes:
+    assert gate.axes is not None
+    assert gate.turn is not None
+    basis = torch.linalg.eigh(moment).eigenvectors.flip(-1)
+    gate.axes.copy_(basis)
+    gate.turn.zero_()
+    whole = held_out.square().sum((-2, -1))
+    directions = held_out.diagonal(dim1=-2, dim2=-1).sum(-1).square() / whole
+    return Axes(
+        layer=gate.layer,
+        before=_neglected(held_out),
+        after=_neglected(basis.mT @ held_out @ basis),
+        directions=float(directions.mean()),
+        keys=moment.shape[-1],
+    )
+
+
+def _neglected(moment: Tensor) -> float:
+    kept = moment.diagonal(dim1=-2, dim2=-1).square().sum(-1)
+    return float((1 - kept / moment.square().sum((-2, -1))).mean())
