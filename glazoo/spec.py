@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 __all__ = [
     "COUNTERPARTS",
+    "FORMS",
     "Counterpart",
     "Decay",
     "Erase",
@@ -57,6 +58,13 @@ COUNTERPARTS: dict[str, tuple[str, ...]] = {
     "forgetting": ("temper", "diffuse"),
 }
 """Accepted values of these options, the default first but for the gain."""
+FORMS = {
+    "isotropic": "precision",
+    "full": "precision",
+    "rotated": "basis",
+    "diffuse": "forgetting",
+}
+"""What a metaplastic spec is named by, after its source, with the option that it is of."""
 
 
 class SpecError(ValueError):
@@ -882,8 +890,9 @@ def metaplasticize(
         rank: rank of the projection that makes the gate depend on the token.
 
     Returns:
-        The metaplastic spec, named `metaplastic_<name>`. With b = 0 and I_p = 1 it computes what
-        `spec` computes.
+        The metaplastic spec, named `metaplastic_<name>`, and after that by its precision, basis and
+        forgetting where these are no defaults (`metaplastic_mamba2_full`). With b = 0 and I_p = 1
+        it computes what `spec` computes.
 
     Raises:
         SpecError: `spec` is metaplastic already, an option is not one of the above, or `spec` has
@@ -925,8 +934,10 @@ def metaplasticize(
         )
     rate = gain != source.gain
     straight = (precision, basis or "own") == ("diagonal", "own")
-    if forgetting is None:
-        forgetting = "temper" if straight or spec.decay.shape != "key" else "diffuse"
+    sound: Literal["temper", "diffuse"] = "temper"
+    if not straight and spec.decay.shape == "key":
+        sound = "diffuse"
+    forgetting = sound if forgetting is None else forgetting
     importance = {
         "gate": Gate(
             shape=gate or "head",
@@ -940,6 +951,8 @@ def metaplasticize(
         "forgetting": forgetting,
         "basis": basis or "own",
     }
+    chosen = (precision, basis, None if forgetting == sound else forgetting)
+    special = [x for x in chosen if x in FORMS]
     correction = source.correction
     if correction == "none" and precision == "diagonal":
         correction = "diagonal"
@@ -950,7 +963,7 @@ def metaplasticize(
         "beta": "rate" if rate else source.beta,
     }
     data = spec.model_dump() | {
-        "name": f"metaplastic_{spec.name}",
+        "name": "_".join(("metaplastic", spec.name, *special)),
         "counterpart": spec.name,
         "posterior": source.model_dump() | posterior,
         "importance": importance,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from glazoo.spec import Spec, SpecError, metaplasticize
+from glazoo.spec import FORMS, Spec, SpecError, metaplasticize
 
 __all__ = ["load", "names", "schema"]
 
@@ -31,7 +31,8 @@ def load(name_or_path: str | Path | Spec) -> Spec:
 
     Args:
         name_or_path: a shipped variant's name or alias; `metaplastic_<name>` for the metaplastic
-            counterpart of a shipped one; the path of a TOML file (a `Path`, or a string that ends
+            counterpart of a shipped one, and `_isotropic`, `_full`, `_rotated`, `_diffuse` after
+            that for its other forms; the path of a TOML file (a `Path`, or a string that ends
             in `.toml`); a `Spec` is given back as it is.
 
     Returns:
@@ -63,8 +64,15 @@ def _shipped(name: str) -> Spec:
     source, aliases = name.removeprefix(_PREFIX), _aliases()
     if name in aliases:
         return _shipped(aliases[name])
-    if source != name and (source in names() or source in aliases):
-        return metaplasticize(_shipped(source))
+    form: dict[str, str] = {}
+    while source not in names() and source not in aliases:
+        source, _, last = source.rpartition("_")
+        if last not in FORMS or FORMS[last] in form:
+            break
+        form[FORMS[last]] = last
+    else:
+        if name.startswith(_PREFIX):
+            return metaplasticize(_shipped(source), **form)  # type: ignore[arg-type]
     known = [*names(), *aliases, *(_PREFIX + n for n in names() if not _shipped(n).metaplastic)]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names())}"
