@@ -92,7 +92,7 @@ def test_importance_is_one_vector_over_keys_by_default(name: str) -> None:
     assert metaplastic.importance.gate.shape == "head"
 
 
-EXACT = ("deltanet", "gated_deltanet", "kda")
+EXACT = ("deltanet", "gated_deltanet", "gated_deltanet_sigmoid", "kda", "kda_bounded")
 """The shipped sources whose write gate is the rate of a precision."""
 
 
@@ -125,7 +125,7 @@ def test_a_delta_rule_gets_the_exact_gain_where_it_has_one(name: str) -> None:
         ("comba", "exact", "'comba' predicts otherwise than it writes"),
         ("rwkv7", "exact", "'rwkv7' predicts otherwise than it writes"),
         ("gated_deltaproduct", "exact", r"factor 2, tie 'none'\) may exceed 1"),
-        ("implicit_delta", "first_order", "the gain of 'implicit_delta' is exact already"),
+        ("implicit_delta", "first_order", "but that of 'implicit_delta' is 'exact'"),
         ("kda", "half", "gain: got 'half', accepted are 'first_order' and 'exact'"),
     ],
 )
@@ -207,7 +207,7 @@ def test_an_unknown_name_suggests_the_nearest(name: str, hint: str) -> None:
 
 
 def test_a_name_like_nothing_lists_the_known_ones() -> None:
-    with pytest.raises(SpecError, match=r"known are based, comba"):
+    with pytest.raises(SpecError, match=r"known are based, bayesian_layer, comba"):
         glazoo.load("zzzzzzzz")
 
 
