@@ -46,6 +46,7 @@ def attention(
     g_importance: Tensor | None = None,
     noise: Tensor | None = None,
     basis: Tensor | None = None,
+    mix: Tensor | None = None,
     center: Tensor | float | None = None,
     scale: float | None = None,
     initial_state: State | None = None,
@@ -73,6 +74,7 @@ def attention(
     g_importance: Tensor | None = None,
     noise: Tensor | None = None,
     basis: Tensor | None = None,
+    mix: Tensor | None = None,
     center: Tensor | float | None = None,
     scale: float | None = None,
     initial_state: State | None = None,
@@ -99,6 +101,7 @@ def attention(
     g_importance: Float[Tensor, "B T HV"] | None = None,
     noise: Float[Tensor, "B T HV *K"] | None = None,
     basis: Float[Tensor, "H K K"] | None = None,
+    mix: Float[Tensor, "B T HV"] | None = None,
     center: Float[Tensor, "..."] | float | None = None,
     scale: float | None = None,
     initial_state: State | None = None,
@@ -142,6 +145,7 @@ def attention(
             > 0 where exp(g) is 0.
         basis: orthogonal matrices R, [H, K, K], whose columns are the axes of the importance.
             Default: the identity.
+        mix: share of the solved query in [0, 1], [B, T, HV]; the rest is the query itself.
         center: center of the preconditioner, a number or [HV].
         scale: factor on q. Default: the spec's.
         initial_state: state of the N sequences before the first token; default: nothing written.
@@ -182,6 +186,7 @@ def attention(
         "g_importance": g_importance,
         "noise": noise,
         "basis": basis,
+        "mix": mix,
         "center": center,
     }
     call = _validated(program, given, scale, initial_state, cu_seqlens, output_uncertainty)

@@ -277,15 +277,16 @@ class Posterior(_Data):
 class Prior(_Data):
     """The prior importance I_p."""
 
-    shape: Literal["none", "head", "key"] = "head"
+    shape: Literal["none", "head", "key", "relative"] = "head"
     """none: no prior (importance starts at zero); head: a number per head; key: a number per head
-    and key channel."""
+    and key channel; relative: this share of the precision matrix's norm, so that scaling all keys
+    changes nothing."""
     init: float = 1.0
-    """Value at the start."""
+    """Value at the start, or the share."""
     parameterization: Literal["exp", "softplus_floor"] = "exp"
     """exp(parameter), or softplus(parameter) + floor."""
     floor: float = 0.0
-    """Smallest prior of softplus_floor."""
+    """Smallest prior of softplus_floor, or what a relative one adds to its share."""
     trainable: bool = True
     """Whether it is learned."""
 
@@ -431,6 +432,9 @@ class Read(_Data):
     """Constant of the `sum` normaliser."""
     scale: Literal["rsqrt_key"] | float = "rsqrt_key"
     """Factor on q: key size^-1/2 or a number."""
+    mix: Gate = Gate()
+    """precision = full only: a gate between the query (0) and the query over the precision matrix
+    (1), an operand."""
 
 
 class Stream(_Data):
@@ -729,6 +733,11 @@ class Spec(_Data):
             self._known_forgetting(imp)
         if self.key == "one_minus_decay" and self.decay.shape != "key":
             raise ValueError("key = one_minus_decay needs decay.shape = key")
+        solves = p.precision == "full" and self.forgetting != "diffuse"
+        if self.read.mix.shape not in (("none", "head") if solves else ("none",)):
+            raise ValueError(
+                "read.mix is a gate per head of precision = full with forgetting = temper"
+            )
         if self.read.bonus and self.read.when != "pre":
             raise ValueError("read.bonus needs read.when = pre")
         if self.read.when == "pre" and p.correction == "full":
@@ -774,6 +783,11 @@ class Spec(_Data):
             raise ValueError("precision = isotropic looks the same in every basis: basis = own")
         if precision == "full" and imp.basis == "rotated":
             raise ValueError("precision = full needs no basis: it is exact in every one")
+        if imp.prior.shape == "relative" and not (precision == "full" and self.sums_writes):
+            raise ValueError(
+                "importance.prior.shape = relative is a share of the norm of a precision matrix "
+                "that tempers: precision = full, with plain sums of writes"
+            )
         if imp.basis == "rotated" and imp.gate.shape != "head":
             raise ValueError(
                 "importance.basis = rotated takes one importance per key (gate = head)"

@@ -80,6 +80,7 @@ class Signature:
     beta_max: float = 1.0  # domain of beta in the random operands
     normalized: bool = False  # keeps n, the running sum of keys
     lagged: bool = False  # keeps the last key and value
+    relative: bool = False  # the prior is a share of a norm
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -124,6 +125,7 @@ class Head:
     trap: Array = field(default_factory=lambda: EMPTY)
     al_importance: Array = field(default_factory=lambda: EMPTY)
     noise: Array = field(default_factory=lambda: EMPTY)
+    mix: Array = field(default_factory=lambda: EMPTY)
     center: float = 0.0
     S: Array = field(default_factory=lambda: EMPTY)  # [V, K]
     J: Array = field(
@@ -204,7 +206,7 @@ def _over_heads(name: str, sig: Signature, loop: Loop) -> Oracle:
                         x.al = np.exp(g[j]) * x.al
                     else:  # [B, T, HV] or [B, T, HV, K]
                         x.al = np.exp(g[i, :, j, None] if g.ndim == 3 else g[i, :, j])
-                for n in ("beta", "erase", "removal", "trap", "noise"):
+                for n in ("beta", "erase", "removal", "trap", "noise", "mix"):
                     if n in ops:
                         setattr(x, n, ops[n][i, :, j])
                 if "b" in ops:
@@ -641,6 +643,20 @@ def bayesian_layer(x: Head) -> None:
     x.S, x.J = S, C
 
 
+@oracle("gka", g="head", beta="head", keys="unit", extra=("mix",), importance="full", relative=True)
+def gka(x: Head) -> None:
+    """Keys and values as the paper has them, scaled by the root of the write gate."""
+    U, H, eye = x.S, x.J, np.eye(x.K)
+    for t in range(x.T):
+        w, al, q = np.sqrt(x.beta[t]), x.al[t], x.sq[t]
+        k, v = w * x.k[t], w * x.v[t]
+        U, H = al * U + outer(v, k), al * H + outer(k, k)
+        solved = np.linalg.solve(H + (x.prior[0] * np.linalg.norm(H) + 1e-6) * eye, q)
+        x.y[t] = U @ (q + x.mix[t] * (solved - q))
+        x.unc[t] = q @ solved
+    x.S, x.J = U, H
+
+
 @oracle("palimpsa", g="head", beta="head", keys="unit", importance="metaplastic")
 def palimpsa(x: Head) -> None:
     M, J, I0 = x.S, x.J, x.prior
@@ -1027,6 +1043,8 @@ def make_operands(
             ops["prior"] = np.full((HV, K), 1.0 if regime == "zero_gate" else 1e4)
         if sig.importance == "number":
             ops["prior"] = ops["prior"][:, 0]
+        if sig.relative:
+            ops["prior"] = rng.uniform(0.01, 0.1, HV)
     if "erase" in sig.extra:
         ops["erase"] = rng.uniform(0.0, 1.0, (B, T, HV, K))
     if "p" in sig.extra:  # near the key, but not it
@@ -1039,6 +1057,8 @@ def make_operands(
         ops["trap"] = rng.uniform(0.05, 0.95, (B, T, HV))
     if "g_importance" in sig.extra:
         ops["g_importance"] = make_decay(rng, (B, T, HV), regime)
+    if "mix" in sig.extra:
+        ops["mix"] = rng.uniform(0.05, 0.95, (B, T, HV))
     if "noise" in sig.extra:
         per_key = sig.importance == "vector"
         ops["noise"] = rng.uniform(0.05, 1.0, (B, T, HV, *((K,) if per_key else ())))

@@ -34,7 +34,13 @@ DELTA = [
     *("deltanet", "gated_deltanet", "kda", "gdn2", "comba", "gated_deltaproduct", "rwkv7"),
     *("implicit_delta", "longhorn", "precond_gated_deltanet", "precond_kda"),
 ]
-FILTERS = ("efla", "kdn", "kdn_isotropic", "bayesian_layer")  # written in more than one way above
+FILTERS = (
+    "efla",
+    "gka",
+    "kdn",
+    "kdn_isotropic",
+    "bayesian_layer",
+)  # written in more than one way above
 HEBBIAN = [n for n in ORACLES if n not in (*DELTA, *FILTERS, "lightnet", "mesanet")]
 B, T, H, HV, K, V = 2, 12, 2, 4, 5, 3  # what make_operands draws by default
 

@@ -137,12 +137,12 @@ class _Sequence:
         for t in range(self.tokens):
             q = self.q[:, t, :, :, None]
             if self.spec.read.when == "pre":
-                y = self._read(q, uncertainties)
+                y = self._read(t, q, uncertainties)
             writes = self._writes(t)
             for write in writes:
                 self._observe_and_correct(write)
             if self.spec.read.when == "post":
-                y = self._read(q, uncertainties)
+                y = self._read(t, q, uncertainties)
             if self.spec.read.bonus:
                 last = writes[-1]
                 same = (self.ops["u"][:, :, None] * last.k * q).sum(2, keepdim=True)
@@ -294,9 +294,13 @@ class _Sequence:
 
     def _matrix(self) -> Tensor:
         """Return the precision matrix H + Diag(I_p)."""
-        assert self.importance is not None
-        shape = self.importance.shape[:-1]
-        return self.importance + torch.diag_embed(self.prior.squeeze(-1).expand(shape))
+        H, imp = self.importance, self.spec.importance
+        assert H is not None
+        assert imp is not None
+        prior = self.prior.squeeze(-1)
+        if imp.prior.shape == "relative":
+            prior = prior * torch.linalg.matrix_norm(H)[..., None] + imp.prior.floor
+        return H + torch.diag_embed(prior.expand(H.shape[:-1]))
 
     def _predict_and_observe(self, w: _Write) -> tuple[_Over, _Over, Tensor]:
         """Forget and count one write's evidence.
@@ -423,17 +427,21 @@ class _Sequence:
         x = (self.importance + p.eps).log() - self.ops["center"][None, :, None, None]
         return (-math.log(p.base) * x / (1 + x.abs())).exp()
 
-    def _read(self, q: Tensor, uncertainties: list[Tensor]) -> Tensor:
+    def _read(self, t: int, q: Tensor, uncertainties: list[Tensor]) -> Tensor:
         if self.call.uncertainty:
             uncertainties.append(self._uncertainty(q))
-        return self._mean_read(q)
+        mix = self.ops["mix"][:, t, :, None, None] if "mix" in self.ops else None
+        return self._mean_read(q, mix)
 
-    def _mean_read(self, q: Tensor) -> Tensor:
+    def _mean_read(self, q: Tensor, mix: Tensor | None) -> Tensor:
         """Reads the posterior mean: [B, HV, 1, V]."""
         if self.importance is None or self.spec.memory_is_mean:
             return (self.memory * q).sum(2, keepdim=True)
         if self.spec.posterior.precision == "full":
-            return (self.memory * self._solve(q)).sum(2, keepdim=True)
+            solved = self._solve(q)
+            if mix is not None:
+                solved = q + mix * (solved - q)
+            return (self.memory * solved).sum(2, keepdim=True)
         return (self.memory / (self.importance + self.prior) * q).sum(2, keepdim=True)
 
     def _solve(self, x: Tensor) -> Tensor:

@@ -88,6 +88,7 @@ class OperandProjections(KeepsWide):
     decay: GateModule
     write: GateModule
     erase: GateModule
+    mix: GateModule
     angle_proj: Projection
     trap_proj: Projection
     value_mix: LowRank
@@ -188,7 +189,7 @@ class OperandProjections(KeepsWide):
                 continue
             shared = self.grouped_query and gate.shape == "key"
             heads = n.key_heads if shared else n.heads
-            copies = 1 if name in ("decay", "q") else self.steps
+            copies = 1 if name in ("decay", "q", "mix") else self.steps
             inner = n.heads * n.value if gate.input in ("branch", "conv") else n.hidden
             size = {"head": None, "key": self.keys, "value": n.value}[gate.shape]
             rank = n.value if gate.rank == "head" else gate.rank
@@ -255,6 +256,7 @@ class OperandProjections(KeepsWide):
             "decay": spec.decay,
             "write": spec.write,
             "erase": spec.erase.gate,
+            "mix": spec.read.mix,
         }
         return gates | {s: self._stream(s).gate for s in _STREAMS}
 
@@ -498,6 +500,8 @@ class OperandProjections(KeepsWide):
         if spec.steps.source == "lagged":
             trap = self.trap_proj(inputs.hidden)
             operands["trap"] = torch.sigmoid(trap.to(wide_dtype(trap)))
+        if spec.read.mix.shape != "none":
+            operands["mix"] = self.mix(inputs.of("mix", spec.read.mix.input)).value
         if self.metaplastic is not None:
             operands |= self.metaplastic(inputs.hidden, self._observed(operands))
 

@@ -214,7 +214,7 @@ class ImportanceGate(KeepsWide):
                 self.b_bias = wide_parameter(width)
             if spec.scale.parameterization != "none":
                 self.b_scale = wide_parameter(heads)
-        shape = {"none": None, "head": (heads,), "key": (heads, keys)}[spec.prior.shape]
+        shape = {"none": None, "key": (heads, keys)}.get(spec.prior.shape, (heads,))
         self.ip_log = (
             None if shape is None else wide_parameter(*shape, trainable=spec.prior.trainable)
         )

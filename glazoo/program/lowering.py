@@ -333,8 +333,13 @@ def _matrix(spec: Spec, g: str | None, beta: str | None, e: str) -> Iterator[Ste
             yield step.Solve("rest", "rest", b, g, "decayed")
             yield step.Solve("e", e, b, g, "previous")
             yield step.Less("e", "e", g, "rest")
-    yield step.Solve("x", "q", b, g)
+    if imp.prior.shape == "relative":
+        yield step.SolveRelative(b, g, imp.prior.floor)
+    else:
+        yield step.Solve("x", "q", b, g)
     yield step.Variance(None, solved="x")
+    if spec.read.mix.shape != "none":
+        yield step.Mix()
     if spec.sums_writes:
         yield step.Linear("x", "k", w, g, symbol="h")
     else:

@@ -28,6 +28,7 @@ Role = Literal[
     "center",
     "noise",
     "basis",
+    "mix",
 ]
 
 # The weight of this logarithm underflows to zero, and unlike -inf it stays finite in differences.
@@ -140,6 +141,9 @@ def operands(spec: Spec) -> Iterator[Operand]:
         yield Operand(name, "erase", shape, meaning, symbol=symbol, idle=0.0, usual=(0.0, 1.0))
     if spec.read.bonus:
         yield Operand("u", "bonus", _shapes("HV K"), "same-token bonus")
+    if spec.read.mix.shape != "none":
+        shape, meaning = gate("B T", spec.read.mix.shape), "share of the solved query, activated"
+        yield Operand("mix", "mix", shape, meaning, low=0.0, high=1.0, usual=(0.05, 0.95))
     if imp is None:
         return
     if imp.gate.shape != "none":
@@ -161,9 +165,11 @@ def operands(spec: Spec) -> Iterator[Operand]:
         meaning = f"center of the preconditioner; default {default}"
         yield Operand("center", "center", _shapes("", "HV"), meaning, default=default)
     if imp.prior.shape != "none":
-        one = spec.posterior.precision == "isotropic"
+        one = spec.posterior.precision == "isotropic" or imp.prior.shape == "relative"
         shape, default = _shapes("", "HV", *(() if one else ("HV K",))), imp.prior.init
         meaning = f"prior importance I_p; default {default}"
+        if imp.prior.shape == "relative":
+            meaning = f"prior importance as a share of |H|; default {default}"
         yield Operand(
             "prior", "prior", shape, meaning, low=0.0, open=True, usual=(0.5, 2.0), default=default
         )

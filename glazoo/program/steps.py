@@ -675,6 +675,90 @@ class Solve(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class SolveRelative(Step):
+    """The class `full` with a share of the matrix's norm as prior: H = a H + b k k^T, and the query
+    over H + lambda 1, lambda = share |H| + floor.
+
+    Over lambda, the matrix decays by a lambda_{t-1} / lambda_t <= 1, and its prior is one.
+    """
+
+    b: str | None
+    g: str | None
+    floor: float
+    kernel = Kernel.FULL
+    operations = (("KK", 9), ("KKK", 1 / 3))
+
+    def run(self, env: Env) -> None:
+        x, cu, first = env.x, env.cu_seqlens, env.x.get("importance")
+        k, b, g = env.heads("k").to(env.wide), env.rate(self.b, "v"), env.gate(self.g)
+        seen, x["importance"] = env.core.linear(
+            env.token("k"),
+            env.token("k"),
+            (b[..., None] * k).to(env.narrow),
+            g,
+            initial_state=first,
+            read="pre",
+            cu_seqlens=cu,
+        )
+        # |a H + b k k^T|^2 = a^2 |H|^2 + 2 a b k^T H k + (b k.k)^2
+        length = k.square().sum(-1)
+        across = 2 * b * (seen.to(env.wide) * k).sum(-1).clamp(min=0)
+        across = across if g is None else across * g.exp()
+        n = x["q"].shape[0] if cu is None else len(cu) - 1
+        start = b.new_zeros(n, b.shape[2]) if first is None else first.square().sum((-2, -1))
+        norm, _ = env.core.importance(
+            env.token("k").new_ones(1).expand(*b.shape[:2], 1, 1),
+            across + (b * length).square(),
+            None if g is None else 2 * g,
+            initial_state=start[..., None],
+            cu_seqlens=cu,
+        )
+        share = x["prior"][:, 0]
+        # The gradient of a root at zero is infinite.
+        tiny = torch.finfo(env.wide).tiny
+        level = share * norm[..., 0].clamp(min=tiny).sqrt() + self.floor
+        before = share * start.clamp(min=tiny).sqrt() + self.floor
+        drift = (previous(level, before, cu) / level).log()
+        drift = drift if g is None else g + drift
+        solved, _ = env.core.solve(
+            env.token("q"),
+            env.token("k"),
+            b / level,
+            drift.clamp(max=0),
+            prior=torch.ones_like(env.x["prior"]).expand(-1, k.shape[-1]),
+            initial_state=None if first is None else first / before[..., None, None],
+            cu_seqlens=cu,
+        )
+        x["x"] = solved / level[..., None]
+
+    def write(self, names: Names) -> None:
+        x, k, square = names.x, names.x["k"], ("K", "K")
+        new = k @ k.T if self.b is None else x[self.b] * (k @ k.T)
+        H = names.let("H", names.decayed(self.g, "H", square) + new)
+        share = Term("I_p") * Term(f"norm({H.text})") + number(self.floor)
+        total = H + names.let("l", share) * Term("Id", square)
+        x["x"] = names.let("x", Term(f"{total.within(0)}^-1", square) @ x["q"])
+
+    def state(self) -> tuple[StatePart, ...]:
+        return (StatePart("importance", "H", ("N", "HV", "K", "K"), "importance above the prior"),)
+
+
+@dataclass(frozen=True, slots=True)
+class Mix(Step):
+    """The solved query, or a part of it: q + mix (x - q)."""
+
+    operations = (("K", 3),)
+
+    def run(self, env: Env) -> None:
+        x, q = env.x, env.heads("q").to(env.wide)
+        x["x"] = q + x["mix"][..., None] * (x["x"] - q)
+
+    def write(self, names: Names) -> None:
+        x = names.x
+        x["x"] = names.let("z", x["q"] + x["mix"] * (x["x"] - x["q"]))
+
+
+@dataclass(frozen=True, slots=True)
 class Natural(Step):
     """The exact gain's strength s on a memory that is importance times mean: values are written
     with s (1 + b k.z), and predictions are removed with that less b, where z is the key over the

@@ -25,6 +25,7 @@ def printed(spec, lines, ops, state, head):
     program = glazoo.lower(spec)
     groups, (tokens, _, keys) = ops["v"].shape[2] // ops["q"].shape[2], ops["q"].shape[1:]
     constants = {"scale": np.array([[spec.scale(keys)]]), "K": np.array([[float(keys)]])}
+    constants["Id"] = np.eye(keys)
     given = [({}, [{} for _ in range(spec.steps.count)]) for _ in range(tokens)]
     for operand in program.operands:
         x, dims = ops[operand.name], operand.shapes[-1]
@@ -37,7 +38,7 @@ def printed(spec, lines, ops, state, head):
             for n in range(tokens * spec.substeps):
                 given[n // spec.substeps][1][n % spec.substeps][symbol] = column(x[0, n, mine])
         elif operand.role == "prior":
-            one = spec.posterior.precision == "isotropic"
+            one = operand.shapes[-1] == ("HV",)
             constants["I_p"] = column(x[mine].reshape(-1)[:1] if one else x[mine].expand(keys))
         else:
             constants[symbol] = column(x[mine])

@@ -26,6 +26,7 @@ FUNCTIONS: dict[str, Callable[..., Array]] = {
     "max": np.maximum,
     "softsign": lambda x: x / (1 + np.abs(x)),
     "Diag": lambda x: np.diag(x[:, 0]),
+    "norm": lambda x: np.array([[np.linalg.norm(x)]]),
     "mean": lambda x: x.mean(keepdims=True),
     "phi": lambda x: np.where(x == 0, 1, -np.expm1(-x) / np.where(x == 0, 1, x)),
 }
