@@ -30,7 +30,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@$(PIP) pip setuptools
 	@# torch first and alone: once its CPU wheel is in place, no later step looks for another one.
 	@$(PIP) --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$(grep -i '^torch==' constraints.txt)"
-	@$(PIP) --quiet --no-build-isolation --editable '.[dev,plots,train,eval]'
+	@$(PIP) --quiet --no-build-isolation --editable '.[all,dev]'
 	@touch $@
 
 demo: $(READY) ## train, convert, verify and train on small Mamba2 models; prints one table (minutes, CPU)
@@ -59,7 +59,7 @@ $(NEWEST)/newest:
 	@$(PYTHON) -m venv --clear $(NEWEST)
 	@$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade pip setuptools
 	@$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(NEWEST_TORCH)"
-	@$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --no-build-isolation --editable '.[dev,plots,train,eval]' "$(NEWEST_TORCH)"
+	@$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --no-build-isolation --editable '.[all,dev]' "$(NEWEST_TORCH)"
 
 test-newest: $(NEWEST)/newest ## converters, models and layers with the newest release of every dependency
 	@echo "== test-newest: the newest releases, $(NEWEST_TORCH)$(if $(TORCH_INDEX),, as pinned: set TORCH_INDEX to have the newest)"

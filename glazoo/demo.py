@@ -15,11 +15,7 @@ from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-import typer
 from jaxtyping import Float, Int
-from rich.console import Console
-from rich.markdown import Markdown
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from glazoo.compare.errors import CompareError
@@ -29,6 +25,7 @@ from glazoo.compare.store import Store
 from glazoo.compare.tasks import Task, draw, generator
 from glazoo.compare.train import Run, Training, evaluate, fit
 from glazoo.compare.workers import Failed, Finished, run_all
+from glazoo.errors import extra
 from glazoo.layers.plasticity import Observation
 from glazoo.plotting import encoded, require, style
 from glazoo.spec import metaplasticize
@@ -36,6 +33,12 @@ from glazoo.stats import interval
 from glazoo.strictjson import loads
 from glazoo.terminal import console, markdown_table, refusals
 from glazoo.zoo import load
+
+with extra("all"):
+    import typer
+    from rich.console import Console
+    from rich.markdown import Markdown
+    from rich.progress import Progress
 
 __all__ = ["demo"]
 
@@ -210,7 +213,8 @@ def _train(out: Path, run: Run, progress: Callable[[float, float], None]) -> dic
 
 
 def _transformers() -> Any:
-    import transformers
+    with extra("all"):
+        import transformers
 
     import glazoo.models  # noqa: F401  (registers the converted model's classes)
 

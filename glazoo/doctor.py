@@ -25,6 +25,7 @@ _PACKAGES = (
     "einops",
     "jaxtyping",
     "numpy",
+    "scipy",
     "rich",
     "typer",
     "hypothesis",
@@ -159,7 +160,7 @@ def judge(versions: dict[str, str | None], *, gpu: bool, interpreting: bool) -> 
             Finding(
                 "warning",
                 "transformers is not installed: models and checkpoint conversion cannot run",
-                "pip install 'transformers>=5.17'",
+                "pip install 'glazoo[models]'",
             )
         )
     if versions.get("flash-linear-attention") is not None:

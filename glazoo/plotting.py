@@ -5,7 +5,6 @@ Legible in print and for colour-blind readers.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from glazoo.errors import extra
 from glazoo.stats import source_of
 
 __all__ = ["Axes", "Line", "encoded", "panels", "require", "style"]
@@ -22,19 +22,17 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
-def require(hint: str = "") -> None:
-    """Check that pictures can be drawn.
+def require(instead: str = "") -> None:
+    """Check that pictures can be drawn, before the work that they are to show.
 
     Args:
-        hint: what else can be done about it.
+        instead: what else can be done about it.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError(
-            "plots need matplotlib, which is not installed: pip install 'glazoo[plots]'" + hint
-        )
+    with extra("plots", instead=instead):
+        import matplotlib  # noqa: F401
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Literal, NamedTuple
 
+from glazoo.errors import extra
+
 __all__ = ["Interval", "Verdict", "against_source", "compare", "interval", "paired", "source_of"]
 
 Verdict = Literal["higher", "lower", "not separated"]
@@ -64,7 +66,8 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     if n == 1:
         return Interval(mean, mean, mean, 1)
     # Not at the top: scipy.stats takes longer to import than all of the rest.
-    from scipy.stats import t
+    with extra("compare"):
+        from scipy.stats import t
 
     half = float(t.ppf((1 + confidence) / 2, n - 1)) * stdev(values, mean) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, n)

@@ -7,20 +7,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
-import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
-
-from glazoo.errors import one_line
+from glazoo.errors import extra, one_line
 from glazoo.strictjson import dumps
+
+with extra("cli"):
+    import typer
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
 
 __all__ = ["AsJson", "console", "markdown_table", "print_json", "progress", "refusals"]
 

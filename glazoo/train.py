@@ -6,7 +6,10 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from glazoo.errors import extra
+
+with extra("cli"):
+    import typer
 
 __all__ = ["train"]
 

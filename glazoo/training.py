@@ -18,21 +18,25 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.trainer_utils import get_last_checkpoint
 
+from glazoo.errors import extra
 from glazoo.layers import gates
 from glazoo.metaplastic import metaplasticize
-from glazoo.models.causal_lm import GlazooConfig, GlazooForCausalLM
-from glazoo.models.rates import RateTrainer
+
+with extra("train"):
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        PreTrainedTokenizerBase,
+        PreTrainedTokenizerFast,
+        TrainerCallback,
+        TrainingArguments,
+        set_seed,
+    )
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from glazoo.models.causal_lm import GlazooConfig, GlazooForCausalLM
+    from glazoo.models.rates import RateTrainer
 
 __all__ = ["Blocks", "TrainConfig", "byte_tokenizer", "read_config", "run", "tokens_of"]
 
@@ -315,7 +319,10 @@ def run(
     Raises:
         ValueError: the output folder has checkpoints and `resume` is off, or has none and it is on;
             the configuration does not fit the data.
+        ImportError: accelerate is not installed.
     """
+    with extra("train"):
+        import accelerate  # noqa: F401 - transformers asks for it, of a Trainer
     defaults: dict[str, Any] = {
         "report_to": "none",
         "remove_unused_columns": False,

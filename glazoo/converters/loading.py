@@ -14,7 +14,7 @@ from glazoo.converters.folders import (
     CONFIG,
     read_json,
 )
-from glazoo.errors import ConversionError
+from glazoo.errors import ConversionError, extra
 from glazoo.families import Family, families, find_family
 from glazoo.families.settings import Settings
 from glazoo.layers import gates
@@ -114,7 +114,8 @@ def load_converted(folder: str | Path, **options: Any) -> nn.Module:
     Raises:
         ConversionError: it is none, or does not load.
     """
-    import transformers
+    with extra("models"):
+        import transformers
 
     import glazoo.models  # noqa: F401 - registers the architectures
 

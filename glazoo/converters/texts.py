@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from glazoo.errors import ConversionError, one_line
+from glazoo.errors import ConversionError, extra, one_line
 
 __all__ = ["read_splits", "read_tokens"]
 
@@ -154,13 +154,8 @@ def _refusal(folder: Path, error: Exception) -> ConversionError:
 
 def _splits(folder: Path) -> Mapping[str, Any]:
     """Opens a data set; gives its splits."""
-    try:
+    with extra("train", instead=f"give text files in place of the folder {folder}"):
         import datasets
-    except ImportError as e:
-        raise ConversionError(
-            f"{folder} is a folder: reading it as a data set needs the package datasets, which is "
-            "not installed: pip install 'glazoo[train]'"
-        ) from e
     try:
         if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
             found = datasets.load_from_disk(str(folder))

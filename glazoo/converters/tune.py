@@ -21,7 +21,7 @@ from glazoo.converters.loading import load_converted
 from glazoo.converters.report import TuneReport
 from glazoo.converters.tensors import NewTensor, write_shard
 from glazoo.converters.texts import read_splits
-from glazoo.errors import ConversionError, one_line
+from glazoo.errors import ConversionError, extra, one_line
 from glazoo.layers import gates
 
 if TYPE_CHECKING:
@@ -200,9 +200,12 @@ def tune_checkpoint(
 
     Raises:
         ConversionError: one line with the reason.
+        ImportError: accelerate is not installed.
     """
-    from transformers import PrinterCallback, TrainingArguments, set_seed
-    from transformers.trainer_utils import get_last_checkpoint
+    with extra("train"):
+        import accelerate  # noqa: F401 - transformers asks for it, of a Trainer
+        from transformers import PrinterCallback, TrainingArguments, set_seed
+        from transformers.trainer_utils import get_last_checkpoint
 
     from glazoo.models.rates import RateTrainer, check_rate
     from glazoo.training import freeze_all_but_importance
@@ -290,8 +293,6 @@ def tune_checkpoint(
         before = trainer.evaluate()["eval_loss"]
         trainer.train(resume_from_checkpoint=last)
         after = trainer.evaluate()["eval_loss"]
-    except ImportError as e:
-        raise ConversionError(f"training needs accelerate: {' '.join(str(e).split())}") from e
     finally:
         if work.is_dir() and not any(work.iterdir()):
             work.rmdir()

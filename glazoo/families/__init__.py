@@ -6,7 +6,7 @@ import functools
 import re
 from pathlib import Path
 
-from glazoo.errors import ConversionError
+from glazoo.errors import ConversionError, extra
 from glazoo.families.base import CACHES, Family, Found, LiveFamily
 from glazoo.families.calls import CALLS, known_calls
 from glazoo.families.catalogue import NOT_CONVERTIBLE, OVERRIDES, QUIRKS
@@ -29,8 +29,9 @@ __all__ = [
 def families() -> dict[str, Family]:
     """Return every family of the installed transformers whose code calls a known scan function, and
     that of `glazoo.models`, by `model_type`."""
-    import transformers
-    from transformers.models.auto import configuration_auto as auto
+    with extra("models"):
+        import transformers
+        from transformers.models.auto import configuration_auto as auto
 
     folder = Path(transformers.__file__).parent / "models"
     words = "|".join((*CALLS, *OVERRIDES)).encode()

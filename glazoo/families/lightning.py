@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from glazoo.families.calls import Recurrence
@@ -71,10 +72,8 @@ class LightningMixer(MetaplasticMixer):
         mixed = self.act_fn(self.qkv_proj(hidden_states))
         if attention_mask is not None:
             mixed = mixed * attention_mask[:, :, None].to(mixed.dtype)
-        # Interleaved by head.
-        q, k, v = (
-            mixed.to(wide).unflatten(-1, (self.num_attention_heads, 3, self.head_dim)).unbind(-2)
-        )
+        heads = self.num_attention_heads
+        q, k, v = rearrange(mixed.to(wide), "b t (h qkv d) -> qkv b t h d", h=heads, qkv=3)
         recurrence = Recurrence(
             q,
             k,
@@ -90,7 +89,8 @@ class LightningMixer(MetaplasticMixer):
         y, state = self.scan(recurrence, hidden_states, attention_mask, current_packing())
         if cache is not None:
             cache.set_linear_cache(self.layer_idx, state)
-        gated = self.output_gate(hidden_states).sigmoid() * self.norm(y.flatten(2))
+        y = self.norm(rearrange(y, "b t h d -> b t (h d)"))
+        gated = self.output_gate(hidden_states).sigmoid() * y
         memory = state[..., : self.head_dim]
         return self.out_proj(gated), memory
 

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -59,6 +60,10 @@ def _packed_width(spec: Spec, key: int, value: int) -> int:
     if spec.posterior.precision == "full":
         return value + key
     return value + (value if spec.importance_per_synapse else 1)
+
+
+def _end_to_end(x: Tensor) -> Tensor:
+    return rearrange(x, "b t ... -> 1 (b t) ...")
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager[object]:
@@ -118,17 +123,14 @@ class MetaplasticMixer(nn.Module):
             b = b * mask[:, -b.shape[1] :].to(b.dtype).view(*b.shape[:2], *[1] * (b.dim() - 2))
         q, k, v, cu_seqlens = x.q, x.k, x.v, x.cu_seqlens
         gates = {"g": x.g, "beta": x.beta, "b": b}
-        rows, tokens = v.shape[:2]
+        rows = v.shape[0]
         if packed is not None:
             if x.initial is not None:
                 raise ValueError("packed sequences cannot continue a cache: pass no cache")
             cu_seqlens = packed.cu_seqlens
-            q, k, v = (t.flatten(0, 1)[None] for t in (q, k, v))
+            q, k, v = (_end_to_end(t) for t in (q, k, v))
             # A fixed decay has no tokens.
-            gates = {
-                n: t if t is None or t.dim() < 3 else t.flatten(0, 1)[None]
-                for n, t in gates.items()
-            }
+            gates = {n: t if t is None or t.dim() < 3 else _end_to_end(t) for n, t in gates.items()}
         initial = None
         if x.initial is not None:
             if x.initial.shape[-1] != _packed_width(
@@ -158,7 +160,9 @@ class MetaplasticMixer(nn.Module):
             assert state is not None
             g = v.new_zeros(v.shape[2]) if x.g is None else x.g
             self.observer(Observation(self.layer_idx, g, b, prior, state, x.k))
-        output = out.output if packed is None else out.output[0].unflatten(0, (rows, tokens))
+        output = out.output
+        if packed is not None:
+            output = rearrange(output, "1 (b t) ... -> b t ...", b=rows)
         return x.finish(output, pack_state(state) if x.keep and state is not None else None)
 
     def _without_padding(

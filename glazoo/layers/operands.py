@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple, TypeAlias
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from glazoo.api import schedule
@@ -527,5 +528,4 @@ class OperandProjections(KeepsWide):
         """Turns [B, T, n HV, ...] into [B, n T, HV, ...]."""
         if self.steps == 1:
             return gate
-        stacked: Tensor = gate.unflatten(2, (self.steps, self.sizes.heads))
-        return stacked.flatten(1, 2)
+        return rearrange(gate, "b t (n h) ... -> b (t n) h ...", n=self.steps)

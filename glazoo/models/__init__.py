@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from glazoo.models import metaplastic
-from glazoo.models.causal_lm import GlazooConfig, GlazooForCausalLM, GlazooModel
-from glazoo.models.metaplastic import register
-from glazoo.models.sharding import fully_shard
+from glazoo.errors import extra
+
+with extra("models"):
+    from glazoo.models import metaplastic
+    from glazoo.models.causal_lm import GlazooConfig, GlazooForCausalLM, GlazooModel
+    from glazoo.models.metaplastic import register
+    from glazoo.models.sharding import fully_shard
 
 __all__ = ["GlazooConfig", "GlazooForCausalLM", "GlazooModel", "fully_shard", "register"]
 

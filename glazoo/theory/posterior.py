@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import Tensor
 
 from glazoo.api import attention
+from glazoo.errors import extra
 from glazoo.plotting import Axes, Line, panels, require
 from glazoo.program import Role, lower
 from glazoo.spec import Spec
@@ -31,6 +30,10 @@ from glazoo.theory.exact import posterior
 from glazoo.theory.forms import Form, forms
 from glazoo.theory.instances import Operands
 from glazoo.theory.instances import run as call
+
+with extra("verify"):
+    from rich import box
+    from rich.table import Table
 
 __all__ = ["CONDITIONS", "Condition", "Distance", "groups", "plot", "render", "run", "unsuited"]
 

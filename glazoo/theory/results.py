@@ -7,13 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from rich import box
-from rich.table import Table
-from rich.text import Text
-
+from glazoo.errors import extra
 from glazoo.theory.catalogue import entry
 from glazoo.theory.entry import Kind
 from glazoo.theory.instances import Instance
+
+with extra("verify"):
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
 
 __all__ = ["Result", "Verdict", "failures", "passed", "render", "summary"]
 

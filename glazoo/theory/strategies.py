@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from glazoo.errors import extra
 from glazoo.spec import Spec
 from glazoo.state import State
 from glazoo.theory.entry import Domain
@@ -38,13 +39,8 @@ __all__ = ["Inputs", "inputs", "instances", "operands", "specs", "states"]
 
 
 def _hypothesis() -> Any:
-    try:
+    with extra("verify"):
         import hypothesis.strategies
-    except ImportError as e:
-        raise ImportError(
-            "strategies and the shrinking of failures need the package hypothesis: "
-            "pip install hypothesis"
-        ) from e
     return hypothesis.strategies
 
 

@@ -1,7 +1,7 @@
 import csv
-import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -215,10 +215,7 @@ def test_bad_input_is_refused_before_anything_is_written(
 def test_without_matplotlib_the_extra_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda n, *a: None if n == "matplotlib" else find(n, *a)
-    )
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     out = str(tmp_path / "out")
     for command in ("capacity", "decay", "compare"):
         with pytest.raises(ImportError, match=r"glazoo\[plots\].*--no-plots"):

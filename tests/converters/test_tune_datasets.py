@@ -177,7 +177,9 @@ def test_without_the_package_a_message_names_it(
 ) -> None:
     jsonl(folder, "train", TEXTS, "text")
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(ConversionError, match=r"needs the package datasets.*glazoo\[train\]"):
+    with pytest.raises(
+        ImportError, match=r"datasets is not installed: .*glazoo\[train\].*text files"
+    ):
         read_tokens([folder], "bytes")
     path = folder / "train.jsonl"
     assert len(read_tokens([path], "bytes")) == path.stat().st_size + 1

@@ -1,25 +1,37 @@
-"""`import glazoo` and both engines of a CPU need neither triton nor transformers nor any extra."""
+"""What each part of the package needs: specs, engines and layers the core requirements and no
+extra; every other part says which extra it misses."""
 
+import ast
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
 import glazoo
 
-# triton exists for Linux only; transformers is a dependency of models and converters alone; the
-# rest are the extras' packages, which an installation without extras does not have.
-ABSENT = (
-    "triton",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "lm_eval",
-    "hypothesis",
-    "matplotlib",
-    "pytest",
-)
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))[
+    "project"
+]
+
+
+def modules(requirements: list[str]) -> set[str]:
+    """The modules of the required packages; other extras of glazoo are no package."""
+    names = {re.split(r"[^\w.-]", r, maxsplit=1)[0].lower() for r in requirements} - {"glazoo"}
+    return {name.replace("-", "_") for name in names}
+
+
+CORE = modules(PROJECT["dependencies"])
+EXTRAS = {name: modules(rs) for name, rs in PROJECT["optional-dependencies"].items()}
+# What an extra brings by naming others.
+for name, rs in PROJECT["optional-dependencies"].items():
+    others = {o for r in rs for part in re.findall(r"glazoo\[(.*)\]", r) for o in part.split(",")}
+    EXTRAS[name] = EXTRAS[name].union(*(EXTRAS[o] for o in others))
+# triton exists for Linux only; the rest is what an installation without extras does not have.
+ABSENT = tuple(sorted({"triton", "click", "huggingface_hub", *set().union(*EXTRAS.values())}))
 
 # Filters every finder, so that an absent package looks absent to `import` and to `find_spec` alike:
 # a finder that raised from `find_spec` would also break code which only asks what is installed.
@@ -119,6 +131,137 @@ def test_every_variant_runs_without_optional_packages(tmp_path: Path) -> None:
     status, output = run_without(ABSENT, IMPORT + CPU_RUNS, tmp_path)
     assert status == 0, output
     assert set(glazoo.names()) <= set(output.split())
+
+
+LAYER = """
+import sys
+import torch
+import glazoo.engines.triton
+from glazoo.layers import GatedLinearAttention, set_plasticity
+
+x = torch.randn(1, 3, 8)
+layer = GatedLinearAttention("gla", 8, num_heads=2, head_k_dim=4, head_v_dim=4)
+before = layer(x).output
+glazoo.metaplasticize(layer)
+torch.testing.assert_close(layer(x).output, before)
+for name in glazoo.__all__:
+    getattr(glazoo, name)
+print("files:", *(m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "glazoo"))
+print("loaded:", *{name.partition(".")[0] for name in sys.modules})
+"""
+
+
+def directly(file: str) -> set[str]:
+    """The top-level names that a file imports when it is imported, other than our own."""
+    found = set()
+    for node in ast.parse(Path(file).read_text("utf-8")).body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"glazoo"}
+
+
+def test_the_core_requirements_are_what_specs_engines_and_layers_import(tmp_path: Path) -> None:
+    without = tuple(set(ABSENT) - {"triton"})
+    status, output = run_without(without, IMPORT + LAYER + "import triton", tmp_path)
+    assert status == 0, output
+    files, loaded = (set(line.split()[1:]) for line in output.splitlines()[-2:])
+    assert len(files) > 30
+    imported = set().union(*map(directly, files))
+    assert imported <= CORE
+    # What is required without an import of ours: torch works with it and does not bring it.
+    assert CORE - imported <= {"numpy", "triton"}
+    assert CORE - loaded <= {"triton"}
+
+
+CONVERT = "from glazoo.converters import {0}; {0}"
+CONFIG = """
+[model]
+pattern = ["gla"]
+[data]
+corpus = "pydoc"
+[training]
+output_dir = "out"
+"""
+COMMAND = "import sys; sys.argv = ['glazoo', *{!r}]; from glazoo.__main__ import main; main()"
+
+
+@pytest.mark.parametrize(
+    ("absent", "program", "extra"),
+    [
+        ("transformers", "import glazoo.models", "models"),
+        ("transformers", "from glazoo.models import GlazooForCausalLM", "models"),
+        ("transformers", CONVERT.format("convert_checkpoint"), "models"),
+        ("transformers", CONVERT.format("verify_models"), "models"),
+        ("transformers", CONVERT.format("import_original"), "models"),
+        ("transformers", CONVERT.format("convert_checkpoint") + "('a', 'b')", "models"),
+        ("transformers", "import glazoo.families; glazoo.families.families()", "models"),
+        (
+            "transformers",
+            "import glazoo, torch; glazoo.metaplasticize(torch.nn.Linear(2, 2))",
+            "models",
+        ),
+        (
+            "accelerate",
+            CONVERT.format("tune_checkpoint") + "('a', 'b', ['c'])",
+            "train",
+        ),
+        ("hypothesis", "from glazoo.theory import strategies; strategies.instances()", "verify"),
+        ("rich", "from glazoo.theory import conformance", "verify"),
+        ("scipy", "from glazoo.stats import interval; interval([1, 2])", "compare"),
+        ("matplotlib", "from glazoo.plotting import require as r; r()", "plots"),
+        ("typer", "import glazoo.terminal", "cli"),
+        ("typer", "import glazoo.train", "cli"),
+        ("rich", "import glazoo.demo", "cli"),
+        ("datasets", "from glazoo.converters.texts import _splits as s; s('x')", "train"),
+    ],
+)
+def test_what_misses_an_extra_says_so(
+    absent: str, program: str, extra: str, tmp_path: Path
+) -> None:
+    status, output = run_without((absent,), program, tmp_path)
+    assert status == 1
+    last = output.strip().splitlines()[-1]
+    said = f"ImportError: {absent} is not installed: pip install 'glazoo[{extra}]'"
+    assert last.startswith(said), output
+    assert absent in EXTRAS[extra]
+
+
+@pytest.mark.parametrize(
+    ("absent", "arguments", "extra"),
+    [
+        ("typer", ["list"], "cli"),
+        ("rich", ["--version"], "cli"),
+        ("transformers", ["convert", "a", "b"], "models"),
+        ("transformers", ["inspect", "a"], "models"),
+        ("transformers", ["tune", "a", "b", "c"], "train"),
+        ("transformers", ["train", "c.toml"], "train"),
+        ("accelerate", ["train", "c.toml"], "train"),
+        ("matplotlib", ["capacity", "gla"], "plots"),
+        ("scipy", ["capacity", "gla", "--no-plots"], "compare"),
+    ],
+)
+def test_commands_without_their_extra_are_one_line(
+    absent: str, arguments: list[str], extra: str, tmp_path: Path
+) -> None:
+    (tmp_path / "c.toml").write_text(CONFIG)
+    status, output = run_without((absent,), COMMAND.format(arguments), tmp_path)
+    assert status == 2
+    (line,) = output.strip().splitlines()
+    said = f"glazoo: {absent} is not installed: pip install 'glazoo[{extra}]'"
+    assert line.startswith(said)
+
+
+def test_the_extras_hold_what_the_rest_imports() -> None:
+    """`all` is every extra of a user, and no package is in the core and in an extra."""
+    (everything,) = PROJECT["optional-dependencies"]["all"]
+    named = set(everything.removeprefix("glazoo[").removesuffix("]").split(","))
+    assert named == EXTRAS.keys() - {"all", "dev", "ecosystem"}
+    assert not CORE & set().union(*EXTRAS.values())
+    assert {name.replace("_", "-") for name in CORE} <= {
+        d.lower() for ds in packages_distributions().values() for d in ds
+    }
 
 
 @pytest.mark.parametrize("package", ["triton", "transformers"])

@@ -23,7 +23,11 @@ import glazoo
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-REQUIREMENTS = [*PROJECT["dependencies"], *chain(*PROJECT["optional-dependencies"].values())]
+REQUIREMENTS = [
+    requirement
+    for requirement in chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    if not requirement.startswith("glazoo[")  # an extra that holds others
+]
 # Where the package's modules are in the repository, and where a wheel has them.
 FOLDERS = {"glazoo": "glazoo", "kernels": "glazoo/kernels", "specs": "glazoo/specs"}
 

@@ -1,7 +1,7 @@
 """The ranking by distance to exact inference."""
 
-import importlib.util
 import json
+import sys
 
 import pytest
 from rich.console import Console
@@ -121,7 +121,7 @@ def test_table_plot_and_data(tmp_path) -> None:
 
 def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch, tmp_path) -> None:
     result = posterior.run(["palimpsa"], seeds=1, key_size=2, conditions=(FREE,))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'glazoo\[plots\]'"):
         posterior.plot(result, tmp_path / "x.png")
 

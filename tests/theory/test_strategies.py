@@ -130,5 +130,7 @@ def test_operands_and_states_of_a_spec(data) -> None:
 
 def test_the_absence_of_hypothesis_is_explained(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "hypothesis.strategies", None)
-    with pytest.raises(ImportError, match="need the package hypothesis: pip install hypothesis"):
+    with pytest.raises(
+        ImportError, match=r"hypothesis is not installed: pip install 'glazoo\[verify\]'"
+    ):
         strategies.instances()

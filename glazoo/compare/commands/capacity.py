@@ -74,7 +74,7 @@ def capacity(
     reported. The error is the share of the values' energy that is not recovered.
     """
     if plots:
-        require(", or pass --no-plots")
+        require("pass --no-plots")
     for kind in keys or ():
         if kind not in KEY_KINDS:
             raise CompareError(f"keys: got {kind!r}, accepted are {', '.join(KEY_KINDS)}")

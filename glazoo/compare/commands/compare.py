@@ -153,7 +153,7 @@ def compare(
     the figures with their data, and every run in runs.jsonl.
     """
     if plots and not dry_run:
-        require(", or pass --no-plots")
+        require("pass --no-plots")
     chosen: Any = known("task", task, TASKS)
     p = PRESETS[known("preset", preset, tuple(PRESETS))].for_task(chosen)
     check_device(device)

@@ -67,7 +67,7 @@ def decay(
     the association's signal that is left. Right: the share of the value that is not recovered.
     """
     if plots:
-        require(", or pass --no-plots")
+        require("pass --no-plots")
     if not (time_constant >= 0 and math.isfinite(time_constant)):
         raise CompareError(f"time-constant: got {time_constant}, accepted are numbers >= 0")
     gates = Gates(

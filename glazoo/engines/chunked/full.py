@@ -6,6 +6,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -346,7 +347,7 @@ def solve(
         # used more than once: its gradients are summed before they are rounded
         q, k = q.to(dtype), k.to(dtype)
         share = heads // k.shape[2]
-        weighted = k.repeat_interleave(share, dim=2) if share > 1 else k
+        weighted = repeat(k, "b t h k -> b t (h share) k", share=share) if share > 1 else k
         weighted = weighted * beta.to(dtype).unsqueeze(-1)
         if k.shape[1] == 1 and cu_seqlens is None:
             return loops.solve(q, k, weighted, g, prior=prior, initial_state=initial_state)
@@ -413,6 +414,6 @@ def full(
         out, memory = linear(x, k, w, g, initial_state=memory, cu_seqlens=cu_seqlens)
         doubt = None
         if uncertainty:
-            parts = x.unflatten(2, (q.shape[2], -1)) * q.unsqueeze(3)
-            doubt = parts.sum(-1).flatten(2, 3).to(w.dtype)
+            readers = repeat(q, "b t h k -> b t (h share) k", share=x.shape[2] // q.shape[2])
+            doubt = (x * readers).sum(-1).to(w.dtype)
         return out, (memory, matrix), doubt

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -308,8 +309,7 @@ def _unread(
             unread(i, i)
 
     def home(x: Tensor) -> Tensor:
-        """[C, N, 1, D] as [N, C, D]."""
-        return x.squeeze(2).transpose(0, 1)
+        return rearrange(x, "t n 1 d -> n t d")
 
     through_h, through_j = (home(x) for x in dkeys.chunk(2, dim=1))
     local.q[span] = home(dq)
