@@ -45,7 +45,7 @@ from triton.compiler import ASTSource
 
 from glazoo.kernels.common import Launch, interpreting, record_launches
 from glazoo.kernels.full import Solve
-from glazoo.kernels.loops import Delta, Importance, Linear, Synapse, SynapseDelta
+from glazoo.kernels.loops import Delta, Importance, Linear, Riccati, Synapse, SynapseDelta
 from glazoo.kernels.step import (
     Posterior,
     run_delta_step,
@@ -72,6 +72,7 @@ GATES = ("none", "head", "key")
 UNIT = ("BT", "BK", "BV", "BH")
 UNITS: dict[str, tuple[str | int, ...]] = {
     "importance_carry": ("BC", "BK"),
+    "riccati_carry": ("BC", "BK"),
     "synapse_keep": ("BS", "BK"),
     "synapse_state": ("BS", "BK", "BV"),
     "synapse_output": ("BK", "BV"),
@@ -83,7 +84,7 @@ UNITS: dict[str, tuple[str | int, ...]] = {
     "full_solve": ("BR", "K"),
 }
 # Kernels whose machine code no V decides, and K by little but a tile that all shapes share.
-PLAIN = ("importance", "chunk_gate", "chunk_table")
+PLAIN = ("importance", "riccati", "chunk_gate", "chunk_table")
 
 
 def given(arguments: Mapping[str, Any], name: str) -> bool:
@@ -106,6 +107,9 @@ VARIANTS: dict[str, Callable[[str, Mapping[str, Any]], object]] = {
         and (x.get("DOUBT") or given(x, "u") or given(x, "du"))
     ),
     "backward": lambda name, x: name.startswith("importance") and given(x, "dj"),
+    "map": lambda name, x: (
+        name in ("riccati_scan", "riccati_backward") and not given(x, "entering")
+    ),
     "frozen": lambda name, x: name.startswith("synapse_delta") and not given(x, "b"),
     "one_state": lambda name, x: name == "synapse_state" and not given(x, "b"),
     "kept": lambda name, x: name == "synapse_delta" and given(x, "kept"),
@@ -235,6 +239,9 @@ def _calls(K: int, V: int, gate: str, B: int, T: int) -> Iterator[Callable[[], o
     yield passes("linear", linear)
     yield passes("delta", delta, 2)
     yield passes("importance", scan, 0)
+    one, kept = b.unsqueeze(3), _meta(B, T, HV, K, dtype=torch.float32)
+    factors = {"none": (one, one, one), "head": (one, kept, one), "key": (kept, kept, one)}[gate]
+    yield passes("riccati", Riccati(*factors, kept, importance, None), 0)
     if gate != "key":
         solve = Solve(q, k, b, g, prior, matrix, None)
         yield lambda: importlib.import_module("glazoo.kernels.full").forward(solve, False)
@@ -588,10 +595,11 @@ def _print_totals(found: list[Total]) -> None:
 
 # What --quick compiles: a part of the kernels where most users are, and where limits are tight.
 QUICK = (
-    ("sm_90", (128, 128), r"^(?!synapse|full).*/head"),
+    ("sm_90", (128, 128), r"^(?!synapse|full|riccati).*/head"),
     ("sm_90", (128, 128), r"^synapse_(?!.*/one_state)\w+/head$"),
     ("sm_90", (128, 128), "keyed"),
     ("sm_80", (128, 128), r"^delta_dstate|^synapse_(local|gradient)/key$|^full_solve/head$"),
+    ("sm_80", (128, 128), r"^riccati_backward/head$"),
     ("sm_100", (128, 128), "dkey"),
     ("gfx942", (128, 128), r"^delta_state|^synapse_output/head$"),
 )

@@ -56,6 +56,7 @@ from glazoo.kernels import (
     linear,
     linear_step,
     posterior_step,
+    riccati,
     synapse,
     synapse_delta,
     synapse_delta_step,
@@ -230,17 +231,24 @@ def make_operands(
     shape = {"none": None, "head": (B, T, H), "key": (B, T, H, K)}[gate]
     beta = torch.rand(B, T, H, **options)
     k = unit(K)
+    g = None if shape is None else -0.2 * torch.rand(shape, **options)
+    keep = torch.ones_like(beta) if g is None else (2 * g).exp()
+    keep = keep if gate == "key" else keep.unsqueeze(3)
     return {
         "q": (unit(K) * K**-0.5).to(dtype),
         "k": k.to(dtype),
         "e": (k * beta[..., None]).to(dtype),
         "v": torch.randn(B, T, H, V, **options).to(dtype),
-        "g": None if shape is None else -0.2 * torch.rand(shape, **options),
+        "g": g,
         "beta": beta.to(dtype),
         # Importance gates of a head and of a value.
         "b": beta,
         "c": torch.rand(B, T, H, V, **options).to(dtype),
         "prior": 0.5 + torch.rand(H, **options),
+        # Of a filter whose variance grows: what it keeps, what it loses, and evidence.
+        "keep": keep,
+        "lost": (1 - keep) / (0.5 + torch.rand(K, **options)),
+        "seen": beta[..., None] * k**2,
     }
 
 
@@ -260,6 +268,11 @@ def _metaplastic_delta(x: Row) -> tuple[Tensor, ...]:
     g = g + torch.log(before + prior) - torch.log(predicted + prior)
     e, k = x["beta"][..., None] * x["k"], (x["k"] / (j + prior)).to(dtype)
     return delta(x["q"], e, k, x["beta"][..., None] * x["v"], g)[:1]
+
+
+def _riccati(x: Row, state: Tensor | None = None) -> tuple[Tensor, ...]:
+    one = torch.ones_like(x["keep"])
+    return riccati(x["keep"], x["lost"], one, x["seen"], initial_state=state)[:1]
 
 
 def _synapse(x: Row, uncertainty: bool = False) -> tuple[Tensor, ...]:
@@ -307,6 +320,11 @@ def delta_rule(x: Row, s: Tensor) -> tuple[States, States]:
 def importance_rule(x: Row, j: Tensor) -> tuple[States, States]:
     j = _decay(x, j) * j + x["b"][..., None] * x["k"] ** 2
     return [j], [j]
+
+
+def riccati_rule(x: Row, z: Tensor) -> tuple[States, States]:
+    z = x["keep"] * z / (x["lost"] * z + 1) + x["seen"]
+    return [z], [z]
 
 
 def metaplastic_rule(x: Row, s: Tensor, j: Tensor) -> tuple[States, States]:
@@ -461,6 +479,16 @@ OPERATIONS = {
         importance_rule,
         lambda x, s: importance_step(x["k"], x["b"], x["g"], state=s),
         ("k", "b", "g"),
+        ("K",),
+        ("head",),
+        lambda K, V: 0,
+    ),
+    # No step kernel here either: decoding is a call of one token.
+    "riccati": Operation(
+        _riccati,
+        riccati_rule,
+        _riccati,
+        ("keep", "lost", "seen"),
         ("K",),
         ("head",),
         lambda K, V: 0,
@@ -669,7 +697,8 @@ def measure(case: Case, sizes: Sizes) -> Iterator[Row]:
         run, names = fla_call(case.name, gate)
     library = "fla" if case.fla else "glazoo"
     moved = sum(x[c].nbytes for c in names)
-    output = B * case.T * H * K * 4 if case.name == "importance" else x["v"].nbytes
+    state = case.name in ("importance", "riccati")
+    output = B * case.T * H * K * 4 if state else x["v"].nbytes
     for backward in (False, True):
         kind = "fwd+bwd" if backward else "fwd"
         row: Row = {"operation": case.name, "gate": gate, "pass": kind, "library": library} | size

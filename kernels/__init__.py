@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from .full import full, solve
     from .importance import importance
     from .linear import linear
-    from .loops import covariance, riccati
+    from .loops import covariance
+    from .riccati import riccati
     from .step import delta_step, importance_step, linear_step, posterior_step
     from .synapse import synapse, synapse_step
     from .synapse_delta import synapse_delta, synapse_delta_step
@@ -36,17 +37,26 @@ __all__ = [
     "synapse_delta_step",
     "synapse_step",
 ]
+# Modules that hold them; the loops have what has no kernel.
+_PLACES = [
+    "delta",
+    "full",
+    "importance",
+    "linear",
+    "riccati",
+    "step",
+    "synapse",
+    "synapse_delta",
+    "loops",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .loops import covariance, riccati
-
-    globals().update(covariance=covariance, riccati=riccati)
-    for place in ("delta", "full", "importance", "linear", "step", "synapse", "synapse_delta"):
+    for place in _PLACES:
         found = vars(importlib.import_module(f"{__name__}.{place}"))
-        globals().update({x: found[x] for x in __all__ if x in found})
+        globals().update({x: found[x] for x in __all__ if x in found and x not in globals()})
     return globals()[name]
 
 

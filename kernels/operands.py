@@ -103,6 +103,30 @@ def check_importance(
     check_state(initial_state, (_check_packing(B, cu_seqlens), HV, K))
 
 
+def check_riccati(
+    a: Tensor,
+    c: Tensor,
+    d: Tensor,
+    u: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Refuse operands whose shapes do not fit u [B, T, HV, K], naming the first that does not."""
+    check_device("u", u)
+    if u.ndim != 4:
+        raise ValueError(f"u: got shape {tuple(u.shape)}; expected [B, T, HV, K]")
+    B, T, HV, K = u.shape
+    _check_keys("u", u, B, T, HV, K)
+    for name, x in (("a", a), ("c", c), ("d", d)):
+        check_device(name, x)
+        if tuple(x.shape) not in ((B, T, HV, 1), (B, T, HV, K)):
+            raise ValueError(
+                f"{name}: got shape {tuple(x.shape)}; expected that of u, {tuple(u.shape)}, or "
+                "that with one key"
+            )
+    check_state(initial_state, (_check_packing(B, cu_seqlens), HV, K))
+
+
 def check_precision(
     q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[int, int]:

@@ -102,6 +102,44 @@ def importance_loop(k, b, g=None, initial_state=None, *, cu_seqlens=None):
     return (k * 0 if j is None else j.reshape(B, T, HV, -1)), final
 
 
+def riccati_loop(a, c, d, u, initial_state=None, *, cu_seqlens=None):
+    """z = a z / (c z + d) + u."""
+
+    def step(i, t, z):
+        new = a[i, t] * z / (c[i, t] * z + d[i, t]) + u[i, t]
+        return new, new
+
+    z, final = walk(u, u.shape[2:], initial_state, cu_seqlens, step)
+    return (u * 0 if z is None else z.reshape(u.shape)), final
+
+
+def riccati_operands(
+    B: int,
+    T: int,
+    HV: int,
+    K: int,
+    *,
+    gate: str = "head",
+    resets: bool = False,
+    strong: bool = False,
+    state: bool = True,
+    sequences: int | None = None,
+) -> dict[str, Tensor | None]:
+    """A fraction of the state that keeps the prior, or, without a gate, what adds a noise."""
+    torch.manual_seed(0)
+    g = make_gate("head" if gate == "none" else gate, (B, T, HV, K), resets, strong)
+    keep = g.exp() if gate == "key" else g.exp().unsqueeze(3)
+    one = torch.ones_like(keep)
+    added = 0.1 + torch.rand(B, T, HV, 1 if gate == "none" else K, dtype=torch.float64)
+    found: dict[str, Tensor | None] = {"a": keep, "c": (1 - keep) * added, "d": one}
+    if gate == "none":
+        found = {"a": one, "c": added, "d": keep}
+    found["u"] = torch.rand(B, T, HV, K, dtype=torch.float64)
+    shape = sequences or B, HV, K
+    found["initial_state"] = torch.rand(shape, dtype=torch.float64) if state else None
+    return found
+
+
 def make_gate(kind: str, shape: Sequence[int], resets: bool, strong: bool) -> Tensor | None:
     """A log decay "none", "head" or "key"; about one in six exactly zero with `resets`."""
     if kind == "none":
@@ -153,7 +191,7 @@ def in_dtype(operands: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str
     return {
         name: None
         if x is None
-        else x.to(torch.float32 if name in ("g", "b", "initial_state") else dtype)
+        else x.to(torch.float32 if name in (*"gbacdu", "initial_state") else dtype)
         for name, x in operands.items()
     }
 

@@ -13,6 +13,8 @@ from kernel_cases import (
     importance_loop,
     linear_loop,
     make_operands,
+    riccati_loop,
+    riccati_operands,
 )
 from synapse_cases import (
     WIDE,
@@ -26,7 +28,7 @@ from synapse_cases import (
     synapse_operands,
 )
 
-from glazoo.kernels import delta, full, importance, linear, synapse, synapse_delta
+from glazoo.kernels import delta, full, importance, linear, riccati, synapse, synapse_delta
 
 HEADS = {"q": 2, "e": 1, "k": 1, "w": 2}
 RESULTS = ("output", "final state", "final importance", "uncertainty")
@@ -48,9 +50,12 @@ class Place:
 
 def single(kernel: Callable[..., Any], letters: str) -> dict[str, Any]:
     """How to test a class of one state."""
-    loop = {linear: linear_loop, delta: delta_loop, importance: importance_loop}[kernel]
+    loops = {linear: linear_loop, delta: delta_loop, importance: importance_loop}
+    loop = (loops | {riccati: riccati_loop})[kernel]
 
     def operands(at: Place, gate: str, B: int = 1, **options: Any) -> dict[str, Any]:
+        if kernel is riccati:
+            return riccati_operands(B, at.T, HEADS["w"], at.K, gate=gate, **options)
         return make_operands(letters, B, at.T, HEADS, at.K, at.V, gate=gate, **options)
 
     def compare(
@@ -103,6 +108,7 @@ CLASSES = {
     "linear": single(linear, "qkw"),
     "delta": single(delta, "qekw"),
     "importance": single(importance, "kb"),
+    "riccati": single(riccati, "acdu"),
     "synapse": double(synapse, synapse_loop, synapse_operands),
     "synapse_delta": double(synapse_delta, synapse_delta_loop, synapse_delta_operands),
     "full": double(full, full_loop, full_operands),

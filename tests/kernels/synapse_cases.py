@@ -11,7 +11,7 @@ from torch import Tensor
 Operands = dict[str, Tensor | None]
 Function = Callable[..., dict[str, Tensor]]
 # What a caller gives in float32 whatever the dtype of the others.
-WIDE = ("g", "prior", "h", "j")
+WIDE = ("g", "prior", "h", "j", "a", "c", "d", "u")
 
 
 def walk_two(like, shape, h, j, cu_seqlens, step):

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
-from kernel_cases import in_dtype, make_operands
+from kernel_cases import in_dtype, make_operands, riccati_operands
 
-from glazoo.kernels import common, delta, importance, linear
+from glazoo.kernels import common, delta, importance, linear, riccati
 
 # 2^27 rows of 16 numbers: what follows lies beyond 2^31, where an int32 offset is negative.
 FAR = 1 << 27
@@ -24,17 +24,27 @@ def sparse(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("function", "letters"), [(linear, "qkw"), (delta, "qekw"), (importance, "kb")]
+    ("function", "letters"),
+    [
+        (linear, "qkw"),
+        (delta, "qekw"),
+        (importance, "kb"),
+        pytest.param(riccati, "acdu", marks=pytest.mark.slow),
+    ],
 )
 def test_far_tokens(function, letters, monkeypatch):
     """A packed sequence that starts at row 2^27 gives the bits that it gives at row 0."""
     heads = {"q": 1, "e": 1, "k": 1, "w": 1}
-    operands = make_operands(letters, 1, TOKENS, heads, 16, 16, gate="head")
+    operands = (
+        riccati_operands(1, TOKENS, 1, 16)
+        if function is riccati
+        else make_operands(letters, 1, TOKENS, heads, 16, 16, gate="head")
+    )
     near = in_dtype(operands, torch.float16)
     far = {k: x.detach() if k == "initial_state" else sparse(x) for k, x in near.items()}
 
-    size = operands["w"].shape if "w" in operands else operands["k"].shape
-    weight = torch.randn(size).to(torch.float32 if "b" in letters else torch.float16)
+    size = next(operands[name].shape for name in "wku" if name in operands)
+    weight = torch.randn(size).to(torch.float16 if "w" in letters else torch.float32)
 
     def only_these(batch, tokens, cu_seqlens, size):
         count = -(-TOKENS // size)
@@ -52,7 +62,7 @@ def test_far_tokens(function, letters, monkeypatch):
             for x in (o.detach(), final.detach(), *grads)
         ]
 
-    for module in ("linear", "delta", "importance"):
+    for module in ("linear", "delta", "importance", "riccati"):
         # By sys.modules: as attributes of the package these names are the functions.
         monkeypatch.setattr(sys.modules[f"glazoo.kernels.{module}"], "make_chunks", only_these)
     for x, y in zip(run(near, 0), run(far, FAR), strict=True):

@@ -2,15 +2,26 @@
 
 import pytest
 import torch
-from kernel_cases import in_dtype, make_operands
+from kernel_cases import in_dtype, make_operands, riccati_operands
 
-from glazoo.kernels import delta, delta_step, importance, importance_step, linear, linear_step
+from glazoo.kernels import (
+    delta,
+    delta_step,
+    importance,
+    importance_step,
+    linear,
+    linear_step,
+    riccati,
+)
 
 ONE = {"q": 1, "e": 1, "k": 1, "w": 2}
-OPTION = {"linear": ["post"], "delta": ["decayed"], "importance": []}
+OPTION = {"linear": ["post"], "delta": ["decayed"], "importance": [], "riccati": []}
+NAMES = [("linear", "qkw"), ("delta", "qekw"), ("importance", "kb")]
 
 
 def operands(names, gate="head", T=5, dtype=torch.float32, **options):
+    if names == "acdu":
+        return in_dtype(riccati_operands(1, T, 1, 2, gate=gate, **options), dtype)
     K = 3 if "b" in names else 16
     return in_dtype(make_operands(names, 1, T, ONE, K, 16, gate=gate, **options), dtype)
 
@@ -19,9 +30,7 @@ def operands(names, gate="head", T=5, dtype=torch.float32, **options):
     ("gate", "packed"),
     [("none", False), ("head", True), pytest.param("key", True, marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize(
-    ("name", "names"), [("linear", "qkw"), ("delta", "qekw"), ("importance", "kb")]
-)
+@pytest.mark.parametrize(("name", "names"), NAMES)
 def test_opcheck(name, names, gate, packed):
     given = operands(names, gate, T=3, sequences=3 if packed else None)
     given = [None if x is None else x.requires_grad_() for x in given.values()]
@@ -30,9 +39,12 @@ def test_opcheck(name, names, gate, packed):
     torch.library.opcheck(getattr(torch.ops.glazoo, name).default, tuple(given))
 
 
-@pytest.mark.parametrize(
-    ("name", "names"), [("linear", "qkw"), ("delta", "qekw"), ("importance", "kb")]
-)
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_opcheck_riccati(packed):
+    test_opcheck("riccati", "acdu", "head", packed)
+
+
+@pytest.mark.parametrize(("name", "names"), NAMES)
 def test_opcheck_step(name, names):
     given = [*operands(names, T=1).values(), None, *OPTION[name]]
     # Steps update a state: they have no gradients to check.
@@ -44,7 +56,8 @@ def test_opcheck_step(name, names):
 
 
 @pytest.mark.parametrize(
-    ("function", "names"), [(linear, "qkw"), (delta, "qekw"), (importance, "kb")]
+    ("function", "names"),
+    [(linear, "qkw"), (delta, "qekw"), (importance, "kb"), (riccati, "acdu")],
 )
 def test_compile_as_one_graph(function, names):
     compiled = torch.compile(
@@ -98,6 +111,12 @@ def bad(names="qkw", **changes):
         (delta, bad("qekw"), {"base": "next"}, "base: got 'next'"),
         (delta, bad("qekw", e=lambda x: x[..., :8]), {}, "e: got shape"),
         (importance, bad("kb", b=lambda x: x[..., None]), {}, "b: got shape"),
+        (
+            riccati,
+            bad("acdu", c=lambda x: x.new_ones(1, 5, 1, 3)),
+            {},
+            r"c: got shape \(1, 5, 1, 3\)",
+        ),
     ],
 )
 def test_misuse_is_named(function, given, options, message):

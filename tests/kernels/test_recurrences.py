@@ -10,9 +10,11 @@ from kernel_cases import (
     importance_loop,
     linear_loop,
     make_operands,
+    riccati_loop,
+    riccati_operands,
 )
 
-from glazoo.kernels import delta, importance, linear
+from glazoo.kernels import delta, importance, linear, riccati
 from glazoo.kernels.common import interpreting
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -147,9 +149,55 @@ def test_many_chunks_of_importance(gate):
         torch.testing.assert_close(x.double(), y, rtol=64 * torch.finfo(torch.float32).eps, atol=0)
 
 
+@pytest.mark.parametrize("gate", GATES)
+def test_riccati(gate):
+    operands = riccati_operands(1, 70, 2, 2, gate=gate, resets=True, strong=True)
+    operands["u"][:, 20:50] = 0
+    assert_matches_loop(riccati, riccati_loop, operands, torch.float32)
+
+
+def test_riccati_packed():
+    operands = riccati_operands(1, 40, 1, 2, sequences=5)
+    kernel = functools.partial(riccati, cu_seqlens=PACKED)
+    loop = functools.partial(riccati_loop, cu_seqlens=PACKED)
+    assert_matches_loop(kernel, loop, operands, torch.float32)
+
+
+@pytest.mark.parametrize("K", [2, pytest.param(33, marks=pytest.mark.slow)])
+def test_riccati_of_huge_evidence(K):
+    """Also with more keys than a tile."""
+    operands = riccati_operands(1, 66, 1, K, gate="head", strong=True)
+    operands["u"] *= torch.where(operands["u"] < 0.5, 0, 1e4)
+    operands["c"] *= 1e3
+    assert_matches_loop(riccati, riccati_loop, operands, torch.float32)
+
+
+def test_riccati_keeps_zero():
+    operands = riccati_operands(1, 70, 1, 2, gate="key", state=False)
+    operands["u"][:, :66] = 0
+    z, _ = riccati(**{name: x if x is None else x.float() for name, x in operands.items()})
+    assert (z[:, :66] == 0).all()
+    assert (z[:, 66:] > 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", ["none", "key"])
+def test_many_chunks_of_riccati(gate):
+    operands = riccati_operands(1, 64 * 33 + 5, 1, 3, gate=gate)
+    given = {name: x.float() for name, x in operands.items()}
+    truth = riccati_loop(**{name: x.double() for name, x in given.items()})
+    for x, y in zip(riccati(**given), truth, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=64 * torch.finfo(torch.float32).eps, atol=0)
+
+
 def test_no_tokens():
-    for function, names in ((linear, "qkw"), (delta, "qekw"), (importance, "kb")):
-        operands = make_operands(names, 2, 0, ONE, 16, 16, gate="key")
+    given = {
+        linear: make_operands("qkw", 2, 0, ONE, 16, 16, gate="key"),
+        delta: make_operands("qekw", 2, 0, ONE, 16, 16, gate="key"),
+        importance: make_operands("kb", 2, 0, ONE, 16, 16, gate="key"),
+        riccati: riccati_operands(2, 0, 1, 16),
+    }
+    for function, operands in given.items():
         operands = {name: x.float().requires_grad_() for name, x in operands.items()}
         o, final = function(**operands)
         assert o.shape[:2] == (2, 0)

@@ -46,6 +46,7 @@ def compare(executor, name, gate, place, options=None, change=lambda x: x, loop=
             ("linear", "head", at(BF16, 70, 16)),
             ("delta", "key", at(F32, 40, 16)),
             ("importance", "key", at(F16, 70, 16)),
+            ("riccati", "head", at(F32, 66, 4)),
             ("synapse", "key", at(BF16, 20, 16)),
             ("synapse_delta", "head", at(F16, 20, 16)),
             ("full", "head", at(BF16, 20, 16)),
