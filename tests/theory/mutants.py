@@ -46,10 +46,8 @@ class Mutant:
         return op
 
 
-_EVIDENCE = "self.importance = own * old + w.b * w.k.square()"
-_HEBBIAN_WRITE = """            self.memory = w.decay * self.memory + w.k * (w.beta * w.v)
-            return
-        previous"""
+_EVIDENCE = "square, axes = w.k.square(),"
+_HEBBIAN_WRITE = "self.memory = w.decay * self.memory + w.k * (w.beta * w.v)"
 
 MUTANTS = (
     Mutant(
@@ -72,7 +70,7 @@ MUTANTS = (
     ),
     Mutant(
         "missing_prior_pull",
-        (("w.decay * (old + self.prior) / before", "w.decay"),),
+        (("w.decay * (old + self.prior) / (drift + self.prior)", "w.decay"),),
         ("gated_deltanet",),
         (
             "metaplastic-delta-is-generalised-delta",
@@ -222,7 +220,7 @@ MUTANTS = (
     ),
     Mutant(
         "sign_of_the_erase",
-        (("w.k * (strength * w.v) - removed", "w.k * (strength * w.v) + removed"),),
+        (("strength * (w.v - predicted)", "strength * (w.v + predicted)"),),
         ("deltanet",),
         (
             "sigmoid-delta-is-a-one-step-posterior",
@@ -260,7 +258,7 @@ MUTANTS = (
     ),
     Mutant(
         "importance_never_forgets",
-        ((_EVIDENCE, _EVIDENCE.replace("own * old", "old")),),
+        (("drift = a * old\n", "drift = old\n"),),
         ("palimpsa",),
         (
             "importance-returns-to-the-prior",
@@ -271,12 +269,7 @@ MUTANTS = (
     ),
     Mutant(
         "exact_gain_at_the_new_importance",
-        (
-            (
-                "1 / before, self._exact_strength(w, before)",
-                "1 / after, self._exact_strength(w, after)",
-            ),
-        ),
+        (("            rate = before(w.k)\n", "            rate = after(w.k)\n"),),
         ("implicit_delta",),
         (
             "delta-rule-solves-a-triangular-system",
@@ -285,7 +278,7 @@ MUTANTS = (
     ),
     Mutant(
         "first_order_gain_at_the_old_importance",
-        (("            rate = 1 / after\n", "            rate = 1 / before\n"),),
+        (("strength, rate = w.beta, after(w.k)", "strength, rate = w.beta, before(w.k)"),),
         ("gated_deltanet",),
         (
             "metaplastic-delta-is-generalised-delta",
@@ -403,7 +396,7 @@ MUTANTS = (
     ),
     Mutant(
         "predicts_from_the_undecayed_state",
-        (('base = mean if erase.base == "decayed" else previous', "base = previous"),),
+        (('base = mean if erase.base == "decayed" else seen', "base = seen"),),
         ("gated_deltanet",),
         (
             "metaplastic-delta-is-generalised-delta",
@@ -415,7 +408,7 @@ MUTANTS = (
     ),
     Mutant(
         "predicts_from_the_decayed_state",
-        (('base = mean if erase.base == "decayed" else previous', "base = mean"),),
+        (('base = mean if erase.base == "decayed" else seen', "base = mean"),),
         ("comba",),
         (
             "comba-at-decayed-key-is-gated-deltanet",
@@ -445,7 +438,7 @@ MUTANTS = (
     ),
     Mutant(
         "importance_matrix_without_beta",
-        (("w.beta * w.k * w.k.mT", "w.k * w.k.mT"),),
+        (("weight * w.k * w.k.mT", "w.k * w.k.mT"),),
         ("mesanet",),
         (
             "full-precision-is-a-normal-equation",
@@ -505,7 +498,7 @@ MUTANTS = (
     ),
     Mutant(
         "erase_gate_on_the_wrong_side",
-        (('erase.side == "prediction":', 'erase.side != "prediction":'),),
+        (('erase.side == "removal" else', 'erase.side != "removal" else'),),
         ("gdn2", "rwkv7"),
         ("delta-rule-solves-a-triangular-system",),
     ),
@@ -538,7 +531,10 @@ MUTANTS = (
     ),
     Mutant(
         "prior_ignored_in_the_prediction",
-        (("before, after = own * old + self.prior,", "before, after = own * old + 1,"),),
+        (
+            ("before, after = drift + self.prior,", "before, after = drift + 1,"),
+            ("(old + self.prior) / (drift + self.prior)", "(old + self.prior) / (drift + 1)"),
+        ),
         ("gated_deltanet", "implicit_delta"),
         (
             "metaplastic-delta-is-generalised-delta",
@@ -552,7 +548,7 @@ MUTANTS = (
 
 ANOTHER_ORDER = Mutant(
     "rate_summed_in_another_order",
-    (("w.beta * (w.k.square() / before).sum", "(w.beta * w.k.square() / before).sum"),),
+    (("found = w.beta * (w.k * rate).sum(", "found = (w.beta * w.k * rate).sum("),),
     ("gated_deltanet",),
     ("rate-at-zero-is-its-source-bit-for-bit",),
 )
