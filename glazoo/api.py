@@ -21,7 +21,7 @@ from glazoo.spec import Gate, Spec
 from glazoo.state import Output, OutputWithUncertainty, State
 from glazoo.zoo import load
 
-__all__ = ["attention", "schedule", "warn_of_layout"]
+__all__ = ["attention", "schedule", "warned"]
 
 
 Operation = TypeVar("Operation", bound=Callable[..., Any])
@@ -205,7 +205,7 @@ def attention(
 _PROGRAMS: list[Program] = []
 
 
-def warn_of_layout(function: Operation) -> Operation:
+def _warn_of_layout(function: Operation) -> Operation:
     """Return the operation with a warning where operands look as if heads came before tokens.
 
     Both layouts have four axes, and gates may follow the same mistake, so that nothing else shows
@@ -230,6 +230,10 @@ def warn_of_layout(function: Operation) -> Operation:
         return function(*args, **kwargs)
 
     return cast(Operation, call)
+
+
+warned = _warn_of_layout(attention)
+"""What `glazoo.attention` is."""
 
 
 def _captured(spec: str | Path | Spec) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,29 +10,51 @@ import typer
 from rich import box
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperGroup
 
 import glazoo
-from glazoo.compare.commands.bench import bench
-from glazoo.compare.commands.capacity import capacity
-from glazoo.compare.commands.compare import compare
-from glazoo.compare.commands.decay import decay
-from glazoo.converters.commands import convert, inspect, tune
 from glazoo.program import Program
 from glazoo.program.show import page
 from glazoo.terminal import AsJson, console, print_json, refusals
-from glazoo.theory.commands import posterior, verify
-from glazoo.train import train
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
-    name="glazoo",
-    help=glazoo.__doc__,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+_ELSEWHERE = {
+    "convert": "glazoo.converters.commands",
+    "tune": "glazoo.converters.commands",
+    "inspect": "glazoo.converters.commands",
+    "train": "glazoo.train",
+    "verify": "glazoo.theory.commands",
+    "posterior": "glazoo.theory.commands",
+    "compare": "glazoo.compare.commands.compare",
+    "capacity": "glazoo.compare.commands.capacity",
+    "decay": "glazoo.compare.commands.decay",
+    "bench": "glazoo.compare.commands.bench",
+}
+"""Where the other commands are, each a function of its name."""
+
+_QUIET: Any = {
+    "add_completion": False,
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": None,
+}
+
+
+class _Commands(TyperGroup):
+    """The commands here, and the others, which are imported when somebody asks for them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *_ELSEWHERE]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in _ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        alone = typer.Typer(**_QUIET)
+        alone.command(cmd_name)(getattr(import_module(_ELSEWHERE[cmd_name]), cmd_name))
+        return typer.main.get_command(alone)
+
+
+app = typer.Typer(name="glazoo", cls=_Commands, help=glazoo.__doc__, no_args_is_help=True, **_QUIET)
 
 KeySize = Annotated[int, typer.Option(min=1, help="Key channels per head, for sizes and costs.")]
 ValueSize = Annotated[int, typer.Option(min=1, help="Value channels per head.")]
@@ -200,15 +223,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-for command in (convert, tune, inspect, train, verify, posterior, compare, capacity, decay, bench):
-    app.command()(command)
-
-
 def main() -> None:
     """Runs the command line; a refusal is one line on standard error and exit code 2."""
     with refusals():
         app()
-
-
-if __name__ == "__main__":
-    main()

@@ -296,7 +296,7 @@ def _convert(folder: Path) -> dict[str, Any]:
     arguments = ["convert", str(folder / "source"), str(folder / "converted"), "--verify"]
     arguments.append("--force")
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "glazoo.cli", *arguments, "--json"],
+        [sys.executable, "-P", "-m", "glazoo", *arguments, "--json"],
         capture_output=True,
         text=True,
         check=False,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
 
 __all__ = ["Output", "OutputWithUncertainty", "State"]
 
@@ -38,6 +38,7 @@ class State(NamedTuple):
     @staticmethod
     def cat(states: Sequence[State]) -> State:
         """Joins the states of several batches of sequences."""
+        import torch
 
         def part(i: int) -> Tensor | None:
             xs = [x for s in states if (x := s[i]) is not None]

@@ -19,7 +19,7 @@ from glazoo.program import lowering
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-P", "-m", "glazoo.cli", *args],
+        [sys.executable, "-P", "-m", "glazoo", *args],
         capture_output=True,
         text=True,
         timeout=120,
@@ -145,6 +145,15 @@ def test_doctor_finds_what_killed_runs_have_left_and_removes_it(tmp_path: Path) 
     assert sorted(p.name for p in tmp_path.iterdir()) == [".kept.replaced-ghi", ".x.partial", "old"]
     report = json.loads(run("doctor", str(tmp_path / "nowhere"), "--json").stdout)
     assert any("cannot look for leftovers" in f["what"] for f in report["findings"])
+
+
+def test_help_lists_every_command() -> None:
+    text = run("--help").stdout
+    names = "list show schema doctor convert tune inspect train verify posterior compare capacity"
+    for name in [*names.split(), "decay", "bench"]:
+        assert re.search(rf"^  {name} +\w", text, re.MULTILINE), name
+    assert "Usage: python -m glazoo bench" in run("bench", "--help").stdout
+    assert run("benhc").returncode == 2
 
 
 def test_version() -> None:

@@ -37,7 +37,7 @@ def test_the_readme_runs(tmp_path: Path) -> None:
                     tuple(f"$ {x}" for x in LONG)
                 ):
                     ran += 1
-                    command = [sys.executable, "-P", "-m", "glazoo.cli", *line.split()[2:]]
+                    command = [sys.executable, "-P", "-m", "glazoo", *line.split()[2:]]
                     script.append(f"run({json.dumps(command)})")
     quiet = "subprocess.run(command, check=True, stdout=subprocess.DEVNULL)"
     head = f"import subprocess\n\ndef run(command):\n    {quiet}\n"

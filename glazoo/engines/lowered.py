@@ -12,7 +12,8 @@ import torch
 
 from glazoo.engines.call import Call, Result
 from glazoo.kernels.loops import without_autocast
-from glazoo.program import Core, Env
+from glazoo.program import Core
+from glazoo.program.env import Env
 from glazoo.state import State
 
 __all__ = ["run", "token_dtype"]

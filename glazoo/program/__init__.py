@@ -1,8 +1,8 @@
-"""Programs: what an engine runs for a spec, and what it takes."""
+"""Programs: what an engine runs for a spec, and what it takes; made and shown without torch."""
 
 from glazoo.program.core import Core, Kernel
 from glazoo.program.lowering import Program, lower
 from glazoo.program.operands import Operand, Role
-from glazoo.program.steps import Env, StatePart
+from glazoo.program.steps import StatePart
 
-__all__ = ["Core", "Env", "Kernel", "Operand", "Program", "Role", "StatePart", "lower"]
+__all__ = ["Core", "Kernel", "Operand", "Program", "Role", "StatePart", "lower"]

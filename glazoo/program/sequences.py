@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["interleave", "last", "positions", "previous"]
+__all__ = ["interleave", "last", "log_sums", "positions", "previous"]
 
 
 def interleave(*parts: Float[Tensor, "B T ..."]) -> Float[Tensor, "B nT ..."]:
@@ -57,3 +57,33 @@ def last(
         return x[:, -1].to(dtype)
     empty = (cu_seqlens[1:] == cu_seqlens[:-1]).view(-1, *[1] * (x.ndim - 2))
     return torch.where(empty, start, x[0, (cu_seqlens[1:] - 1).clamp(min=0)].to(dtype))
+
+
+def log_sums(
+    x: Float[Tensor, "B T ..."],
+    first: Float[Tensor, "N ..."],
+    cu_seqlens: Int[Tensor, "N1"] | None,
+) -> Float[Tensor, "B T ..."]:
+    """Return log(exp(first) + sum of exp(x) up to each token), within each sequence.
+
+    Args:
+        x: logarithms.
+        first: what each sequence starts from.
+        cu_seqlens: bounds of packed sequences.
+
+    Returns:
+        The logarithms of the sums.
+    """
+    if cu_seqlens is None:
+        z = torch.logcumsumexp(x, 1) if x.shape[1] else x
+        return torch.logaddexp(z, first[:, None])
+    # Segmented scan by doubling: after i rounds z_t covers the last 2^i tokens of its sequence.
+    sequence, _ = positions(cu_seqlens, x.shape[1])
+    z, reach = x, 1
+    while reach < x.shape[1]:
+        start = torch.zeros_like(sequence[:reach], dtype=torch.bool)
+        same = torch.cat([start, sequence[reach:] == sequence[:-reach]])
+        moved = torch.cat([torch.zeros_like(z[:, :reach]), z[:, :-reach]], 1)
+        z = torch.logaddexp(z, moved.masked_fill(~same[None, :, None, None], -torch.inf))
+        reach *= 2
+    return torch.logaddexp(z, first[sequence][None])

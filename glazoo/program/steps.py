@@ -3,7 +3,8 @@
 A step is data. It runs on an environment of tensors, with the core operations of an engine; it
 writes itself on an environment of terms, which gives the same recurrence as mathematics; and it
 counts its operations. Both environments know operands, states and what earlier steps made by the
-same names. Where a step takes a name, `None` stands for a one or for nothing to do.
+same names. Where a step takes a name, `None` stands for a one or for nothing to do. Only running
+needs torch, which comes with the environment.
 """
 
 from __future__ import annotations
@@ -11,88 +12,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from glazoo.kernels.register import wants_derivative
-from glazoo.program.core import Core, Kernel
-from glazoo.program.elementwise import exact_strength, flow_strength, forgetting, over, whitened
-from glazoo.program.sequences import interleave, last, positions, previous
+from glazoo.program.core import Kernel
 from glazoo.program.terms import NUMBER, Names, Shape, Term, apply, number
+
+if TYPE_CHECKING:
+    from glazoo.program.env import Env
 
 _KEY: Shape = ("K", "")
 _MEMORY: Shape = ("K", "V")
 _ONE, _PRIOR = number(1), Term("I_p", _KEY)
-
-
-@dataclass(slots=True)
-class Env:
-    """What the names of a program stand for while it runs."""
-
-    x: dict[str, Tensor]
-    """Operands, parts of the state, and what steps make: q is scaled, g is per token. A part of the
-    state is the initial one until the step that carries it has run, and then the final one."""
-    core: Core
-    narrow: torch.dtype
-    """Dtype in which core operations take tokens: what follows from several operands is computed in
-    the wide dtype and rounded once, where it is handed over."""
-    wide: torch.dtype
-    """Dtype of gates, states and normalisers, which are never rounded."""
-    cu_seqlens: Tensor | None
-    uncertainty: bool
-    """Whether the call asks for it."""
-
-    def gate(self, name: str | None) -> Tensor | None:
-        """Return a tensor as it is, or None."""
-        return None if name is None else self.x[name]
-
-    def token(self, name: str) -> Tensor:
-        """Return a tensor in the dtype of tokens."""
-        return self.x[name].to(self.narrow)
-
-    def heads(self, name: str) -> Tensor:
-        """Repeat the query/key heads of [B, T, H, K] for the value heads that read them."""
-        return _spread(self.x[name], self.x["v"].shape[2])
-
-    def prior(self) -> Tensor:
-        """Return the prior as [HV, K]."""
-        return self.x["prior"].expand(-1, self.x["q"].shape[-1])
-
-    def rate(self, beta: str | None, v: str) -> Tensor:
-        """Return the write gate of values, [B, T, HV] or as it is; without one it is one."""
-        if beta is not None:
-            return self.x[beta]
-        return self.x[v].new_ones(self.x[v].shape[:3], dtype=self.wide)
-
-    def over_keys(self, x: Tensor) -> Tensor:
-        """Repeat what is one for all keys for each of them."""
-        return x.expand(*x.shape[:-1], self.x["q"].shape[-1])
-
-    def take(self, result: tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]) -> None:
-        """Keep output, memory, importance and variance of a class that gives them together."""
-        self.x["y"], (self.x["memory"], self.x["importance"]), doubt = result
-        if doubt is not None:
-            self.x["uncertainty"] = doubt
-
-    def pair(self) -> tuple[Tensor, Tensor] | None:
-        """Return memory and importance at the start, for classes that keep both together."""
-        if "memory" not in self.x:
-            return None
-        return self.x["memory"], self.x["importance"]
-
-
-def _spread(x: Tensor, heads: int) -> Tensor:
-    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], 2)
-
-
-def _times(gate: Tensor | None, x: Tensor) -> Tensor:
-    """Multiply [B, T, H, D] by a gate [B, T, HV] or [B, T, HV, D]."""
-    if gate is None:
-        return x
-    x = _spread(x, gate.shape[2])
-    return x * (gate if gate.ndim == x.ndim else gate[..., None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +71,7 @@ class TiedKey(Step):
     operations = (("K", 1),)
 
     def run(self, env: Env) -> None:
-        env.x["k"] = -torch.expm1(env.x["g"]).to(env.narrow)
+        env.x["k"] = -env.x["g"].expm1().to(env.narrow)
 
     def write(self, names: Names) -> None:
         names.x["k"] = names.let("k", _ONE - names.x["g"])
@@ -156,7 +86,7 @@ class Times(Step):
     of: str
 
     def run(self, env: Env) -> None:
-        env.x[self.out] = _times(env.x[self.gate], env.x[self.of])
+        env.x[self.out] = env.times(env.x[self.gate], env.x[self.of])
 
     def write(self, names: Names) -> None:
         names.x[self.out] = names.x[self.gate] * names.x[self.of]
@@ -177,8 +107,8 @@ class Lag(Step):
         x, trap = env.x, env.x["trap"]
         for name, part in (("k", "lag_key"), ("v", "lag_value")):
             first = x.get(part)
-            x[f"{name}_previous"] = previous(x[name], first, env.cu_seqlens)
-            x[part] = last(x[name], first, env.cu_seqlens, env.wide)
+            x[f"{name}_previous"] = env.previous(x[name], first)
+            x[part] = env.last(x[name], first)
         for name in self.gates:
             gate = x.get(name)
             now = trap if gate is None or gate.ndim == trap.ndim else trap[..., None]
@@ -219,10 +149,10 @@ class SubTokens(Step):
         for name, parts in self.parts:
             given = [None if part is None else env.x[part] for part in parts]
             heads = max(x.shape[2] for x in given if x is not None)
-            spread = [None if x is None else _spread(x, heads) for x in given]
+            spread = [None if x is None else env.spread(x, heads) for x in given]
             like = next(x for x in spread if x is not None)
-            zero = torch.zeros_like(like) if None in parts else like
-            made[name] = interleave(*(zero if x is None else x for x in spread))
+            zero = like.new_zeros(like.shape) if None in parts else like
+            made[name] = env.interleave(*(zero if x is None else x for x in spread))
         env.x |= made
         if env.cu_seqlens is not None:
             env.cu_seqlens = self.count * env.cu_seqlens
@@ -251,11 +181,8 @@ class Turn(Step):
     operations = (("KK", 2),)
 
     def run(self, env: Env) -> None:
-        x = env.x[self.of].to(env.wide)
-        basis = env.x["basis"].repeat_interleave(x.shape[2] // env.x["basis"].shape[0], 0)
-        env.x[self.out] = torch.einsum(
-            "bthk,hjk->bthj" if self.back else "bthk,hkj->bthj", x, basis
-        )
+        x = env.x
+        x[self.out] = env.turned(x[self.of].to(env.wide), x["basis"], back=self.back)
 
     def write(self, names: Names) -> None:
         basis = Term("R", ("K", "K"))
@@ -284,8 +211,7 @@ class Importance(Step):
             k = k.new_ones(1).expand(*k.shape[:2], 1, 1)
         start = first
         if self.discount:
-            n = x["q"].shape[0] if env.cu_seqlens is None else len(env.cu_seqlens) - 1
-            start = x["prior"].expand(n, -1, k.shape[-1])
+            start = x["prior"].expand(env.sequences(), -1, k.shape[-1])
             start = start if first is None else start + first
         J, final = env.core.importance(
             k, b, env.gate(self.g), initial_state=start, cu_seqlens=env.cu_seqlens
@@ -295,7 +221,7 @@ class Importance(Step):
         x["importance"] = final
         x["J"] = env.over_keys(J)
         if self.keeps_previous:
-            x["J_previous"] = env.over_keys(previous(J, first, env.cu_seqlens))
+            x["J_previous"] = env.over_keys(env.previous(J, first))
 
     def write(self, names: Names) -> None:
         x, shape = names.x, NUMBER if self.isotropic else _KEY
@@ -330,41 +256,35 @@ class Diffuse(Step):
     def run(self, env: Env) -> None:
         x, first, prior = env.x, env.x.get("importance"), env.x["prior"]
         u = env.heads(self.k).to(env.wide).square()
-        g = env.gate(self.g)
+        g = env.channels(self.g)
         if g is None:
             keep = u.new_ones(1).expand(*u.shape[:3], 1)
         else:
-            keep = (2 * (g if g.ndim == 4 else g[..., None])).exp()
+            keep = (2 * g).exp()
             if self.isotropic:
                 keep = keep.mean(-1, keepdim=True)
             elif self.turned and keep.shape[-1] > 1:
-                turn = (
-                    x["basis"].square().repeat_interleave(keep.shape[2] // x["basis"].shape[0], 0)
-                )
-                keep = torch.einsum("bthk,hkj->bthj", keep, turn)
+                keep = env.turned(keep, x["basis"].square())
         u = x["b"][..., None] * (u.mean(-1, keepdim=True) if self.isotropic else u)
-        noise = env.gate(self.noise)
-        if noise is not None:
-            noise = noise if noise.ndim == 4 else noise[..., None]
+        noise = env.channels(self.noise)
         prior = prior if noise is None or not self.isotropic else prior[:, :1]
         if noise is None:
             # Above the prior, where nothing that is added keeps it at zero to the last bit.
-            one, lost = torch.ones_like(keep), (1 - keep) / prior
+            one, lost = keep.new_ones(keep.shape), (1 - keep) / prior
             J, x["importance"] = env.core.riccati(
                 keep, lost, one, u, initial_state=first, cu_seqlens=env.cu_seqlens
             )
-            old = previous(J, first, env.cu_seqlens)
+            old = env.previous(J, first)
             drift = keep * old / (1 + lost * old)
         else:
-            n = u.shape[0] if env.cu_seqlens is None else len(env.cu_seqlens) - 1
-            start = prior.expand(n, -1, u.shape[-1])
+            start = prior.expand(env.sequences(), -1, u.shape[-1])
             start = start if first is None else start + first
             total, final = env.core.riccati(
-                torch.ones_like(noise), noise, keep, u,
+                noise.new_ones(noise.shape), noise, keep, u,
                 initial_state=start, cu_seqlens=env.cu_seqlens,
             )  # fmt: skip
             J, x["importance"] = total - prior, final - prior
-            old = previous(total, start, env.cu_seqlens)
+            old = env.previous(total, start)
             drift = old / (noise * old + keep) - prior
         x["J"] = env.over_keys(J)
         x["J_previous"] = env.over_keys(old if noise is None else old - prior)
@@ -399,9 +319,9 @@ class Kept(Step):
     operations = (("K", 4),)
 
     def run(self, env: Env) -> None:
-        x, g = env.x, env.gate(self.g)
+        x, g = env.x, env.channels(self.g)
         kept = (x["found"] / (x["J"] + x["prior"])).log()
-        x["kept"] = kept if g is None else kept + (g if g.ndim == 4 else g[..., None])
+        x["kept"] = kept if g is None else kept + g
 
     def write(self, names: Names) -> None:
         x = names.x
@@ -421,28 +341,13 @@ class LogImportance(Step):
     operations = (("K", 7),)
 
     def run(self, env: Env) -> None:
-        x, cu = env.x, env.cu_seqlens
-        k, first = env.heads("k").to(env.wide), x.get("importance")
+        x, k, first = env.x, env.heads("k"), env.x.get("importance")
+        wide = k.to(env.wide)
         if first is None:
-            n = k.shape[0] if cu is None else len(cu) - 1
-            first = k.new_full((n, *k.shape[2:]), -torch.inf)
-        if cu is None:
-            z = torch.logcumsumexp(k, 1) if k.shape[1] else k
-            z = torch.logaddexp(z, first[:, None])
-        else:
-            # Segmented scan by doubling: after i rounds z_t covers the last 2^i tokens of its
-            # sequence.
-            sequence, _ = positions(cu, k.shape[1])
-            z, reach = k, 1
-            while reach < k.shape[1]:
-                start = torch.zeros_like(sequence[:reach], dtype=torch.bool)
-                same = torch.cat([start, sequence[reach:] == sequence[:-reach]])
-                moved = torch.cat([torch.zeros_like(z[:, :reach]), z[:, :-reach]], 1)
-                z = torch.logaddexp(z, moved.masked_fill(~same[None, :, None, None], -torch.inf))
-                reach *= 2
-            z = torch.logaddexp(z, first[sequence][None])
-        x["z"], x["importance"] = z, last(z, first, cu, env.wide)
-        x["forget"], x["kappa"] = previous(z, first, cu) - z, (env.heads("k") - z).exp()
+            first = wide.new_full((env.sequences(), *k.shape[2:]), -math.inf)
+        x["z"] = z = env.log_sums(wide, first)
+        x["importance"] = env.last(z, first)
+        x["forget"], x["kappa"] = env.previous(z, first) - z, (k - z).exp()
 
     def write(self, names: Names) -> None:
         x, old = names.x, names.previous("z", _KEY)
@@ -463,12 +368,11 @@ class Forget(Step):
     operations = (("K", 4),)
 
     def run(self, env: Env) -> None:
-        x, g = env.x, env.gate(self.g)
+        x, g = env.x, env.channels(self.g)
         if g is None:
             x["found"] = x["J_previous"] + x["prior"]
         else:
-            wide = g if g.ndim == 4 else g[..., None]
-            x["forget"], x["found"] = forgetting(x["J_previous"], wide, x["prior"])
+            x["forget"], x["found"] = env.forgetting(x["J_previous"], g, x["prior"])
 
     def write(self, names: Names) -> None:
         x = names.x
@@ -486,9 +390,9 @@ class Discounted(Step):
     operations = (("K", 2),)
 
     def run(self, env: Env) -> None:
-        x, g = env.x, env.gate(self.g)
+        x, g = env.x, env.channels(self.g)
         total = x["J_previous"] + x["prior"]
-        x["found"] = total if g is None else total * (g if g.ndim == 4 else g[..., None]).exp()
+        x["found"] = total if g is None else total * g.exp()
 
     def write(self, names: Names) -> None:
         total = names.x["J_previous"] + _PRIOR
@@ -510,7 +414,7 @@ class Divide(Step):
     def run(self, env: Env) -> None:
         x, of = env.x, env.heads(self.of)
         importance = x[self.importance]
-        x[self.out] = of / importance if self.whole else over(of, importance, x["prior"])
+        x[self.out] = of / importance if self.whole else env.over(of, importance, x["prior"])
 
     def write(self, names: Names) -> None:
         importance = names.x[self.importance]
@@ -568,20 +472,21 @@ class Gain(Step):
         x, key = env.x, env.heads("k")
         beta, square = env.gate(self.beta), None
         if self.found is not None:
-            scaled, found, square = whitened(key, x[self.found])
+            scaled, found, square = env.whitened(key, x[self.found])
         else:
             scaled, wide = env.heads(self.scaled), key.to(env.wide)
             found = (wide * scaled).sum(-1)
             square = (wide * wide).sum(-1) if self.kind == "exact_rate" else None
         if self.kind == "flow":
-            x["rate"] = flow_strength(beta, found)
+            x["rate"] = env.flow_strength(beta, found)
         else:
-            x["rate"] = exact_strength(beta, found, square if self.kind == "exact_rate" else None)
+            square = square if self.kind == "exact_rate" else None
+            x["rate"] = env.exact_strength(beta, found, square)
         x["kappa"] = scaled
         if self.diagonal:
             x["kappa"] = x["rate"][..., None] * scaled
-            kept, g = torch.log1p(-key * x["kappa"]), env.gate(self.g)
-            x["kept"] = kept if g is None else kept + (g if g.ndim == 4 else g[..., None])
+            kept, g = (-key * x["kappa"]).log1p(), env.channels(self.g)
+            x["kept"] = kept if g is None else kept + g
 
     def write(self, names: Names) -> None:
         x, k = names.x, names.x["k"]
@@ -618,7 +523,7 @@ class Less(Step):
     def run(self, env: Env) -> None:
         gate = env.x[self.gate]
         gate = gate.exp() if self.gate == "g" else gate
-        env.x[self.out] = _times(None, env.heads(self.of)) - _times(gate, env.x[self.other])
+        env.x[self.out] = env.heads(self.of) - env.times(gate, env.x[self.other])
 
     def write(self, names: Names) -> None:
         x = names.x
@@ -644,11 +549,11 @@ class Solve(Step):
         k, b, g = env.token("k"), env.rate(self.b, "v"), env.gate(self.g)
         if self.at != "written":
             # The matrix that a token finds is that of a scan which counts the token before.
-            k, b = previous(k, None, cu), previous(b, None, cu)
+            k, b = env.previous(k, None), env.previous(b, None)
             if g is not None and self.at == "decayed":
                 b = b * g.exp()
             elif g is not None:
-                g = previous(g, None, cu)
+                g = env.previous(g, None)
         x[self.out], final = env.core.solve(
             env.token(self.of), k, b, g,
             prior=env.prior(), initial_state=x.get("importance"), cu_seqlens=cu,
@@ -704,8 +609,11 @@ class SolveRelative(Step):
         length = k.square().sum(-1)
         across = 2 * b * (seen.to(env.wide) * k).sum(-1).clamp(min=0)
         across = across if g is None else across * g.exp()
-        n = x["q"].shape[0] if cu is None else len(cu) - 1
-        start = b.new_zeros(n, b.shape[2]) if first is None else first.square().sum((-2, -1))
+        start = (
+            b.new_zeros(env.sequences(), b.shape[2])
+            if first is None
+            else first.square().sum((-2, -1))
+        )
         norm, _ = env.core.importance(
             env.token("k").new_ones(1).expand(*b.shape[:2], 1, 1),
             across + (b * length).square(),
@@ -715,17 +623,16 @@ class SolveRelative(Step):
         )
         share = x["prior"][:, 0]
         # The gradient of a root at zero is infinite.
-        tiny = torch.finfo(env.wide).tiny
-        level = share * norm[..., 0].clamp(min=tiny).sqrt() + self.floor
-        before = share * start.clamp(min=tiny).sqrt() + self.floor
-        drift = (previous(level, before, cu) / level).log()
+        level = share * norm[..., 0].clamp(min=env.tiny).sqrt() + self.floor
+        before = share * start.clamp(min=env.tiny).sqrt() + self.floor
+        drift = (env.previous(level, before) / level).log()
         drift = drift if g is None else g + drift
         solved, _ = env.core.solve(
             env.token("q"),
             env.token("k"),
             b / level,
             drift.clamp(max=0),
-            prior=torch.ones_like(env.x["prior"]).expand(-1, k.shape[-1]),
+            prior=k.new_ones(x["prior"].shape).expand(-1, k.shape[-1]),
             initial_state=None if first is None else first / before[..., None, None],
             cu_seqlens=cu,
         )
@@ -991,7 +898,7 @@ class SynapseDelta(Step):
             b = b[..., None].expand(v.shape)
         if "memory" in x:
             memory = x["memory"]
-            importance = torch.zeros_like(memory) if b is None else x["importance"]
+            importance = memory.new_zeros(memory.shape) if b is None else x["importance"]
             if self.shared:
                 importance = importance[..., None].expand(memory.shape)
             start = memory, importance
@@ -1079,7 +986,7 @@ class OneToken:
     def run(self, env: Env) -> None:
         x, step = env.x, env.core.posterior_step
         whole = step is not None and x["v"].shape[1] == 1 and env.cu_seqlens is None
-        if step is None or not whole or wants_derivative(*x.values()):
+        if step is None or not whole or env.wants_derivative():
             for part in self.steps:
                 part.run(env)
             return
@@ -1150,7 +1057,7 @@ class Bonus(Step):
     def run(self, env: Env) -> None:
         x = env.x
         same = (x["u"] * env.heads("k") * env.heads("q")).sum(-1, keepdim=True)
-        x["y"] = x["y"] + same * _times(env.gate(self.beta), x["v"])
+        x["y"] = x["y"] + same * env.times(env.gate(self.beta), x["v"])
 
     def write(self, names: Names) -> None:
         x = names.x
@@ -1170,7 +1077,7 @@ class Normalize(Step):
 
     def run(self, env: Env) -> None:
         x, first = env.x, env.x.get("normalizer")
-        ones = _times(env.gate(self.beta), x["v"].new_ones(1).expand(*x["v"].shape[:-1], 1))
+        ones = env.times(env.gate(self.beta), x["v"].new_ones(1).expand(*x["v"].shape[:-1], 1))
         mass, sums = env.core.linear(
             env.token("q"),
             env.token("k"),

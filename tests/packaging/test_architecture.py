@@ -31,7 +31,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(module: str, path: Path) -> Iterator[str]:
-    """Names that a module imports anywhere in its text."""
+    """Names that a module imports anywhere in its text, and modules that it names as data."""
     package = module.split(".")[: None if path.name == "__init__.py" else -1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -40,6 +40,13 @@ def imported(module: str, path: Path) -> Iterator[str]:
             base = [*package[: len(package) + 1 - node.level]] if node.level else []
             base += [node.module] if node.module else []
             yield from (".".join([*base, x.name]) for x in node.names)
+        elif isinstance(node, ast.Constant) and node.value in MODULES - {"glazoo"}:
+            yield node.value
+
+
+MODULES = modules().keys()
+# What only shows a spec, or is asked of a model of our own when there is one.
+NAMED_BELOW = {("spec", "program"), ("families", "models")}
 
 
 def unit(module: str) -> str:
@@ -55,8 +62,9 @@ def found_arrows() -> dict[str, set[str]]:
         for name in imported(module, path):
             while name and name not in known:
                 name = name.rpartition(".")[0]
-            if name and unit(name) != unit(module):
-                targets.add(unit(name))
+            arrow = unit(module), unit(name or "glazoo")
+            if name and arrow[0] != arrow[1] and arrow not in NAMED_BELOW:
+                targets.add(arrow[1])
     return found
 
 

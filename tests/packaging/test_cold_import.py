@@ -102,23 +102,48 @@ def run_without(absent: tuple[str, ...], program: str, folder: Path) -> tuple[in
     return result.returncode, result.stdout + result.stderr
 
 
-# What takes long to import and no command that only looks things up needs.
+# What takes long to import and a call of `attention` does not need.
 SLOW = ("torch._dynamo", "torch._inductor", "sympy", "scipy", "transformers", "triton", "datasets")
+RUN = "from glazoo.cli import app; app({}, standalone_mode=False)"
 
 
 @pytest.mark.parametrize(
-    "program",
+    ("program", "slow"),
     [
-        "import glazoo",
-        "from glazoo.cli import app; app(['--version'], standalone_mode=False)",
-        "from glazoo.cli import app; app(['list'], standalone_mode=False)",
+        ("import glazoo; glazoo.attention", SLOW),
+        ("import glazoo", ("torch", "numpy", "pydantic", "rich")),
+        (RUN.format(["--version"]), ("torch", "numpy", "pydantic")),
+        # Looking variants up needs what describes them alone.
+        (RUN.format(["list"]), ("torch", "numpy", "jaxtyping")),
+        (RUN.format(["show", "metaplastic_gla"]), ("torch", "numpy", "jaxtyping")),
+        (RUN.format(["schema"]), ("torch", "numpy", "jaxtyping")),
+        (RUN.format(["convert", "--help"]), ("transformers", "glazoo.compare")),
     ],
 )
-def test_what_imports_slowly_waits_until_it_is_needed(program: str, tmp_path: Path) -> None:
-    loaded = f"\nimport sys; print('loaded:', *set(sys.modules).intersection({SLOW!r}))"
+def test_what_imports_slowly_waits_until_it_is_needed(
+    program: str, slow: tuple[str, ...], tmp_path: Path
+) -> None:
+    loaded = f"\nimport sys; print('loaded:', *set(sys.modules).intersection({slow!r}))"
     status, output = run_without((), program + loaded, tmp_path)
     assert status == 0, output
     assert output.splitlines()[-1] == "loaded:"
+
+
+def test_every_public_name_is_imported_from_where_type_checkers_see_it() -> None:
+    tree = ast.parse(Path(glazoo.__file__).read_text("utf-8"))
+    typed = {
+        alias.asname or alias.name: node.module
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert typed == glazoo._HOMES
+    assert sorted(typed) == sorted(glazoo.__all__)
+    assert glazoo.layers.__name__ == "glazoo.layers"
+    with pytest.raises(AttributeError, match="module 'glazoo' has no attribute 'attentoin'"):
+        _ = glazoo.attentoin
 
 
 def test_import_needs_no_optional_package(tmp_path: Path) -> None:
