@@ -44,8 +44,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from glazoo.kernels.common import Launch, interpreting, record_launches
-from glazoo.kernels.full import Solve
-from glazoo.kernels.loops import Delta, Importance, Linear, Riccati, Synapse, SynapseDelta
+from glazoo.kernels.loops import Delta, Importance, Linear, Riccati, Solve, Synapse, SynapseDelta
 from glazoo.kernels.step import (
     Posterior,
     run_delta_step,
@@ -81,7 +80,7 @@ UNITS: dict[str, tuple[str | int, ...]] = {
     "synapse_columns": ("SUB", "BK"),
     "synapse_gradient": ("SUB", "BV"),
     "synapse_finish": ("SUB", "BK"),
-    "full_solve": ("BR", "K"),
+    "solve": ("BR", "K"),
 }
 # Kernels whose machine code no V decides, and K by little but a tile that all shapes share.
 PLAIN = ("importance", "riccati", "chunk_gate", "chunk_table")
@@ -244,7 +243,7 @@ def _calls(K: int, V: int, gate: str, B: int, T: int) -> Iterator[Callable[[], o
     yield passes("riccati", Riccati(*factors, kept, importance, None), 0)
     if gate != "key":
         solve = Solve(q, k, b, g, prior, matrix, None)
-        yield lambda: importlib.import_module("glazoo.kernels.full").forward(solve, False)
+        yield lambda: importlib.import_module("glazoo.kernels.solve").forward(solve, False)
 
 
 def _identity(launch: Launch) -> str:
@@ -595,10 +594,10 @@ def _print_totals(found: list[Total]) -> None:
 
 # What --quick compiles: a part of the kernels where most users are, and where limits are tight.
 QUICK = (
-    ("sm_90", (128, 128), r"^(?!synapse|full|riccati).*/head"),
+    ("sm_90", (128, 128), r"^(?!synapse|solve|riccati).*/head"),
     ("sm_90", (128, 128), r"^synapse_(?!.*/one_state)\w+/head$"),
     ("sm_90", (128, 128), "keyed"),
-    ("sm_80", (128, 128), r"^delta_dstate|^synapse_(local|gradient)/key$|^full_solve/head$"),
+    ("sm_80", (128, 128), r"^delta_dstate|^synapse_(local|gradient)/key$|^solve/head$"),
     ("sm_80", (128, 128), r"^riccati_backward/head$"),
     ("sm_100", (128, 128), "dkey"),
     ("gfx942", (128, 128), r"^delta_state|^synapse_output/head$"),

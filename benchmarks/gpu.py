@@ -50,13 +50,13 @@ from torch import Tensor
 from glazoo.kernels import (
     delta,
     delta_step,
-    full,
     importance,
     importance_step,
     linear,
     linear_step,
     posterior_step,
     riccati,
+    solve,
     synapse,
     synapse_delta,
     synapse_delta_step,
@@ -286,8 +286,9 @@ def _synapse_delta(x: Row) -> tuple[Tensor, ...]:
     return synapse_delta(x["q"], x["k"], x["v"], x["beta"], x["c"], x["g"], prior=x["prior"])[:1]
 
 
-def _full(x: Row) -> tuple[Tensor, ...]:
-    return full(x["q"], x["k"], x["v"], x["beta"], x["g"], prior=x["prior"])[:1]
+def _solve(x: Row, state: Tensor | None = None) -> tuple[Tensor, ...]:
+    given = (x[c] for c in ("q", "k", "beta", "g"))
+    return solve(*given, prior=x["prior"], initial_state=state)[:1]
 
 
 # One token of every recurrence in plain torch: x holds [B, H, ..] of the token.
@@ -359,11 +360,10 @@ def synapse_delta_rule(x: Row, m: Tensor, j: Tensor) -> tuple[States, States]:
     return [_read(x["q"], m)], [m, j]
 
 
-def full_rule(x: Row, s: Tensor, m: Tensor) -> tuple[States, States]:
-    s = _decay(x, s) * s + _outer(x["k"], x["v"])
+def solve_rule(x: Row, m: Tensor) -> tuple[States, States]:
     m = _decay(x, m) * m + x["beta"][..., None, None] * _outer(x["k"], x["k"])
     prior = torch.eye(m.shape[-1], dtype=m.dtype, device=m.device) * x["prior"][:, None, None]
-    return [_read(torch.linalg.solve(m + prior, x["q"]), s)], [s, m]
+    return [torch.linalg.solve(m + prior, x["q"])], [m]
 
 
 def _posterior_step(x: Row, s: Tensor, j: Tensor, correction: str) -> object:
@@ -506,16 +506,14 @@ OPERATIONS = {
         2,
     ),
     # The class has no step kernel: decoding is a call of one token. One application of the matrix.
-    "full": Operation(
-        _full,
-        full_rule,
-        lambda x, *s: full(
-            x["q"], x["k"], x["v"], x["beta"], x["g"], prior=x["prior"], initial_state=s
-        ),
-        ("q", "k", "v", "beta", "prior", "g"),
-        ("KV", "KK"),
+    "solve": Operation(
+        _solve,
+        solve_rule,
+        _solve,
+        ("q", "k", "beta", "prior", "g"),
+        ("KK",),
         ("head",),
-        lambda K, V: _chunked(K, V) + 4 * K * K,
+        lambda K, V: 128 * K + 4 * K * K,
     ),
 }
 
@@ -697,7 +695,7 @@ def measure(case: Case, sizes: Sizes) -> Iterator[Row]:
         run, names = fla_call(case.name, gate)
     library = "fla" if case.fla else "glazoo"
     moved = sum(x[c].nbytes for c in names)
-    state = case.name in ("importance", "riccati")
+    state = case.name in ("importance", "riccati", "solve")
     output = B * case.T * H * K * 4 if state else x["v"].nbytes
     for backward in (False, True):
         kind = "fwd+bwd" if backward else "fwd"
@@ -1026,8 +1024,8 @@ SHARDS = (
     "importance",
     "synapse and not delta",
     "synapse and delta",
-    "full",
-    "not linear and not delta and not importance and not synapse and not full",
+    "solve",
+    "not linear and not delta and not importance and not synapse and not solve",
 )
 
 

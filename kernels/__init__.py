@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .delta import delta
-    from .full import full, solve
     from .importance import importance
     from .linear import linear
     from .loops import covariance
     from .riccati import riccati
+    from .solve import solve
     from .step import delta_step, importance_step, linear_step, posterior_step
     from .synapse import synapse, synapse_step
     from .synapse_delta import synapse_delta, synapse_delta_step
@@ -24,7 +24,6 @@ __all__ = [
     "covariance",
     "delta",
     "delta_step",
-    "full",
     "importance",
     "importance_step",
     "linear",
@@ -40,10 +39,10 @@ __all__ = [
 # Modules that hold them; the loops have what has no kernel.
 _PLACES = [
     "delta",
-    "full",
     "importance",
     "linear",
     "riccati",
+    "solve",
     "step",
     "synapse",
     "synapse_delta",

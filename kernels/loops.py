@@ -438,7 +438,7 @@ def _two_states(loop: Any, x: Any) -> Any:
 def solve(
     q: Tensor,
     k: Tensor,
-    w: Tensor,
+    beta: Tensor,
     g: Tensor | None = None,
     *,
     prior: Tensor,
@@ -446,18 +446,33 @@ def solve(
     cu_seqlens: Tensor | None = None,
     low: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """H = a H + k w^T, x = (H + Lambda)^-1 q, both in the compute dtype."""
+    """H = a H + beta k k^T, x = (H + Lambda)^-1 q, both in the compute dtype."""
 
-    def rule(q: Tensor, k: Tensor, w: Tensor, g: Tensor | None, matrix: Tensor) -> Any:
-        new = _down(k) * _along(w) + _decayed(_decay(g), matrix)
+    def rule(q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None, matrix: Tensor) -> Any:
+        new = _down(k) * _along(beta * k) + _decayed(_decay(g), matrix)
         return [torch.linalg.solve(new + floor, _down(q)).squeeze(-1)], [new]
 
     keys = k.shape[3]
-    at = _Given(w, cu_seqlens, compute_dtype(q, k, w))
+    at = _Given(beta, cu_seqlens, compute_dtype(q, k, beta))
     floor = torch.diag_embed(at.prior(prior).squeeze(-1).expand(-1, keys))
     start = at.state(initial_state, keys, keys)
-    (x,), (final,) = at.walk(rule, [at.token(y) for y in (q, k, w, g)], [start], low)
+    (x,), (final,) = at.walk(rule, [at.token(y) for y in (q, k, beta, g)], [start], low)
     return x, final
+
+
+class Solve(NamedTuple):
+    """Operands of `solve`."""
+
+    q: Tensor
+    k: Tensor
+    beta: Tensor
+    g: Tensor | None
+    prior: Tensor
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+
+    def loop(self) -> Any:
+        return solve(**self._asdict())
 
 
 def riccati(
@@ -543,37 +558,6 @@ def covariance(
     start = at.state(initial_state, keys, keys)
     (found, spread), (final,) = at.walk(rule, tokens, [start], low)
     return found, spread, final
-
-
-def full(
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    beta: Tensor,
-    g: Tensor | None = None,
-    *,
-    prior: Tensor,
-    initial_state: tuple[Tensor, Tensor] | None = None,
-    uncertainty: bool = False,
-    cu_seqlens: Tensor | None = None,
-    low: torch.dtype | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
-    """G = a G + k w^T, H = a H + beta k k^T, o = G^T x with x = (H + Lambda)^-1 q, u = q . x."""
-    at = _Given(w, cu_seqlens, compute_dtype(q, k, w))
-    memory, matrix = initial_state or (None, None)
-    q, k = at.token(q), at.token(k)
-    x, matrix = solve(
-        q,
-        k,
-        k * at.token(beta),
-        g,
-        prior=prior,
-        initial_state=matrix,
-        cu_seqlens=cu_seqlens,
-        low=low,
-    )
-    o, memory = linear(x, k, w, g, initial_state=memory, cu_seqlens=cu_seqlens, low=low)
-    return o, (memory, matrix), (q * x).sum(-1).to(w.dtype) if uncertainty else None
 
 
 def posterior(

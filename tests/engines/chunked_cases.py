@@ -12,20 +12,20 @@ from budget import assert_within_budget, witnesses
 from hypothesis import strategies as st
 from torch import Tensor
 
-OPERATIONS = ("linear", "delta", "importance", "synapse", "synapse_delta", "full", "riccati")
+OPERATIONS = ("linear", "delta", "importance", "synapse", "synapse_delta", "solve", "riccati")
 POSITIONAL = {
     "linear": ("q", "k", "w", "g"),
     "delta": ("q", "e", "k", "w", "g"),
     "importance": ("k", "b", "g"),
     "synapse": ("q", "k", "w", "b", "g"),
     "synapse_delta": ("q", "k", "v", "beta", "b", "g"),
-    "full": ("q", "k", "w", "beta", "g"),
+    "solve": ("q", "k", "beta", "g"),
     "riccati": ("a", "c", "d", "u"),
 }
 KEYWORD = {
     "synapse": ("prior",),
     "synapse_delta": ("e", "prior"),
-    "full": ("prior",),
+    "solve": ("prior",),
 }
 STATES = {
     "linear": ("s",),
@@ -33,7 +33,7 @@ STATES = {
     "importance": ("s",),
     "synapse": ("h", "j"),
     "synapse_delta": ("h", "j"),
-    "full": ("s", "m"),
+    "solve": ("m",),
     "riccati": ("s",),
 }
 OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -51,7 +51,7 @@ OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
         "base": ("decayed", "prev"),
         "uncertainty": (False, True),
     },
-    "full": {"uncertainty": (False, True)},
+    "solve": {},
     "riccati": {},
 }
 # What stays in float32 when queries, keys and values are in a 16-bit dtype.
@@ -274,8 +274,8 @@ def make(
         x["b"] = uniform(*lead, generator=generator, low=0, high=1)
     if operation in ("synapse", "synapse_delta"):
         x["b"] = uniform(*lead, values, generator=generator, low=0, high=1)
-    if operation in ("synapse", "synapse_delta", "full"):
-        size = (full_heads,) if prior == "head" and operation != "full" else (full_heads, keys)
+    if operation in ("synapse", "synapse_delta", "solve"):
+        size = (full_heads,) if prior == "head" and operation != "solve" else (full_heads, keys)
         x["prior"] = uniform(*size, generator=generator, low=0.5, high=2)
     if operation == "synapse_delta":
         x["v"] = x.pop("w")
@@ -285,8 +285,9 @@ def make(
         if eraser:
             apart = 0.05 * normal(batch, tokens, count("e"), keys)
             x["e"] = unit_keys[:, :, : count("e")] + apart
-    if operation == "full":
+    if operation == "solve":
         x["beta"] = uniform(*lead, generator=generator, low=0, high=1)
+        del x["w"]
     if operation == "importance":
         del x["q"], x["w"]
     if operation == "riccati":
@@ -301,14 +302,14 @@ def make(
         cell = (states, full_heads, keys)
         if operation in ("importance", "riccati"):
             x["s"] = uniform(*cell, generator=generator, low=0, high=1)
+        elif operation == "solve":
+            root = normal(*cell, keys)
+            x["m"] = root @ root.transpose(-1, -2)
         else:
             first = normal(*cell, values)
             x[STATES[operation][0]] = first
             if operation in ("synapse", "synapse_delta"):
                 x["j"] = uniform(*cell, values, generator=generator, low=0, high=1)
-            if operation == "full":
-                root = normal(*cell, keys)
-                x["m"] = root @ root.transpose(-1, -2)
     return Case(operation, x, options)
 
 
@@ -318,7 +319,7 @@ def cases(draw: st.DrawFn, operation: str, longest: int = 140, packed: bool = Fa
     borders = [t for t in (0, 1, 2, 15, 16, 17, 63, 64, 65, 128, 130) if t <= longest]
     tokens = draw(st.one_of(st.sampled_from(borders), st.integers(0, longest)))
     readers = {"importance": ("k",), "delta": ("q", "e", "k")}.get(operation, ("q", "k"))
-    gates = (None, "head") if operation == "full" else (None, "head", "key")
+    gates = (None, "head") if operation == "solve" else (None, "head", "key")
     batch = 1 if packed else draw(st.integers(1, 2))
     options = {name: draw(st.sampled_from(choices)) for name, choices in OPTIONS[operation].items()}
     return make(

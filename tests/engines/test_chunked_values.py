@@ -52,7 +52,7 @@ def test_many_rows_are_split_into_tiles(operation: str) -> None:
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("gate", ["head", "key"])
 def test_gradcheck(operation: str, gate: str) -> None:
-    if operation == "full":
+    if operation == "solve":
         gate = "head"
     case = make(operation, tokens=5, keys=2, values=2, share=2, gate=gate, states=1, eraser=True)
     names = case.names
@@ -130,7 +130,7 @@ def test_dtypes_of_results(operation: str) -> None:
             case = make(operation, tokens=tokens, states=1, share=2).cast(dtype)
             found = with_gradients(chunked, case)
             for name, value in found.items():
-                state = operation in ("importance", "riccati") and name == "out"
+                state = operation in ("importance", "riccati", "solve") and name == "out"
                 if name.startswith("final") or state:
                     assert value.dtype == wide, name
                 elif name in ("out", "doubt"):
@@ -159,19 +159,23 @@ def test_inference_gives_the_bits_of_training(operation: str) -> None:
             assert torch.equal(value, trained[name]), name
 
 
-def test_conjugate_gradients_match_the_factorisation() -> None:
-    """Both solvers are within the budget of the loop, whatever the gate."""
-    for gate in (None, "head"):
-        for dtype in (torch.float64, torch.float32):
-            case = make("full", tokens=70, keys=8, share=2, gate=gate, states=1, uncertainty=True)
-            case = case.cast(dtype)
-            compare(with_gradients(chunked, case, solver="cg"), SolverFree, case, dtype)
-
-
-class SolverFree:
-    """The loop, for calls that name a solver of the engine."""
-
-    full = staticmethod(loops.full)
+def test_solved_queries_read_the_ridge_regression() -> None:
+    """What `linear` reads with the solution is least squares of the past, decayed, and a prior."""
+    case = make("solve", tokens=70, keys=5, share=2)
+    q, k, beta, g, prior = (case.operands[name] for name in ("q", "k", "beta", "g", "prior"))
+    v = torch.randn(1, 70, 2, 3, dtype=torch.float64)
+    x, _ = chunked.solve(q, k, beta, g, prior=prior)
+    found, _ = chunked.linear(x, k, beta[..., None] * v, g)
+    k, q = (y.repeat_interleave(2, 2) for y in (k, q))
+    for t, h in ((0, 0), (40, 1), (69, 0)):
+        weight = (
+            beta[0, : t + 1, h]
+            * (g[0, : t + 1, h].flip(0).cumsum(0).flip(0) - g[0, : t + 1, h]).exp()
+        ).sqrt()
+        rows = torch.cat([weight[:, None] * k[0, : t + 1, h], prior[h].sqrt().diag()])
+        values = torch.cat([weight[:, None] * v[0, : t + 1, h], v.new_zeros(5, 3)])
+        mean = torch.linalg.lstsq(rows, values).solution
+        torch.testing.assert_close(found[0, t, h], q[0, t, h] @ mean)
 
 
 def test_frozen_importance_is_the_plain_delta_rule() -> None:
@@ -200,7 +204,6 @@ def test_unknown_options_are_named() -> None:
         ("synapse_delta", {"gain": "none"}),
         ("synapse_delta", {"gain": "first_order", "correction": "diagonal"}),
         ("synapse_delta", {"gain": "exact_rate", "correction": "diagonal"}),
-        ("full", {"solver": "lu"}),
     ):
         with pytest.raises(ValueError, match="accepted"):
             call(chunked, make(operation), **option)

@@ -31,10 +31,9 @@ def case_of(operation: str, tokens: int = 3) -> Case:
     case = make(
         operation, tokens=tokens, keys=2, values=2, share=2, states=1, **OPTIONS.get(operation, {})
     )
-    if operation == "full":
+    if operation == "solve":
         # The engine reads the state as the symmetric matrix that it is.
         case.operands.pop("m")
-        case.operands.pop("s")
     return case
 
 

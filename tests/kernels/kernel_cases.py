@@ -140,6 +140,56 @@ def riccati_operands(
     return found
 
 
+def solve_loop(q, k, beta, prior, g=None, initial_state=None, *, cu_seqlens=None):
+    """H = a H + beta k k^T, x = (H + Lambda)^-1 q."""
+    HV, K = beta.shape[2], k.shape[3]
+    q, k = per_head(q, HV), per_head(k, HV)
+    floor = torch.diag_embed(prior.reshape(HV, -1).expand(HV, K))
+
+    def step(i, t, matrix):
+        key = k[i, t][..., None]
+        new = decay(g, i, t, matrix) * matrix + beta[i, t][:, None, None] * key * key.mT
+        return new, torch.linalg.solve(new + floor, q[i, t])
+
+    x, final = walk(beta, (HV, K, K), initial_state, cu_seqlens, step)
+    return (q * 0 if x is None else x.reshape(q.shape)), final
+
+
+def solve_operands(
+    B: int,
+    T: int,
+    H: int,
+    HV: int,
+    K: int,
+    *,
+    gate: str = "head",
+    resets: bool = False,
+    state: bool = True,
+    sequences: int | None = None,
+) -> dict[str, Tensor | None]:
+    """Keys of about length one and a well-conditioned matrix."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, B, T, H, K, dtype=torch.float64)
+    found: dict[str, Tensor | None] = {"q": q, "k": k / K**0.5}
+    found["beta"] = torch.rand(B, T, HV, dtype=torch.float64)
+    found["prior"] = 0.5 + torch.rand(HV, K, dtype=torch.float64)
+    found["g"] = make_gate(gate, (B, T, HV, K), resets, False)
+    root = torch.randn(sequences or B, HV, K, K, dtype=torch.float64)
+    found["initial_state"] = root @ root.mT / K if state else None
+    return found
+
+
+def symmetric(function: Callable) -> Callable:
+    """The initial matrix as a symmetric function of a leaf: only then do its gradients mean the
+    same."""
+
+    def of_leaf(initial_state: Tensor | None = None, **x: Tensor | None) -> object:
+        m = initial_state
+        return function(initial_state=None if m is None else (m + m.mT) / 2, **x)
+
+    return of_leaf
+
+
 def make_gate(kind: str, shape: Sequence[int], resets: bool, strong: bool) -> Tensor | None:
     """A log decay "none", "head" or "key"; about one in six exactly zero with `resets`."""
     if kind == "none":
@@ -191,7 +241,7 @@ def in_dtype(operands: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str
     return {
         name: None
         if x is None
-        else x.to(torch.float32 if name in (*"gbacdu", "initial_state") else dtype)
+        else x.to(torch.float32 if name in (*"gbacdu", "prior", "initial_state") else dtype)
         for name, x in operands.items()
     }
 

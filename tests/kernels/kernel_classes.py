@@ -15,20 +15,20 @@ from kernel_cases import (
     make_operands,
     riccati_loop,
     riccati_operands,
+    solve_loop,
+    solve_operands,
+    symmetric,
 )
 from synapse_cases import (
     WIDE,
     assert_matches,
-    full_loop,
-    full_operands,
-    symmetric,
     synapse_delta_loop,
     synapse_delta_operands,
     synapse_loop,
     synapse_operands,
 )
 
-from glazoo.kernels import delta, full, importance, linear, riccati, synapse, synapse_delta
+from glazoo.kernels import delta, importance, linear, riccati, solve, synapse, synapse_delta
 
 HEADS = {"q": 2, "e": 1, "k": 1, "w": 2}
 RESULTS = ("output", "final state", "final importance", "uncertainty")
@@ -48,22 +48,28 @@ class Place:
         return f"{self.device}-{str(self.dtype)[6:]}-{self.T}-{self.K}-{self.V}"
 
 
-def single(kernel: Callable[..., Any], letters: str) -> dict[str, Any]:
-    """How to test a class of one state."""
-    loops = {linear: linear_loop, delta: delta_loop, importance: importance_loop}
-    loop = (loops | {riccati: riccati_loop})[kernel]
+def lettered(letters: str) -> Callable[..., Any]:
+    """What makes operands of these names."""
+    return lambda B, at, **x: make_operands(letters, B, at.T, HEADS, at.K, at.V, **x)
+
+
+def single(
+    kernel: Callable[..., Any],
+    loop: Callable[..., Any],
+    make: Callable[..., Any],
+    of: Callable[..., Any] = lambda function: function,
+) -> dict[str, Any]:
+    """How to test a class of one state; of: what its gradients are of."""
 
     def operands(at: Place, gate: str, B: int = 1, **options: Any) -> dict[str, Any]:
-        if kernel is riccati:
-            return riccati_operands(B, at.T, HEADS["w"], at.K, gate=gate, **options)
-        return make_operands(letters, B, at.T, HEADS, at.K, at.V, gate=gate, **options)
+        return make(B, at, gate=gate, **options)
 
     def compare(
         operands: dict[str, Any], at: Place, kernel_options: Any, loop_options: Any
     ) -> None:
         run = functools.partial(kernel, **kernel_options)
         truth = functools.partial(loop, **loop_options)
-        assert_matches_loop(run, truth, operands, at.dtype, at.device)
+        assert_matches_loop(of(run), of(truth), operands, at.dtype, at.device)
 
     def call(**x: Any) -> list[Any]:
         return list(kernel(**x))
@@ -78,7 +84,6 @@ def double(
     kernel: Callable[..., Any], loop: Callable[..., Any], make: Callable[..., Any], **fixed: Any
 ) -> dict[str, Any]:
     """How to test a class of two states; h and j name the initial ones."""
-    of = symmetric if kernel is full else lambda function: function
 
     def operands(at: Place, gate: str, B: int = 1, **options: Any) -> dict[str, Any]:
         return make(B, at.T, 1, 2, at.K, at.V, gate=gate, **options)
@@ -94,7 +99,7 @@ def double(
         operands: dict[str, Any], at: Place, kernel_options: Any, loop_options: Any
     ) -> None:
         pair = functools.partial(run, **kernel_options), functools.partial(walked, **loop_options)
-        assert_matches(of(pair[0]), of(pair[1]), operands, at.dtype, at.device)
+        assert_matches(*pair, operands, at.dtype, at.device)
 
     return {
         "operands": operands,
@@ -105,19 +110,23 @@ def double(
 
 
 CLASSES = {
-    "linear": single(linear, "qkw"),
-    "delta": single(delta, "qekw"),
-    "importance": single(importance, "kb"),
-    "riccati": single(riccati, "acdu"),
+    "linear": single(linear, linear_loop, lettered("qkw")),
+    "delta": single(delta, delta_loop, lettered("qekw")),
+    "importance": single(importance, importance_loop, lettered("kb")),
+    "riccati": single(
+        riccati, riccati_loop, lambda B, at, **x: riccati_operands(B, at.T, 2, at.K, **x)
+    ),
+    "solve": single(
+        solve, solve_loop, lambda B, at, **x: solve_operands(B, at.T, 1, 2, at.K, **x), symmetric
+    ),
     "synapse": double(synapse, synapse_loop, synapse_operands),
     "synapse_delta": double(synapse_delta, synapse_delta_loop, synapse_delta_operands),
-    "full": double(full, full_loop, full_operands),
 }
 STATES = ("initial_state", "h", "j")
 
 
 def gates(name: str) -> tuple[str, ...]:
-    return ("none", "head") if name == "full" else ("none", "head", "key")
+    return ("none", "head") if name == "solve" else ("none", "head", "key")
 
 
 # Options of the classes beyond the default.
@@ -130,7 +139,6 @@ OPTIONS = [
     ("synapse_delta", {"gain": "exact"}),
     ("synapse_delta", {"gain": "exact", "correction": "diagonal"}),
     ("synapse_delta", {"uncertainty": True}),
-    ("full", {"uncertainty": True}),
 ]
 
 
@@ -164,6 +172,6 @@ def assert_decodes(name: str, gate: str, at: Place) -> None:
         outputs.append(o)
     for i, x in enumerate([torch.cat(outputs, 1), *states]):
         witness = [run[i] for run in seen]
-        # Decoding multiplies in float32 whatever the dtype, except the queries of `full`.
-        dtype = at.dtype if name == "full" else torch.float32
+        # Decoding multiplies in float32 whatever the dtype, except the products of `solve`.
+        dtype = at.dtype if name == "solve" else torch.float32
         assert_within_budget(x, truth[i], dtype, witness=witness, name=RESULTS[i])

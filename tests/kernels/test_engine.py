@@ -23,7 +23,6 @@ def form(name: str, gate: str | None) -> glazoo.Spec:
     return spec if gate is None else glazoo.metaplasticize(spec, gate=gate)
 
 
-FORMS = [(n, gate) for n, gate in FORMS if hasattr(kernels, glazoo.lower(form(n, gate)).kernel)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {"H": 1, "HV": 2, "K": 16, "V": 16}
 # What each core operation takes in the dtype of the tokens: its first operands, and options.
@@ -33,7 +32,7 @@ TOKENS = {
     "importance": 1,
     "synapse": 3,
     "synapse_delta": 3,
-    "full": 3,
+    "solve": 2,
     "posterior_step": 3,
 }
 # One of each class, and of each way in which operands are derived.

@@ -101,7 +101,7 @@ def test_decoding(name, gate, at):
     ("name", "at"),
     parameters(
         *((n, gpu(torch.bfloat16, 0, 64, 64)) for n in CLASSES),
-        *((n, dataclasses.replace(TINY, T=0)) for n in ("linear", "full")),
+        *((n, dataclasses.replace(TINY, T=0)) for n in ("linear", "solve")),
     ),
     ids=str,
 )

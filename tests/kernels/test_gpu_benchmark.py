@@ -147,7 +147,7 @@ def test_ratios_and_goals():
 
 
 @pytest.mark.parametrize(
-    "name", ["linear", "delta", "importance", "synapse", "synapse_delta", "full", "other"]
+    "name", ["linear", "delta", "importance", "synapse", "synapse_delta", "solve", "other"]
 )
 def test_every_test_is_in_one_process(name):
     def selected(shard: str) -> bool:

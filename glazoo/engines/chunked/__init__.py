@@ -1,10 +1,10 @@
 """The chunked engine: every core operation as matmuls over chunks of tokens, on any device."""
 
 from glazoo.engines.chunked.delta import delta
-from glazoo.engines.chunked.full import full, solve
 from glazoo.engines.chunked.importance import importance
 from glazoo.engines.chunked.linear import linear
 from glazoo.engines.chunked.riccati import riccati
+from glazoo.engines.chunked.solve import solve
 from glazoo.engines.chunked.synapse import synapse
 from glazoo.engines.chunked.synapse_delta import synapse_delta
 from glazoo.kernels.loops import covariance
@@ -16,7 +16,6 @@ posterior_step: PosteriorStep | None = None
 __all__ = [
     "covariance",
     "delta",
-    "full",
     "importance",
     "linear",
     "posterior_step",

@@ -49,7 +49,7 @@ def compare(executor, name, gate, place, options=None, change=lambda x: x, loop=
             ("riccati", "head", at(F32, 66, 4)),
             ("synapse", "key", at(BF16, 20, 16)),
             ("synapse_delta", "head", at(F16, 20, 16)),
-            ("full", "head", at(BF16, 20, 16)),
+            ("solve", "head", at(BF16, 20, 16)),
         ],
         [
             *((*x, at(BF16, 70, size)) for x in EVERY for size in SIZES),

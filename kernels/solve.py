@@ -1,27 +1,22 @@
-"""Memory read through a full precision matrix: G and Hm linear, o = G^T (Hm + Lambda)^-1 q.
+"""Vectors over a precision matrix: x_t = (Hm_t + Lambda)^-1 q_t, Hm_t = a_t Hm_{t-1} + b_t k k^T.
 
-    G_t = a_t G_{t-1} + k_t w_t^T        Hm_t = a_t Hm_{t-1} + beta_t k_t k_t^T
-    x_t = (Hm_t + Lambda)^-1 q_t         o_t = G_t^T x_t          u_t = q_t . x_t
+`linear` read with x is the full posterior. By conjugate gradients for several tokens at once: with
+Hm_s the matrix at the start of a chunk, P the decay since and D that between two tokens,
 
-o is `linear` read with the query x. Only the solution x is computed here, by conjugate gradients
-for several tokens at once: with Hm_s the matrix at the start of a chunk, P the decay since and D
-that between two tokens,
-
-    Hm_t y = P_t Hm_s y + sum_{j <= t} D_tj beta_j k_j (k_j . y)
+    Hm_t y = P_t Hm_s y + sum_{j <= t} D_tj b_j k_j (k_j . y)
 
 is three matmuls for all tokens of a block. Backward, z = (Hm + Lambda)^-1 dx is one more solve;
 then dq = z, dLambda = -sum_t z x, and the gradient of Hm is -z x^T: that of `linear` with queries
-z, keys k, values beta k and output gradients -x.
+z, keys k, values b k and output gradients -x.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import loops
 from .common import (
     Tiles,
     launch,
@@ -32,10 +27,8 @@ from .common import (
     split_log,
 )
 from .linear import gradients as linear_gradients
-from .linear import linear
-from .loops import Linear
+from .loops import Linear, Solve
 from .operands import (
-    check_operands,
     check_precision,
     check_state,
     full_prior,
@@ -50,8 +43,7 @@ from .synapse import border_states
 BORDER = 64
 BLOCK = 16
 # Conjugate gradients end after this many times the key size, or when every residual of a block is
-# this
-# small against its right-hand side (rounding of float32 leaves about that much).
+# this small against its right-hand side (rounding of float32 leaves about that much).
 ROUNDS = 2
 TOLERANCE = 1e-6
 
@@ -84,7 +76,7 @@ def apply(b_x, b_d, b_first, b_p, p_room, p_k, p_h, o_r, o_t, o_k, rows, KEYS: t
 
 
 @triton.jit(do_not_specialize=["T"])
-def full_solve_kernel(r, k, beta, g, prior, state, room, x, cu_seqlens, chunk_ids, chunk_offsets, T,
+def solve_kernel(r, k, beta, g, prior, state, room, x, cu_seqlens, chunk_ids, chunk_offsets, T,
                       ROUNDS: tl.constexpr, TOLERANCE: tl.constexpr, HR: tl.constexpr, HK:
                       tl.constexpr,
                       HV: tl.constexpr, K: tl.constexpr, BT: tl.constexpr, BR: tl.constexpr,
@@ -161,23 +153,6 @@ def solve_sizes(K: int, dtype: torch.dtype) -> tuple[Tiles, int, int]:
     return Tiles(BK, BK, 8, 1), 16, min(BORDER, 32)
 
 
-class Solve(NamedTuple):
-    """Operands of x = (Hm + Lambda)^-1 q, Hm = a Hm + beta k k^T."""
-
-    q: Tensor
-    k: Tensor
-    beta: Tensor
-    g: Tensor | None
-    prior: Tensor
-    initial_state: Tensor | None
-    cu_seqlens: Tensor | None
-
-    def loop(self) -> Any:
-        given = self._asdict()
-        w = _weighted(self.k.to(torch.float32), given.pop("beta"))
-        return loops.solve(w=w, **given)
-
-
 def _weighted(k: Tensor, beta: Tensor) -> Tensor:
     """beta k for every value head, in k's dtype."""
     k = k.repeat_interleave(beta.shape[2] // k.shape[2], 2)
@@ -196,7 +171,7 @@ def forward(x: Solve, _keep: bool) -> tuple[Tensor, Tensor]:
     room = x.q.new_empty(chunks.number, HV, border, tiles.BK, dtype=torch.float32)
     found, _ = _allocate(x, False)
     launch(
-        full_solve_kernel,
+        solve_kernel,
         (chunks.number * HV, border // BLOCK),
         tiles,
         x,
@@ -239,7 +214,7 @@ def _allocate(x: Solve, _keep: bool) -> tuple[Tensor, Tensor]:
 
 
 _solve = register(
-    "full_solve",
+    "solve",
     Solve,
     results=("x", "final"),
     reads=("x",),
@@ -287,58 +262,3 @@ def solve(
     matrix = None if initial_state is None else initial_state.to(torch.float32)
     x, matrix = _solve(q.to(k.dtype), k, beta, g, full_prior(prior, HV, K), matrix, cu_seqlens)
     return x, matrix
-
-
-def full(
-    q: Tensor,
-    k: Tensor,
-    w: Tensor,
-    beta: Tensor,
-    g: Tensor | None = None,
-    *,
-    prior: Tensor,
-    initial_state: tuple[Tensor, Tensor] | None = None,
-    uncertainty: bool = False,
-    solver: str = "cg",
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]:
-    """Gated linear memory read through its full precision matrix.
-
-        G_t = a_t G_{t-1} + k_t w_t^T            Hm_t = a_t Hm_{t-1} + beta_t k_t k_t^T
-        o_t = G_t^T (Hm_t + Diag(prior))^-1 q_t
-        u_t = q_t^T (Hm_t + Diag(prior))^-1 q_t                     uncertainty
-
-    Args:
-        q: queries, scaled, [B, T, H or HV, K].
-        k: keys, [B, T, H or HV, K].
-        w: values times write gate, [B, T, HV, V]; float32, float16 or bfloat16.
-        beta: weight of a token in the precision, >= 0, [B, T, HV].
-        g: natural log decay, <= 0, -inf allowed, [B, T, HV]; None is no decay.
-        prior: precision before the first token, > 0, [HV] or [HV, K].
-        initial_state: G [N, HV, K, V] and Hm [N, HV, K, K], symmetric; zeros if None.
-        uncertainty: whether to return u.
-        solver: "cg", conjugate gradients, the only one here.
-        cu_seqlens: int64 [N + 1], packs N sequences into B = 1; empty ones allowed.
-
-    Returns:
-        o [B, T, HV, V] in w's dtype, the final G and Hm in float32, and u [B, T, HV] or None.
-
-    Raises:
-        ValueError: a shape or an option is not one of the above, or w is on no GPU.
-        TypeError: a dtype that the kernels do not accept.
-
-    Reference: von Oswald et al., MesaNet: Sequence Modeling by Locally Optimal Test-Time Training
-    (arXiv:2506.05233), the mesa layer and its conjugate gradients over chunks.
-    """
-    if solver != "cg":
-        raise ValueError(f"solver: got {solver!r}; the kernels have 'cg'")
-    check_operands(w, {"q": q, "k": k}, g, [], cu_seqlens)
-    memory, matrix = initial_state or (None, None)
-    check_state(memory, (sequences(w, cu_seqlens), w.shape[2], k.shape[3], w.shape[3]))
-    q, k = q.to(w.dtype), k.to(w.dtype)
-    x, matrix = solve(q, k, beta, g, prior=prior, initial_state=matrix, cu_seqlens=cu_seqlens)
-    o, memory = linear(x.to(w.dtype), k, w, g, initial_state=memory, cu_seqlens=cu_seqlens)
-    u = None
-    if uncertainty:
-        u = (q.repeat_interleave(w.shape[2] // q.shape[2], 2).float() * x).sum(3).to(w.dtype)
-    return o, (memory, matrix), u
