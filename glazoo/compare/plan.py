@@ -148,7 +148,7 @@ PRESETS: dict[str, Preset] = {
         seeds=8,
     ),
     "paper-small": _paper(
-        "the same with an eighth of the pairs, four variants in an hour on two CPU cores",
+        "the same with an eighth of the pairs: four variants in 90 minutes on two CPU cores",
         (256, 64, 16),
         Training(steps=1200, batch=32, examples=16_000),
         ModelConfig(width=64, heads=4, key_size=4, value_size=32),
