@@ -217,8 +217,8 @@ def _calibrated(
     )[:CALIBRATION_TOKENS]
     convert_in_place(model, family, replace(settings, plasticity=0.0), checkpoint.found)
     turned = calibrate_model(model, torch.from_numpy(ids.astype("int64")))
-    gates = {gate.layer: gate for _, gate, _ in metaplastic_layers(model)}
-    return {i: gates[i].axes.detach().clone() for i in settings.layers}, turned
+    axes = {gate.layer: gate.axes for _, gate, _ in metaplastic_layers(model)}
+    return {layer: x.detach().clone() for layer, x in axes.items() if x is not None}, turned
 
 
 def _added(
