@@ -58,9 +58,13 @@ GOALS = (
     ("metaplastic deltanet", "deltanet", "cost", 1.3),
     ("metaplastic gated_deltanet", "gated_deltanet", "cost", 1.3),
     ("synapse", "linear", "cost", 8.0),
+    ("mamba2, full precision", "delta", "cost", 6.0),
+    ("gated_deltanet, full precision", "delta", "cost", 6.0),
 )
 # Goals that are stated for one width of K = V only.
-ONE_WIDTH = {"synapse": 64}
+ONE_WIDTH = dict.fromkeys(
+    ("synapse", "mamba2, full precision", "gated_deltanet, full precision"), 64
+)
 
 
 @dataclass(frozen=True)
@@ -140,13 +144,13 @@ def contenders(x: dict[str, Tensor], size: Size) -> dict[str, Callable[[], Tenso
         values = v * (-g).unsqueeze(-1)
         return chunked.synapse(q, k, values, x["b_value"], g, prior=x["prior"])[0]
 
-    def variant(name: str, metaplastic: bool) -> Callable[[], Tensor]:
+    def variant(name: str, metaplastic: bool, **form: Any) -> Callable[[], Tensor]:
         spec = load(name)
         gates: dict[str, Tensor] = {"beta": beta}
         if spec.decay.shape != "none":
             gates["g"] = g
         if metaplastic:
-            spec = metaplasticize(spec, gate="head")
+            spec = metaplasticize(spec, gate="head", **form)
             gates |= {"b": x["b"], "prior": x["prior"]}
         return lambda: attention(spec, q, k, v, impl="chunked", **gates).output
 
@@ -161,6 +165,8 @@ def contenders(x: dict[str, Tensor], size: Size) -> dict[str, Callable[[], Tenso
     for name in ("mamba2", "deltanet", "gated_deltanet"):
         found[name] = variant(name, metaplastic=False)
         found[f"metaplastic {name}"] = variant(name, metaplastic=True)
+    for name in ("mamba2", "gated_deltanet"):
+        found[f"{name}, full precision"] = variant(name, metaplastic=True, precision="full")
     if 6 * 64 * 4 * size.tokens * size.heads * size.width <= MEMORY_LIMIT:
         found["chunk_kimi_delta_attention"] = lambda: kimi(q, k, v, x["g_key"], beta)[0]
     return found

@@ -1,9 +1,12 @@
 """Extreme gates, keys and importances: finite results and gradients that match the loop."""
 
+import sys
+
 import pytest
 import torch
 from budget import unit
 from chunked_cases import OPERATIONS, Case, compare, make, with_gradients
+from torch import Tensor
 
 from glazoo.engines import chunked
 from glazoo.kernels import loops
@@ -104,6 +107,41 @@ def test_solve_with_any_prior(prior: float, dtype: torch.dtype) -> None:
     case.operands["prior"] *= prior
     case = case.cast(dtype)
     compare(with_gradients(chunked, case), loops, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_solve_before_anything_is_seen_and_of_nothing(dtype: torch.dtype) -> None:
+    """Systems that are solved at once, right-hand sides of zero, and a row of repeated keys."""
+    case = make("solve", tokens=100, keys=4, share=2)
+    x = case.operands
+    x["beta"][:, :40] = 0
+    x["q"][:, 30:50] = 0
+    x["k"][:, 70:] = x["k"][:, 70:71]
+    case = case.cast(dtype)
+    compare(with_gradients(chunked, case), loops, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ill_conditioned_systems_are_factored(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where conjugate gradients do not converge in about K steps, and only there."""
+    case = make("solve", tokens=80, keys=8, share=2, states=1)
+    case.operands["beta"][:, 40:] *= 1e5
+    case.operands["k"][..., 4:] *= 1e-3
+    systems = sys.modules["glazoo.engines.chunked.solve"]._Systems
+    left: list[Tensor] = []
+
+    def factor(self: object, y: Tensor, which: Tensor, x: Tensor) -> None:
+        left.append(which)
+        whole(self, y, which, x)
+
+    whole = systems._factor
+    monkeypatch.setattr(systems, "_factor", factor)
+    case = case.cast(dtype)
+    compare(with_gradients(chunked, case), loops, case, dtype)
+    assert any(bool(x.any()) for x in left)
+    assert not all(bool(x.all()) for x in left)
 
 
 def test_solve_stays_finite_where_rounding_makes_the_system_indefinite() -> None:

@@ -25,56 +25,126 @@ from glazoo.engines.chunked.common import (
     store,
     tiles,
 )
-from glazoo.engines.chunked.gates import gate_of
+from glazoo.engines.chunked.gates import READ, HeadGate, NoGate
 from glazoo.engines.chunked.linear import CHUNK
 from glazoo.engines.chunked.linear import _backward as linear_backward
 from glazoo.kernels import loops
 from glazoo.kernels.loops import Linear, Solve, compute_dtype
 from glazoo.kernels.register import register
 
+# Tokens of a part of a chunk: more of them cost more than the matrix that their part begins with.
+PART = 32
+# Conjugate gradients take one step more from where a residual is below this many machine epsilons
+# of its right-hand side. Tokens that take more than K + SPARE steps are factored.
+TOLERANCE = 16
+SPARE = 4
 # Numbers in the matrices of the tokens that are factored at once.
 SPAN = 1 << 21
 
 
 class _Systems:
-    """The systems (H_t + Lambda) x_t = y_t of a tile, from the states at its chunk borders."""
+    """The systems (H_t + Lambda) x_t = y_t of a tile: [n, R, K, K] matrices that the parts of its
+    chunks begin with, to be filled in, and tokens [n * R, C, ...] of each."""
 
-    def __init__(self, x: Solve, starts: Tensor, rows: Rows, tile: Tile) -> None:
-        dtype = starts.dtype
-        self.k = load(x.k, rows, tile, dtype)
-        self.w = self.k * load(x.beta, rows, tile, dtype)
-        self.decay = None if x.g is None else load(x.g, rows, tile, dtype).exp_()
-        self.floor = x.prior[rows.h0 : rows.h1].to(dtype).repeat(tile.number * rows.batch, 1)
-        self.starts = starts
+    def __init__(self, x: Solve, rows: Rows, tile: Tile, dtype: torch.dtype) -> None:
+        self.rows = rows
+        self.parts = max(1, tile.size // PART)
+        size, number = tile.size // self.parts, tile.number * self.parts
+        self.tile = tile._replace(size=size, number=number)
+        self.k, self.beta = (self.load(y, dtype) for y in (x.k, x.beta))
+        self.g = None if x.g is None else self.load(x.g, dtype)
+        self.gate = NoGate(size) if self.g is None else HeadGate(self.g)
+        floor = x.prior[rows.h0 : rows.h1].to(dtype)
+        self.floor = floor.repeat(number * rows.batch, 1).unsqueeze(1)
+        shape = (number, rows.number, *2 * floor.shape[1:])
+        self.starts = self.k.new_empty(shape)
+        writes = torch.bmm(self.gate.tail(self.k).transpose(1, 2), self.k * self.beta)
+        self.writes, self.total = writes.view(shape), self.gate.total_of(number)
+
+    def load(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return load(x, self.rows, self.tile, dtype)
+
+    def after(self, i: int | slice, out: Tensor) -> None:
+        """The matrices after some parts, of those that they begin with."""
+        carry(self.starts[i], self.writes[i], None if self.total is None else self.total[i], out)
+
+    def begin(self, state: Tensor) -> Tensor:
+        """Fills in all matrices from the first; gives that after the tile."""
+        self.starts[0] = state
+        for i in range(1, len(self.starts)):
+            self.after(i - 1, self.starts[i])
+        last = torch.empty_like(state)
+        self.after(-1, last)
+        return last
+
+    def begin_chunks(self, borders: Tensor) -> None:
+        """Fills in all matrices from those that chunks begin with."""
+        self.starts[:: self.parts] = borders
+        for i in range(1, self.parts):
+            self.after(slice(i - 1, None, self.parts), self.starts[i :: self.parts])
 
     def solve(self, y: Tensor) -> Tensor:
-        """x [N, C, K] for right-hand sides y [N, C, K]."""
-        count, steps, keys = y.shape
-        x = torch.empty_like(y)
-        step = max(1, SPAN // (steps * keys * keys))
-        for first in range(0, count, step):
-            span = slice(first, min(first + step, count))
-            k, w = self.k[span], self.w[span]
-            matrices = y.new_empty(k.shape[0], steps, keys, keys)
-            state = self.starts[span]
-            for i in range(steps):
-                outer = (w[:, i].unsqueeze(-1), k[:, i].unsqueeze(-2))
-                new = matrices[:, i]
-                if self.decay is None:
-                    torch.addcmul(state, *outer, out=new)
-                else:
-                    torch.mul(state, self.decay[span][:, i].unsqueeze(-1), out=new)
-                    new.addcmul_(*outer)
-                state = new
-            diagonal = matrices.diagonal(dim1=2, dim2=3)
-            diagonal.add_(self.floor[span].unsqueeze(1))
-            factor, failed = torch.linalg.cholesky_ex(matrices)
-            solved = torch.cholesky_solve(y[span].unsqueeze(-1), factor).squeeze(-1)
-            if bool(failed.any()):
-                bad = failed > 0
-                solved[bad] = _regularised(matrices[bad], y[span][bad])
-            x[span] = solved
+        """Solutions [n * R, C, K] of right-hand sides."""
+        x, done = self._iterate(y)
+        if not bool(done.all()):
+            self._factor(y, ~done, x)
         return x
+
+    def _iterate(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Solutions by conjugate gradients, and which tokens have got one, [n * R, C]."""
+        starts = self.starts.flatten(0, 1)
+        # With ones on the diagonal of what the part's first token finds.
+        scale = torch.rsqrt(starts.diagonal(dim1=1, dim2=2).unsqueeze(1) + self.floor)
+        starts = (starts * scale).mul_(scale.transpose(1, 2))
+        k, floor = self.k * scale, self.floor * scale.square()
+        kt = k.transpose(1, 2).contiguous()
+        weights = self.gate.scores(torch.ones_like(self.beta), self.beta, READ)
+        # Squares of small numbers, as gradients are, underflow.
+        size = y.abs().amax(-1, keepdim=True).clamp_min_(torch.finfo(y.dtype).tiny)
+        residual = (y / size).mul_(scale)
+        direction, x = residual.clone(), torch.zeros_like(y)
+        square = residual.square().sum(-1, keepdim=True)
+        goal = square * (TOLERANCE * torch.finfo(y.dtype).eps) ** 2
+        # Not a number is not done.
+        active = ~(square == 0)
+        for _ in range(y.shape[2] + SPARE):
+            if not bool(active.any()):
+                break
+            image = direction * floor
+            image.baddbmm_(self.gate.head(direction), starts)
+            image.baddbmm_(torch.bmm(direction, kt).mul_(weights), k)
+            curve = (direction * image).sum(-1, keepdim=True)
+            step = (square / curve).masked_fill_(~active, 0)
+            x.addcmul_(step, direction)
+            residual.addcmul_(step, image, value=-1)
+            new = residual.square().sum(-1, keepdim=True)
+            direction.mul_((new / square).masked_fill_(~active, 0)).add_(residual)
+            active &= ~((square <= goal) | (new == 0))
+            square = new
+        return x.mul_(scale).mul_(size), ~active.squeeze(-1)
+
+    def _factor(self, y: Tensor, left: Tensor, x: Tensor) -> None:
+        """Fills in x of the tokens that are left [N, C]: their matrices are built and factored."""
+        _, steps, keys = y.shape
+        starts = self.starts.flatten(0, 1)
+        rows = left.any(1).nonzero().squeeze(1)
+        for part in rows.split(max(1, SPAN // (steps * keys * keys))):
+            k, state, chosen = self.k[part], starts[part], left[part]
+            w = k * self.beta[part]
+            decay = None if self.g is None else self.g[part].exp()
+            matrices = y.new_empty(*k.shape, keys)
+            for i in range(steps):
+                outer = w[:, i].unsqueeze(-1), k[:, i].unsqueeze(-2)
+                old = state if decay is None else state * decay[:, i].unsqueeze(-1)
+                state = torch.addcmul(old, *outer, out=matrices[:, i])
+            found, right = matrices[chosen], y[part][chosen]
+            found.diagonal(dim1=1, dim2=2).add_(self.floor[part].expand_as(k)[chosen])
+            factor, failed = torch.linalg.cholesky_ex(found)
+            solved = torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
+            bad = failed > 0
+            if bool(bad.any()):
+                solved[bad] = _regularised(found[bad], right[bad])
+            x[part] = x[part].masked_scatter(chosen.unsqueeze(2), solved)
 
 
 def _regularised(matrices: Tensor, y: Tensor) -> Tensor:
@@ -106,32 +176,19 @@ def _forward(x: Solve, _tokens: Any, _states: Any, results: Any, finals: Any, ke
     (out,), (final,) = results, finals
     borders = kept[0] if kept else None
     batch, count, heads, keys = out.shape
-    dtype = final.dtype
     groups = min(x.q.shape[2], x.k.shape[2])
     for rows in row_blocks(batch, heads, groups, row_limit(count, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
-        shape = (rows.number, keys, keys)
-        if x.initial_state is None:
-            state = torch.zeros(shape, dtype=dtype, device=out.device)
-        else:
-            state = x.initial_state[corner].to(dtype).reshape(shape)
+        state = final.new_zeros(rows.number, keys, keys)
+        if x.initial_state is not None:
+            state.copy_(x.initial_state[corner].flatten(0, 1))
         for tile in tiles(count, rows.number, CHUNK):
-            kt = load(x.k, rows, tile, dtype)
-            wt = kt * load(x.beta, rows, tile, dtype)
-            gate = gate_of(x.g, rows, tile, dtype)
-            writes = torch.bmm(gate.tail(kt).transpose(1, 2), wt).view(tile.number, *shape)
-            total = gate.total_of(tile.number)
-            border = torch.empty(tile.number + 1, *shape, dtype=dtype, device=out.device)
-            border[0] = state
-            for c in range(tile.number):
-                carry(border[c], writes[c], None if total is None else total[c], border[c + 1])
-            state = border[tile.number]
-            starts = border[: tile.number].view(-1, *shape[1:])
-            systems = _Systems(x, starts, rows, tile)
-            store(out, systems.solve(load(x.q, rows, tile, dtype)), rows, tile)
+            systems = _Systems(x, rows, tile, final.dtype)
+            state = systems.begin(state)
+            store(out, systems.solve(systems.load(x.q, final.dtype)), rows, systems.tile)
             if borders is not None:
                 part = borders[tile.chunk : tile.chunk + tile.number, *corner]
-                part.copy_(starts.view(part.shape))
+                part.copy_(systems.starts[:: systems.parts].view(part.shape))
         final[corner].copy_(state.view(final[corner].shape))
 
 
@@ -141,23 +198,22 @@ def _backward(
     (grad, solved), (borders,) = tokens, kept
     dq, dk, dw, dg = results
     batch, count, heads, _ = solved.shape
-    dtype = borders.dtype
     # minus the adjoint solution, which reads the matrix as a query reads a memory
     adjoint = torch.empty_like(solved)
     groups = min(x.q.shape[2], x.k.shape[2])
     for rows in row_blocks(batch, heads, groups, row_limit(count, CHUNK)):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         for tile in tiles(count, rows.number, CHUNK):
+            systems = _Systems(x, rows, tile, borders.dtype)
             part = borders[tile.chunk : tile.chunk + tile.number, *corner]
-            systems = _Systems(x, part.reshape(-1, *part.shape[3:]), rows, tile)
-            z = systems.solve(load(grad, rows, tile, dtype))
-            store(dq, z, rows, tile)
+            systems.begin_chunks(part.flatten(1, 2))
+            z = systems.solve(systems.load(grad, borders.dtype))
+            store(dq, z, rows, systems.tile)
             z.neg_()
-            store(adjoint, z, rows, tile)
+            store(adjoint, z, rows, systems.tile)
             if dprior is not None:
-                total = z.mul_(load(solved, rows, tile, dtype)).sum(1)
-                total = total.view(tile.number * rows.batch, rows.width, -1).sum(0)
-                dprior[rows.h0 : rows.h1].add_(total)
+                total = z.mul_(systems.load(solved, borders.dtype)).sum(1)
+                dprior[rows.h0 : rows.h1] += total.view(-1, rows.width, total.shape[1]).sum(0)
     w = _wide(x.k, x.beta) * x.beta.unsqueeze(3)
     read = Linear(adjoint, x.k, w, x.g, None, x.cu_seqlens, "post")
     linear_backward(read, [solved], states, [None, dk, dw, dg], finals, kept)
@@ -238,13 +294,16 @@ def solve(
 
         H_t = a_t H_{t-1} + beta_t k_t k_t^T       x_t = (H_t + Lambda)^{-1} q_t
 
-    H of every token of a chunk is built from the state at its border and factored.
+    Conjugate gradients for all tokens of a chunk at once, with products in matmul form: few where H
+    is small against Lambda, and no matrix of a single token exists. A token whose residual is not
+    below 16 times the machine epsilon of its right-hand side after about K of them, of an
+    ill-conditioned system, is solved by the Cholesky factor of its matrix.
 
     Gradients: with z = (H + Lambda)^{-1} dx they are dq = z, dLambda = -z . x and dH = -z x^T, and
     the latter goes through the linear class's backward pass (query -z, output gradient x).
 
     Memory: training keeps K^2 / 64 numbers per token and head (states at chunk borders) and x;
-    matrices of single tokens exist for a few hundred tokens at a time.
+    matrices that are factored exist for a few hundred tokens at a time.
 
     A system that is not positive definite after rounding of the state (Lambda below one unit of
     rounding of H) is solved with that unit added to its diagonal.
