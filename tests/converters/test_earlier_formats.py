@@ -114,9 +114,8 @@ def test_the_exact_gain_of_a_model_of_our_own() -> None:
     assert Settings.from_block(now.to_block()) == now
 
 
-FORMS: dict[str, Any] = json.loads(
-    (Path(__file__).parents[1] / "golden" / "own_forms.json").read_text()
-)
+GOLDEN = Path(__file__).parents[1] / "golden"
+FORMS: dict[str, Any] = json.loads((GOLDEN / "own_forms.json").read_text())
 """What 0.1 saved of models of our own, metaplastic by their specs or by conversion: settings, names
 and shapes of tensors, and the logits of `TOKENS` in float64."""
 
@@ -170,3 +169,47 @@ def test_models_of_our_own(name: str, tmp_path: Path) -> None:
     assert plastic == {gate.layer for gate in inspect_model(tmp_path / "old").gates}
     kept = again.state_dict()
     assert all(torch.equal(x, kept[key]) for key, x in model.state_dict().items())
+
+
+CONVERTED: dict[str, Any] = json.loads((GOLDEN / "converted_forms.json").read_text())
+"""What 0.1 wrote where it converted models of transformers: configurations, names and shapes of
+tensors, and the first logits of the last of `TOKENS`, in float64 where the source's classes are."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", CONVERTED)
+def test_folders_that_0_1_converted(name: str, tmp_path: Path) -> None:
+    form, folder = CONVERTED[name], tmp_path / "old"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(form["config"]))
+    weights = {n: numbers(n, shape) for n, shape in form["tensors"].items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    options: Any = {"dtype": torch.float64, "experts_implementation": "eager"}
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    model.save_pretrained(tmp_path / "new")
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "new", **options)
+    expected = torch.tensor(form["logits"], dtype=torch.float64)
+    for loaded in (model, again):
+        logits = loaded.eval()(TOKENS).logits[:, -1, : expected.shape[1]]
+        # The source's own layers compute some of it in float32.
+        budget = 8 * torch.finfo(torch.float32).eps * float(expected.abs().max())
+        assert float((logits - expected).abs().max()) <= budget
+
+
+def kept(saved: Any, now: Any) -> bool:
+    """Whether every value that was saved is there, beside fields that are new."""
+    if isinstance(saved, dict):
+        return isinstance(now, dict) and all(k in now and kept(x, now[k]) for k, x in saved.items())
+    return bool(saved == now)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), json.loads((GOLDEN / "earlier_specs.json").read_text()).items()
+)
+def test_specs_as_0_1_saved_them(name: str, data: dict[str, Any]) -> None:
+    """Configurations hold whole specs, with the fields and values of then."""
+    spec = glazoo.Spec.model_validate(data)
+    assert spec.name == name
+    assert kept(data, spec.model_dump(mode="json"))
+    assert glazoo.lower(spec).recurrence
