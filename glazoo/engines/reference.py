@@ -178,12 +178,13 @@ class _Sequence:
         return self.spec.posterior.precision == "full" or self.spec.importance_per_synapse
 
     def _writes(self, t: int) -> list[_Write]:
-        """Return the writes of token t in order, each with the decay that acts right before it."""
+        """Return the writes of token t in order, each with what is forgotten right before it."""
         steps = self.spec.steps
-        decay = self._decay(t)
+        decay, noise = self._decay(t), self._noise(t)
+        still = None if noise is None else torch.zeros_like(noise)
         if steps.source == "lagged":
             trap = self.ops["trap"][:, t, :, None, None]
-            now = self._write(t, decay)
+            now = self._write(t, decay, noise)
             before_k, before_v = self._previous(t)
             lagged = replace(
                 now,
@@ -192,10 +193,14 @@ class _Sequence:
                 beta=now.beta * (1 - trap),
                 b=now.b * (1 - trap),
                 decay=self.one,
+                noise=still,
             )
             return [lagged, replace(now, beta=now.beta * trap, b=now.b * trap)]
         n = steps.count
-        return [self._write(t * n + j, decay if j == 0 else self.one) for j in range(n)]
+        return [
+            self._write(t * n + j, decay if j == 0 else self.one, noise if j == 0 else still)
+            for j in range(n)
+        ]
 
     def _previous(self, t: int) -> tuple[Tensor, Tensor]:
         assert self.lag_key is not None
@@ -213,7 +218,14 @@ class _Sequence:
         a = g[:, t].exp()
         return a[..., None] if a.ndim == 3 else a[..., None, None]
 
-    def _write(self, i: int, decay: Tensor) -> _Write:
+    def _noise(self, t: int) -> Tensor | None:
+        noise = self.ops.get("noise")
+        if noise is None:
+            return None
+        noise = noise[:, t]
+        return noise[..., None] if noise.ndim == 3 else noise[..., None, None]
+
+    def _write(self, i: int, decay: Tensor, noise: Tensor | None) -> _Write:
         ops, groups = self.ops, self.call.groups
 
         def keyed(name: str) -> Tensor:
@@ -232,13 +244,13 @@ class _Sequence:
             own = own[:, i, ..., None] * p
             p, removal = (p, own) if self.spec.erase.side == "removal" else (own, None)
         own_decay = gate("g_importance").exp() if "g_importance" in ops else None
-        noise = ops["noise"][:, i] if "noise" in ops else None
-        if noise is not None:
-            noise = noise[..., None] if noise.ndim == 3 else noise[..., None, None]
         v = ops["v"][:, i, :, None, :]
         if self.turned:
             k, p = self._to_axes(k), self._to_axes(p)
-        return _Write(k, v, gate("beta"), gate("b"), decay, p, removal, own_decay, noise)
+        beta = gate("beta")
+        # Without a gate of its own, a precision matrix counts what is written.
+        b = gate("b") if "b" in ops else beta
+        return _Write(k, v, beta, b, decay, p, removal, own_decay, noise)
 
     def _observe_and_correct(self, w: _Write) -> None:
         p, imp, erase = self.spec.posterior, self.spec.importance, self.spec.erase
@@ -253,9 +265,14 @@ class _Sequence:
             self.memory = w.decay * self.memory + w.k * (w.beta * w.v)
             return
         if self.spec.hebbian:
-            rate = after(w.k)
             own = imp is not None and imp.basis == "own" and p.precision == "diagonal"
-            predicted = w.k * mean if own else (mean * w.k).sum(2, keepdim=True)
+            if own:
+                rate, predicted = after(w.k), w.k * mean
+            else:
+                # Of all that one observation says, or what it adds elsewhere would be lost.
+                found = before(w.k)
+                rate = found / (1 + w.b * (w.k * found).sum(2, keepdim=True))
+                predicted = (mean * w.k).sum(2, keepdim=True)
             self._keep(mean + rate * (w.beta * w.v - w.b * predicted), after)
             return
         strength, rate = w.beta, after(w.k)
@@ -354,7 +371,6 @@ class _Sequence:
         spec, imp, old = self.spec, self.spec.importance, self.importance
         assert imp is not None
         assert old is not None
-        weight = w.beta if imp.gate.shape == "none" else w.b
         if spec.forgetting == "diffuse":
             variance = self._variance()
             drift = w.decay * old * w.decay.mT
@@ -363,7 +379,7 @@ class _Sequence:
                 lost = w.noise - (1 - w.decay.square()) * variance
                 drift = drift + torch.diag_embed((lost + 0 * w.k).squeeze(-1))
             found = variance * w.k + drift @ w.k
-            weight = weight / (1 + weight * (w.k * found).sum(2, keepdim=True))
+            weight = w.b / (1 + w.b * (w.k * found).sum(2, keepdim=True))
             self.importance = new = drift - weight * found * found.mT
             mean = w.decay * self.memory
             return (
@@ -374,7 +390,7 @@ class _Sequence:
         self.importance = drift = w.decay * old
         before = torch.linalg.cholesky(self._matrix())
         mean = torch.cholesky_solve(w.decay * self.memory, before)
-        self.importance = drift + weight * w.k * w.k.mT
+        self.importance = drift + w.b * w.k * w.k.mT
         after = torch.linalg.cholesky(self._matrix())
         return (
             lambda x: torch.cholesky_solve(x, before),

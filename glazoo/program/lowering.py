@@ -293,6 +293,8 @@ def _matrix(spec: Spec, g: str | None, beta: str | None, e: str) -> Iterator[Ste
     noise = None if imp.noise.shape == "none" else "noise"
     if imp.forgetting == "diffuse":
         yield step.Covariance(b, g, noise)
+        if p.gain == "first_order":
+            yield step.Observed("kappa", "found", b)
     if p.gain != "first_order" and not spec.sums_writes:
         scaled = "found"
         if imp.forgetting != "diffuse":
@@ -313,8 +315,9 @@ def _matrix(spec: Spec, g: str | None, beta: str | None, e: str) -> Iterator[Ste
             yield step.Times("w", beta, "v")
             w = "w"
         if imp.forgetting == "diffuse" and spec.hebbian:
-            yield step.Times("e", "b", "k")
-            e = "e"
+            if b is not None:
+                yield step.Times("e", b, "k")
+                e = "e"
         elif not spec.sums_writes and beta is not None and erase.strength == "write":
             yield step.Times("e", beta, e)
             e = "e"
@@ -420,7 +423,15 @@ def _per_key(
     elif not spec.hebbian and beta is not None and spec.erase.strength == "write":
         yield step.Times("e", beta, e)
         e = "e"
-    if axes:
+    if diffuse and spec.hebbian and not own:
+        if axes:
+            yield step.Divide("k_axes", "k_axes", "found", whole=True)
+            yield step.Turn("scaled", "k_axes", back=True)
+        else:
+            yield step.Divide("scaled", "k", "found", whole=True)
+        yield step.Observed("kappa", "scaled", "b")
+        k = "kappa"
+    elif axes:
         yield step.Divide("k_axes", "k_axes", "J")
         yield step.Turn("kappa", "k_axes", back=True)
         k = "kappa"

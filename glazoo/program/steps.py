@@ -186,9 +186,9 @@ class Turn(Step):
 
     def write(self, names: Names) -> None:
         basis = Term("R", ("K", "K"))
-        names.x[self.out] = names.let(
-            self.out, (basis if self.back else basis.T) @ names.x[self.of]
-        )
+        turned = (basis if self.back else basis.T) @ names.x[self.of]
+        symbol = f"{self.of}_axes" if self.out == self.of else self.out
+        names.x[self.out] = names.let(symbol, turned)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +228,7 @@ class Importance(Step):
         x["J_previous"] = names.previous("J", shape)
         kept = names.decayed(self.g, "J", shape)
         if self.discount and self.g is not None:
-            kept = kept - (_ONE - x[self.g]) * Term("I_p", shape)
+            kept = kept - (_ONE - x[self.g]) * _prior(kept)
         x["J"] = names.let("J", kept + x["b"] * _evidence(x["k"], self.isotropic))
 
     def state(self) -> tuple[StatePart, ...]:
@@ -237,7 +237,16 @@ class Importance(Step):
 
 def _evidence(k: Term, isotropic: bool) -> Term:
     """Write what a key counts for."""
-    return Term(f"{(k.T @ k).text} / K", NUMBER, 2) if isotropic else k.squared
+    return _mean(k.squared) if isotropic else k.squared
+
+
+def _mean(x: Term) -> Term:
+    return Term(f"mean({x.text})")
+
+
+def _prior(importance: Term) -> Term:
+    """Write the prior of an importance: one number, or one per key."""
+    return Term("I_p", NUMBER if importance.shape == NUMBER else _KEY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,15 +301,14 @@ class Diffuse(Step):
 
     def write(self, names: Names) -> None:
         x, shape = names.x, NUMBER if self.isotropic else _KEY
-        prior, old = Term("I_p", shape), names.previous("J", shape)
-        keep = _ONE
+        old = names.previous("J", shape)
+        prior, keep = _prior(old), _ONE
         if self.g is not None:
             keep = x[self.g].squared
-            if self.isotropic and x[self.g].shape != NUMBER:
-                keep = names.let("r", apply("mean", keep))
-                keep = Term(keep.text)
-            elif self.turned and x[self.g].shape != NUMBER:
-                keep = names.let("r", Term("R^2^T", ("K", "K")) @ keep)
+            if self.isotropic and keep.shape != NUMBER:
+                keep = names.let("r", _mean(keep))
+            elif self.turned and keep.shape != NUMBER:
+                keep = names.let("r", Term("(R^T)^2", ("K", "K")) @ keep)
         added = (_ONE - keep) / prior if self.noise is None else x[self.noise]
         spread = keep / (old + prior) + added
         x["found"], x["J_previous"] = names.let("I'", _ONE / spread), old
@@ -325,7 +333,7 @@ class Kept(Step):
 
     def write(self, names: Names) -> None:
         x = names.x
-        kept = x["found"] / (x["J"] + _PRIOR)
+        kept = x["found"] / (x["J"] + _prior(x["J"]))
         x["kept"] = kept if self.g is None else x[self.g] * kept
 
 
@@ -375,11 +383,11 @@ class Forget(Step):
             x["forget"], x["found"] = env.forgetting(x["J_previous"], g, x["prior"])
 
     def write(self, names: Names) -> None:
-        x = names.x
-        found = names.let("I'", names.decayed(self.g, "J", _KEY) + _PRIOR)
+        x, old = names.x, names.x["J_previous"]
+        found = names.let("I'", names.decayed(self.g, "J", old.shape) + _prior(old))
         x["found"] = found
         if self.g is not None:
-            x["forget"] = x[self.g] * (x["J_previous"] + _PRIOR) / found
+            x["forget"] = x[self.g] * (old + _prior(old)) / found
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,7 +403,8 @@ class Discounted(Step):
         x["found"] = total if g is None else total * g.exp()
 
     def write(self, names: Names) -> None:
-        total = names.x["J_previous"] + _PRIOR
+        old = names.x["J_previous"]
+        total = old + _prior(old)
         names.x["found"] = names.let("I'", total if self.g is None else names.x[self.g] * total)
 
 
@@ -418,7 +427,7 @@ class Divide(Step):
 
     def write(self, names: Names) -> None:
         importance = names.x[self.importance]
-        total = importance if self.whole else importance + _PRIOR
+        total = importance if self.whole else importance + _prior(importance)
         names.x[self.out] = names.x[self.of] / total
 
 
@@ -508,6 +517,27 @@ class Gain(Step):
 
     def cost(self, key_size: int, value_size: int) -> int:
         return (9 if self.kind == "exact_rate" else 7) * key_size
+
+
+@dataclass(frozen=True, slots=True)
+class Observed(Step):
+    """A key over the precision that an observation leaves, from the key over the one that it
+    finds, f: f / (1 + b k.f)."""
+
+    out: str
+    scaled: str
+    b: str | None
+    operations = (("K", 4), ("", 2))
+
+    def run(self, env: Env) -> None:
+        x, f = env.x, env.heads(self.scaled)
+        reached = (env.heads("k").to(env.wide) * f).sum(-1)
+        x[self.out] = f / (1 + env.rate(self.b, "v") * reached)[..., None]
+
+    def write(self, names: Names) -> None:
+        x, f = names.x, names.x[self.scaled]
+        b = _ONE if self.b is None else x[self.b]
+        x[self.out] = f / (_ONE + b * (x["k"].T @ f))
 
 
 @dataclass(frozen=True, slots=True)
@@ -690,18 +720,18 @@ class Natural(Step):
 
 @dataclass(frozen=True, slots=True)
 class Covariance(Step):
-    """A Kalman filter's covariance, Diag(1 / I_p) + C, and a key times it, before and after the
-    observation; token by token."""
+    """A Kalman filter's covariance, Diag(1 / I_p) + C, and a key times the one that it finds; token
+    by token."""
 
     b: str | None
     g: str | None
     noise: str | None
     kernel = Kernel.COVARIANCE
-    operations = (("KK", 9), ("K", 6))
+    operations = (("KK", 9), ("K", 4))
 
     def run(self, env: Env) -> None:
         x, b = env.x, env.rate(self.b, "v")
-        found, spread, x["importance"] = env.core.covariance(
+        x["found"], spread, x["importance"] = env.core.covariance(
             env.token("q"),
             env.token("k"),
             b,
@@ -711,8 +741,6 @@ class Covariance(Step):
             initial_state=x.get("importance"),
             cu_seqlens=env.cu_seqlens,
         )
-        reached = b * (env.heads("k").to(env.wide) * found).sum(-1)
-        x["found"], x["kappa"] = found, found / (1 + reached[..., None])
         if env.uncertainty:
             x["uncertainty"] = spread
 
@@ -728,11 +756,13 @@ class Covariance(Step):
             if g is not None:
                 # What the decay would lose of the prior's variance comes back as noise.
                 added = added - (_ONE - g.squared) / _PRIOR
-            drift = drift + apply("Diag", added)
-        drift = names.let("C'", drift)
+            one = added.shape == NUMBER
+            drift = drift + (added * Term("Id", square) if one else apply("Diag", added))
+        if drift.level:
+            drift = names.let("C'", drift)
         x["found"] = found = names.let("f", k / _PRIOR + drift @ k)
-        x["kappa"] = found / (_ONE + b * (k.T @ found))
-        new = names.let("C", drift - b * (x["kappa"] @ found.T))
+        gain = b / (_ONE + b * (k.T @ found))
+        new = names.let("C", drift - gain * (found @ found.T))
         x["uncertainty"] = q.T @ (q / _PRIOR + new @ q)
 
     def state(self) -> tuple[StatePart, ...]:
@@ -1040,11 +1070,11 @@ class Variance(Step):
             names.x["uncertainty"] = q.T @ (q if self.solved is None else names.x[self.solved])
             return
         importance = names.x[self.importance]
-        total = apply("exp", importance) if self.importance == "z" else importance + _PRIOR
         if importance.shape == NUMBER:
-            names.x["uncertainty"] = q.T @ q / total
-        else:
-            names.x["uncertainty"] = (_ONE / total).T @ q.squared
+            names.x["uncertainty"] = q.T @ q / (importance + _prior(importance))
+            return
+        total = apply("exp", importance) if self.importance == "z" else importance + _PRIOR
+        names.x["uncertainty"] = (_ONE / total).T @ q.squared
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,8 +144,8 @@ MUTANTS = (
         "first_decay_of_a_chunk_lost",
         (
             (
-                "        decay = self._decay(t)\n",
-                "        decay = self.one if t and t % 4 == 0 else self._decay(t)\n",
+                "decay, noise = self._decay(t),",
+                "decay, noise = self.one if t and t % 4 == 0 else self._decay(t),",
             ),
         ),
         ("gla",),
@@ -161,8 +161,8 @@ MUTANTS = (
         "decay_of_the_next_token",
         (
             (
-                "        decay = self._decay(t)\n",
-                "        decay = self._decay(min(t + 1, self.tokens - 1))\n",
+                "decay, noise = self._decay(t),",
+                "decay, noise = self._decay(min(t + 1, self.tokens - 1)),",
             ),
         ),
         ("kda",),
@@ -438,7 +438,7 @@ MUTANTS = (
     ),
     Mutant(
         "importance_matrix_without_beta",
-        (("weight * w.k * w.k.mT", "w.k * w.k.mT"),),
+        (("w.b * w.k * w.k.mT", "w.k * w.k.mT"),),
         ("mesanet",),
         (
             "full-precision-is-a-normal-equation",
