@@ -67,7 +67,8 @@ class Signature:
     keys: "normal" free, "unit" l2-normalised, "positive" a feature map, "raw" logits, "tied" to the
     decay. importance: "" none, "metaplastic" gate b and prior (per value row), "own" gate b only,
     "full" prior only (a K x K matrix), "log" evidence e^k without a gate; of Kalman filters
-    "vector" and "number" gate b and prior, "covariance" prior only.
+    "vector" and "number" gate b and prior, "covariance" prior only; "posterior" gate b per head and
+    prior, of any precision.
     """
 
     g: str = ""
@@ -87,7 +88,7 @@ class Signature:
         names = ["q", "k", "v"]
         names += ["g"] if self.g else []
         names += ["beta"] if self.beta else []
-        filters = ("vector", "number")
+        filters = ("vector", "number", "posterior")
         names += ["b"] if self.importance in ("metaplastic", "own", *filters) else []
         prior = ("metaplastic", "full", "covariance", *filters)
         names += ["prior"] if self.importance in prior else []
@@ -124,8 +125,9 @@ class Head:
     u: Array = field(default_factory=lambda: EMPTY)
     trap: Array = field(default_factory=lambda: EMPTY)
     al_importance: Array = field(default_factory=lambda: EMPTY)
-    noise: Array = field(default_factory=lambda: EMPTY)
+    noise: Array = field(default_factory=lambda: EMPTY)  # [T] or [T, K]
     mix: Array = field(default_factory=lambda: EMPTY)
+    basis: Array = field(default_factory=lambda: EMPTY)  # [K, K], its columns are axes
     center: float = 0.0
     S: Array = field(default_factory=lambda: EMPTY)  # [V, K]
     J: Array = field(
@@ -215,6 +217,8 @@ def _over_heads(name: str, sig: Signature, loop: Loop) -> Oracle:
                         x.b = (x.b[:, None] if shared else x.b) * np.ones(V)
                 if "u" in ops:
                     x.u = ops["u"][j]
+                if "basis" in ops:
+                    x.basis = ops["basis"][jq]
                 if "center" in ops:
                     x.center = float(ops["center"][j])
                 if "g_importance" in ops:
@@ -953,6 +957,78 @@ def meta_longhorn(x: Head) -> None:
     x.S, x.J = mu, J
 
 
+# Every precision, basis and way of forgetting: mean mu [V, K] and precision matrix L [K, K].
+
+
+def posterior_oracle(
+    name: str,
+    *,
+    precision: str = "diagonal",  # isotropic, diagonal, full
+    forgetting: str = "temper",  # temper, discount, diffuse
+    gain: str = "rate",  # of a delta rule: first_order, exact, rate, flow
+    extra: tuple[str, ...] = (),  # "noise": what diffuse adds; "basis": the axes of a diagonal
+) -> Oracle:
+    """The form of a variant with one write per token that predicts with the key it writes."""
+    sig = METAPLASTIC_SIGNATURES[name]
+    sig = Signature(**{**vars(sig), "importance": "posterior", "extra": extra})
+    delta = name in FIRST_ORDER_ORACLES or name in ("implicit_delta", "efla")
+    inv = np.linalg.inv
+
+    def loop(x: Head) -> None:
+        R = x.basis if "basis" in extra else np.eye(x.K)
+        variance = 1 / x.prior
+
+        def matrix(along: Any) -> Array:
+            return np.asarray(R @ np.diag(along * np.ones(x.K)) @ R.T)
+
+        prior = matrix(x.prior)
+        L, mu = prior, np.zeros((x.V, x.K))
+        for t in range(x.T):
+            a, k, v = x.al[t] * np.ones(x.K), x.k[t], x.v[t]
+            beta, b = (x.beta[t] if len(x.beta) else 1.0), x.b[t]
+            if forgetting == "temper":
+                before = a[0] * L + (1 - a[0]) * prior
+                mu = a[0] * mu @ L @ inv(before)
+            elif forgetting == "discount":
+                before = a[0] * L
+            else:
+                if precision == "full":
+                    kept, keep = np.diag(a) @ inv(L) @ np.diag(a), a**2
+                else:
+                    keep = np.diag(R.T @ np.diag(a**2) @ R)
+                    keep = keep.mean() if precision == "isotropic" else keep
+                    kept = matrix(keep * np.diag(R.T @ inv(L) @ R))
+                before = inv(kept + matrix(x.noise[t] if len(x.noise) else (1 - keep) * variance))
+                mu = mu * a
+            counted = {"isotropic": (k**2).mean(), "diagonal": (R.T @ k) ** 2}.get(precision)
+            L = before + b * (outer(k, k) if counted is None else matrix(counted))
+            if delta:
+                found = k @ inv(before) @ k
+                if gain == "first_order":
+                    G = beta * inv(L) @ k
+                elif gain == "flow":
+                    G = inv(before) @ k * (1 - np.exp(-beta * found)) / found
+                else:
+                    r = beta / (1 - beta * k @ k) if gain == "rate" else beta
+                    G = r * inv(before) @ k / (1 + r * found)
+                mu = mu + outer(v - mu @ k, G)
+            elif forgetting == "diffuse" and (precision == "isotropic" or "basis" in extra):
+                G = inv(before) @ k / (1 + b * k @ inv(before) @ k)
+                mu = mu + outer(beta * v - b * mu @ k, G)
+            else:
+                mu = (mu @ before + outer(beta * v, k)) @ inv(L)
+            x.y[t] = mu @ x.sq[t]
+            x.unc[t] = x.sq[t] @ inv(L) @ x.sq[t]
+        if forgetting == "diffuse":
+            x.S, x.J = mu, inv(L) - inv(prior)
+        else:
+            x.S, x.J = (mu @ L if precision == "full" or not delta else mu) @ R, L - prior
+        if precision != "full":
+            x.J = np.diag(R.T @ (L - prior) @ R)[: 1 if precision == "isotropic" else None]
+
+    return _over_heads(f"posterior of {name}", sig, loop)
+
+
 # Shipped specs that differ from another one in the layer around the recurrence alone.
 KIN = {"kda_bounded": "kda", "gated_deltanet_sigmoid": "gated_deltanet"}
 # Those whose importance is one vector over keys and nothing else.
@@ -974,7 +1050,7 @@ REGIMES = (
     "no_decay",  # g = 0
     "strong_decay",  # g between -30 and -5
     "reset",  # g = -inf at some tokens: the decay is exactly 0
-    "large_prior",  # prior 1e4
+    "large_prior",  # prior 1e4, with noise 10
 )
 
 
@@ -1040,7 +1116,9 @@ def make_operands(
     if "prior" in sig.operands:
         ops["prior"] = rng.uniform(0.5, 2.0, (HV, K))
         if regime in ("zero_gate", "large_prior"):
-            ops["prior"] = np.full((HV, K), 1.0 if regime == "zero_gate" else 1e4)
+            # Noise takes importance below its prior, whose digits are then lost.
+            large = 10.0 if "noise" in sig.extra else 1e4
+            ops["prior"] = np.full((HV, K), 1.0 if regime == "zero_gate" else large)
         if sig.importance == "number":
             ops["prior"] = ops["prior"][:, 0]
         if sig.relative:

@@ -22,6 +22,7 @@ from oracles import (
     OracleState,
     make_operands,
     make_state,
+    posterior_oracle,
     signature,
     unit,
 )
@@ -518,6 +519,42 @@ def test_every_regime_gives_finite_results(case: tuple[str, str | None], regime:
     for field in ("output", "memory", "importance", "normalizer", "uncertainty"):
         value = getattr(result, field)
         assert value is None or np.isfinite(value).all()
+
+
+@pytest.mark.parametrize("gain", ["rate", "first_order"])
+@pytest.mark.parametrize("name", ["linear_attention", "mamba2", "deltanet", "gated_deltanet"])
+def test_a_diagonal_of_the_general_posterior_is_the_form_with_importance_per_key(
+    name: str, gain: str
+) -> None:
+    ops: Ops = make_operands(name, seeded("general", name), gate="head")
+    zoo = FIRST_ORDER_ORACLES if gain == "first_order" else METAPLASTIC_ORACLES
+    expected = zoo.get(name, METAPLASTIC_ORACLES[name])(ops)
+    result = posterior_oracle(name, gain=gain)(ops)
+    same(result, expected)
+    close(result.importance, expected.importance)
+    close(result.uncertainty, expected.uncertainty)
+
+
+@pytest.mark.parametrize("gain", ["exact", "first_order"])
+def test_the_general_posterior_at_full_precision_is_least_squares(gain: str) -> None:
+    ops: Ops = make_operands("mesanet", seeded("general", gain))
+    expected = run("mesanet", ops)
+    general = posterior_oracle("gated_deltanet", precision="full", gain=gain)
+    result = general({**ops, "b": ops["beta"]}, scale=1.0)
+    same(result, expected)
+    close(result.importance, expected.importance)
+
+
+def test_with_a_closed_gate_and_unit_prior_every_posterior_is_its_source() -> None:
+    for name in ("mamba2", "gated_deltanet", "kda"):
+        ops: Ops = make_operands(name, seeded("closed", name), gate="head", regime="zero_gate")
+        source = ORACLES[name]({n: x for n, x in ops.items() if n not in ("b", "prior")}).output
+        ops["prior"] = np.ones(HV)
+        for precision in ("isotropic", "diagonal", "full"):
+            for forgetting in ("temper", "diffuse")[name == "kda" :]:
+                form = posterior_oracle(name, precision=precision, forgetting=forgetting)
+                close(form(ops).output, source)
+                far(form({**ops, "b": ops["b"] + 0.5}).output, source)
 
 
 def test_an_unknown_or_missing_operand_is_refused() -> None:

@@ -40,12 +40,14 @@ def posterior(
     g: Float[Tensor, "*B T"] | None = None,
     prior: Float[Tensor, "K"] | float = 1.0,
     start: Float[Tensor, "*B K V"] | None = None,
+    discount: bool = False,
 ) -> Posterior:
     """Return the exact posterior of online Bayesian linear regression that forgets toward its
     prior.
 
     Values are observed as v_s = M^T k_s + noise of precision beta_s per value row; the likelihood
-    of token s is tempered by all decays after it; the prior of each row is N(m_0, diag(I_p)^-1):
+    of token s is tempered by all decays after it, and with `discount` the prior by all decays; the
+    prior of each row is N(m_0, diag(I_p)^-1):
 
         w_ts = beta_s prod_{r = s+1..t} exp(g_r)
         Lambda_t = diag(I_p) + sum_s w_ts k_s k_s^T
@@ -58,6 +60,7 @@ def posterior(
         g: [..., T], natural logarithm of the decay, <= 0; default: nothing is forgotten.
         prior: I_p > 0, a number or [K].
         start: [..., K, V], prior mean m_0; default: zero.
+        discount: whether the prior is forgotten as the observations are.
 
     Returns:
         Mean and precision after every token, in float64.
@@ -87,9 +90,11 @@ def posterior(
         )
     prior = torch.as_tensor(prior, dtype=k.dtype).expand(size)
     precision = torch.einsum("...ts,...sv,...sk,...sj->...tvkj", kept, beta, k, k)
-    precision = precision + torch.diag(prior)
+    left = decay.cumprod(-1) if discount else torch.ones_like(decay)
+    precision = precision + left[..., None, None, None] * torch.diag(prior)
     evidence = torch.einsum("...ts,...sv,...sk,...sv->...tvk", kept, beta, k, v)
     if start is not None:
-        evidence = evidence + (prior[:, None] * start.double()).mT[..., None, :, :]
+        pulled = (prior[:, None] * start.double()).mT[..., None, :, :]
+        evidence = evidence + left[..., None, None] * pulled
     mean = torch.linalg.solve(precision, evidence[..., None])[..., 0].mT
     return Posterior(mean, precision)

@@ -47,8 +47,9 @@ Regime = Literal[
 REGIMES: tuple[Regime, ...] = get_args(Regime)
 """normal; no_decay: g = 0; strong_decay: g between -30 and -5; reset: g = -inf at some tokens;
 zero_write: beta = 0; zero_keys: some keys are 0; zero_gate: b = 0 and prior 1; large_prior: prior
-1e4; one_hot: every key is plus or minus one basis vector; mixed: each token has g = 0, g = -inf,
-beta = 0, b = 0, k = 0 or nothing special."""
+1e4, or 10 and noise in proportion; one_hot: every key is plus or minus one basis vector; mixed:
+each token has g = 0, g = -inf, beta = 0, b = 0, k = 0 or nothing special. What forgets its prior,
+too, has decays of the normal kind where others are strong: nothing would be left to divide by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,7 @@ def operands(
     if regime not in REGIMES:
         raise ValueError(f"regime: got {regime!r}, accepted are {', '.join(REGIMES)}")
     program = lower(spec)
-    sizes = {"B": B, "T": T, "nT": spec.substeps * T, "H": H, "HV": HV, "K": K, "V": V}
+    sizes = {"B": B, "T": T, "nT": spec.substeps * T, "H": H, "HV": HV, "K": K, "V": V, "1": 1}
     draw = _Draw(spec, generator, regime, sizes)
     ops: Operands = {}
     for operand in program.operands:
@@ -170,7 +171,6 @@ _FIXED: dict[tuple[Regime, Role], float] = {
     ("zero_write", "write"): 0.0,
     ("zero_gate", "importance"): 0.0,
     ("zero_gate", "prior"): 1.0,
-    ("large_prior", "prior"): 1e4,
 }
 
 
@@ -196,9 +196,17 @@ class _Draw:
         if role == "center":
             assert isinstance(operand.default, float)
             return operand.default + 0.3 * self.normal(shape)
+        if role == "basis":
+            basis: Tensor = torch.linalg.qr(self.normal(shape))[0]
+            return basis
         if operand.usual is None:
             return self.normal(shape)
         x = self.uniform(shape, *operand.usual)
+        if self.regime == "large_prior" and operand.name in ("noise", "prior"):
+            # Where importance falls below its prior, the digits of the prior are lost to it.
+            falls = lower(self.spec).role("noise") or self.spec.forgetting == "discount"
+            large = 10.0 if falls else 1e4
+            return torch.full_like(x, large) if role == "prior" else x / large
         fixed = _FIXED.get((self.regime, role))
         return x if fixed is None else torch.full_like(x, fixed)
 
@@ -239,6 +247,8 @@ class _Draw:
         g = -self.uniform(shape, 0.01, 1.0)
         if self.regime == "no_decay":
             return torch.zeros_like(g)
+        if self.spec.forgetting == "discount":
+            return g
         if self.regime == "strong_decay":
             return -self.uniform(shape, 5.0, 30.0)
         if self.regime == "reset":
@@ -249,19 +259,22 @@ class _Draw:
         for operand in program.operands:
             if operand.name not in ops or not operand.per_token:
                 continue
-            for value in _edges(operand):
+            for value in _edges(self.spec, operand):
                 x = ops[operand.name]
                 mask = self.chance((*x.shape[:3], *[1] * (x.ndim - 3)), 0.15)
                 ops[operand.name] = x.masked_fill(mask, value)
 
 
-def _edges(operand: Operand) -> tuple[float, ...]:
+def _edges(spec: Spec, operand: Operand) -> tuple[float, ...]:
     """Lists the special values of an operand: a key of zero, no decay and all, the ends of a
     domain, or of the usual values where the domain has none."""
     if operand.role == "key":
         return (0.0,)
     if operand.role in ("decay", "importance_decay"):
-        return (0.0, -torch.inf, -40.0)
+        return (0.0,) if spec.forgetting == "discount" else (0.0, -torch.inf, -40.0)
+    if operand.role == "noise":
+        # Nothing kept and nothing added would be certainty.
+        return operand.usual or ()
     ends = tuple(x for x in (operand.low, operand.high) if math.isfinite(x))
     return ends or operand.usual or ()
 
@@ -294,7 +307,8 @@ def state(
         dtype: float32 or float64.
 
     Returns:
-        The state; importance is positive (definite), as any sequence of tokens would leave it.
+        The state; importance is positive (definite), as any sequence of tokens would leave it. A
+        covariance is above that of any prior, as noise leaves it.
     """
     sizes = {"N": N, "H": H, "HV": HV, "K": K, "V": V, "1": 1}
     parts: dict[str, Tensor] = {}

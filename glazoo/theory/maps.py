@@ -16,6 +16,7 @@ from glazoo.theory.instances import Operands, dims
 __all__ = [
     "expand_value_heads",
     "explicit",
+    "in_basis",
     "take",
     "take_state",
     "tokens",
@@ -77,6 +78,16 @@ def expand_value_heads(program: Program, operands: Operands) -> Operands:
     heads, value_heads = operands["q"].shape[2], operands["v"].shape[2]
     index = torch.arange(value_heads) // (value_heads // heads)
     return take(program, out, "H", index)
+
+
+def in_basis(spec: Spec, operands: Operands, state: State, *, back: bool = False) -> State:
+    """Return a state whose memory is over keys with it over the axes where a spec keeps it, or
+    back."""
+    if not spec.turned:
+        return state
+    basis, heads = operands["basis"].to(state.memory.dtype), state.memory.shape[1]
+    basis = basis.repeat_interleave(heads // basis.shape[0], 0)
+    return state._replace(memory=(basis if back else basis.mT) @ state.memory)
 
 
 def values_as_heads(program: Program, operands: Operands) -> Operands:

@@ -25,7 +25,7 @@ from glazoo.program import Role, lower
 from glazoo.spec import Spec
 from glazoo.stats import interval
 from glazoo.strictjson import dumps
-from glazoo.theory.catalogue.axes import data_decay
+from glazoo.theory.catalogue.axes import data_decay, relative
 from glazoo.theory.exact import posterior
 from glazoo.theory.forms import Form, forms
 from glazoo.theory.instances import Operands
@@ -261,6 +261,8 @@ def _operands(spec: Spec, p: _Problem) -> Operands:
         "importance": p.beta,
         "erase": erase,
         "tap": torch.ones_like(p.beta),
+        # What the decay loses of the prior's variance.
+        "noise": 1 - (2 * p.g).exp(),
     }
     constants: dict[Role, float] = {"bonus": 0.0, "prior": 1.0}
     for operand in lower(spec).operands:
@@ -269,8 +271,10 @@ def _operands(spec: Spec, p: _Problem) -> Operands:
             ops[operand.name] = gate(gates[role], shape)
         elif role == "erase_key":
             ops[operand.name] = tokens(p.k * decayed[..., None])
-        elif role in constants:
-            ops[operand.name] = p.k.new_full((1, keys), constants[role])
+        elif role == "mix":
+            ops[operand.name] = torch.ones_like(tokens(p.beta))
+        elif role in constants and not relative(spec):
+            ops[operand.name] = p.k.new_full((1, keys)[: len(shape)], constants[role])
     if "beta" not in ops:
         ops["v"] = ops["v"] * tokens(p.beta)[..., None]
     return ops

@@ -40,6 +40,8 @@ def printed(spec, lines, ops, state, head):
         elif operand.role == "prior":
             one = operand.shapes[-1] == ("HV",)
             constants["I_p"] = column(x[mine].reshape(-1)[:1] if one else x[mine].expand(keys))
+        elif operand.role == "basis":
+            constants[symbol] = x[mine].numpy()
         else:
             constants[symbol] = column(x[mine])
     start = {}

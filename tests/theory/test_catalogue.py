@@ -53,6 +53,8 @@ def test_every_spec_has_a_dense_form_and_all_executions() -> None:
         "delta-rule-solves-a-triangular-system",
         "log-evidence-is-a-softmax-over-time",
         "full-precision-is-a-normal-equation",
+        "full-precision-solves-for-its-means",
+        "growing-variance-is-a-gaussian-process",
     }
     execution = {
         "causal",
@@ -76,7 +78,9 @@ def test_statement_holds_on_the_reference(e) -> None:
     chosen = {}
     for f in FORMS:
         if e.applies(f.spec):
-            chosen.setdefault((f.spec.posterior, f.spec.decay.shape, f.spec.steps), f)
+            imp = f.spec.importance
+            kind = None if imp is None else (imp.forgetting, imp.basis, imp.noise.shape)
+            chosen.setdefault((f.spec.posterior, kind, f.spec.decay.shape, f.spec.steps), f)
     results = [
         e.judge(Trial(reference, f.spec, e.domain.sample(n, 17)))
         for f in chosen.values()

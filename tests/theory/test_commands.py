@@ -23,7 +23,7 @@ def test_verify_prints_a_table_and_exits_with_zero() -> None:
     done = invoke("verify", "causal", "gla", "--impl", "reference", "--examples", "2")
     assert done.exit_code == 0, done.output
     assert "y_1..t does not depend on tokens after t" in done.output
-    assert "1 statements, 9 instances: 3 passed, 0 failed, 0 skipped" in done.output
+    assert "1 statements, 33 instances: 11 passed, 0 failed, 0 skipped" in done.output
 
 
 def test_verify_as_json_is_json_and_deterministic() -> None:
@@ -42,7 +42,7 @@ def test_a_failure_prints_a_program_and_exits_with_one(monkeypatch) -> None:
     monkeypatch.setattr("glazoo.theory.verify.attention", lambda *a, impl, **o: wrong(*a, **o))
     done = invoke("verify", "scale-multiplies-the-query", "gla", "--impl", "broken")
     assert done.exit_code == 1
-    assert "FAILED (3 of 3)" in done.output
+    assert "FAILED (11 of 11)" in done.output
     assert "print(replay('scale-multiplies-the-query', spec, instance, impl='broken'" in done.output
 
 

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from oracles import FIRST_ORDER_ORACLES, METAPLASTIC_ORACLES, ORACLES, make_operands
+from oracles import (
+    FIRST_ORDER_ORACLES,
+    KIN,
+    METAPLASTIC_ORACLES,
+    ORACLES,
+    make_operands,
+    posterior_oracle,
+)
 
 import glazoo
 from glazoo.theory import strategies
@@ -81,22 +88,51 @@ def test_posterior_refuses_wrong_shapes(change, message) -> None:
         posterior(given_["k"], given_["v"], given_["beta"])
 
 
+def truth(spec, rng):
+    """Operands of a spec and what its oracle makes of them."""
+    name, imp, sizes = spec.counterpart or spec.name, spec.importance, (2, 9, 2, 4, 5, 3)
+    name = KIN.get(name, name)
+    if spec.counterpart is None:
+        operands = make_operands(name, rng, *sizes)
+        return operands, ORACLES[name](operands)
+    operands = make_operands(name, rng, *sizes, gate=imp.gate.shape)
+    first = spec.posterior.gain == "first_order"
+    if (spec.posterior.precision, imp.forgetting, imp.basis) == ("diagonal", "temper", "own"):
+        # Where the default gain is exact, the other one has an oracle of its own.
+        oracle = METAPLASTIC_ORACLES[name]
+        return operands, (FIRST_ORDER_ORACLES.get(name, oracle) if first else oracle)(operands)
+    B, T, H, HV, K, _ = sizes
+    if imp.basis == "rotated":
+        operands["basis"] = np.linalg.qr(rng.standard_normal((H, K, K)))[0]
+    if imp.noise.shape != "none":
+        shape = (B, T, HV) if imp.noise.shape == "head" else (B, T, HV, K)
+        operands["noise"] = rng.uniform(0.02, 1.0, shape)
+    if spec.posterior.precision == "isotropic":
+        operands["prior"] = operands["prior"][:, 0]
+    oracle = posterior_oracle(
+        name,
+        precision=spec.posterior.precision,
+        forgetting=imp.forgetting,
+        gain="rate" if spec.posterior.beta == "rate" else spec.posterior.gain,
+        extra=tuple(n for n in ("noise", "basis") if n in operands),
+    )
+    return operands, oracle(operands)
+
+
 @pytest.mark.parametrize("form", forms(), ids=lambda f: f.label)
 def test_dense_form_agrees_with_the_oracle(form) -> None:
     """The dense forms judge engines; here somebody else judges them."""
-    name = form.spec.counterpart or form.spec.name
-    gate = form.spec.importance.gate.shape if form.spec.counterpart else None
-    oracle = METAPLASTIC_ORACLES[name] if gate else ORACLES[name]
-    if gate and form.spec.posterior.gain == "first_order":
-        # Where the default gain is exact, the other one has an oracle of its own.
-        oracle = FIRST_ORDER_ORACLES.get(name, oracle)
-    operands = make_operands(name, np.random.default_rng(4), 2, 9, 2, 4, 5, 3, gate)
-    truth = oracle(operands)
+    operands, expected = truth(form.spec, np.random.default_rng(4))
     tensors = {n: torch.from_numpy(x) for n, x in operands.items() if x is not None}
     result = unrolled(glazoo.lower(form.spec), tensors)
-    for actual, expected in ((result.output, truth.output), (result.memory, truth.memory)):
-        scale = max(1.0, np.abs(expected).max())
-        np.testing.assert_allclose(actual.numpy(), expected, rtol=0, atol=64 * 9 * 5 * EPS * scale)
+    pairs = [(result.output, expected.output), (result.memory, expected.memory)]
+    if result.importance is not None:
+        last = result.importance[:, -1]
+        last = last if form.spec.posterior.precision == "full" else last.mT
+        pairs.append((last.reshape(expected.importance.shape), expected.importance))
+    for actual, wanted in pairs:
+        scale = max(1.0, np.abs(wanted).max())
+        np.testing.assert_allclose(actual.numpy(), wanted, rtol=0, atol=64 * 9 * 5 * EPS * scale)
 
 
 @given(strategies.specs().flatmap(lambda f: strategies.inputs(f.spec, packed=False)))

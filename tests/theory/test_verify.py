@@ -71,7 +71,7 @@ def test_progress_counts_to_the_end() -> None:
     seen = []
     verify.run([CAUSAL, "gla"], op=REFERENCE, progress=lambda *x: seen.append(x))
     assert [done for _, done, _ in seen] == list(range(len(seen)))
-    assert seen[-1] == ("done", 3, 3)
+    assert seen[-1] == ("done", 11, 11)
 
 
 @pytest.mark.parametrize(

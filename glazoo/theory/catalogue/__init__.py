@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 
-from glazoo.theory.catalogue import bayes, chains, execution, limits, symmetries
+from glazoo.theory.catalogue import bayes, chains, execution, limits, precision, symmetries
 from glazoo.theory.entry import Entry
 
 __all__ = ["ENTRIES", "entry"]
@@ -12,6 +12,7 @@ __all__ = ["ENTRIES", "entry"]
 ENTRIES: tuple[Entry, ...] = (
     *chains.ENTRIES,
     *bayes.ENTRIES,
+    *precision.ENTRIES,
     *limits.ENTRIES,
     *symmetries.ENTRIES,
     *execution.ENTRIES,

@@ -11,34 +11,50 @@ from torch import Tensor
 
 from glazoo.program import lower
 from glazoo.spec import Decay, Erase, Gate, Spec, SpecError, freeze
-from glazoo.theory.entry import Pair
+from glazoo.theory.entry import Pair, Trial
 from glazoo.theory.instances import Operands
 
 __all__ = [
+    "Test",
     "bayesian",
     "changed",
     "corrected",
     "default_erase",
+    "discounts",
     "every",
     "expanded",
     "freezable",
     "frozen",
+    "full",
     "has",
+    "has_variance",
     "heads_of",
     "hebbian",
     "identical",
+    "isotropic",
+    "keeps_source",
     "log_evidence",
     "named",
+    "noisy",
+    "observes",
+    "observing",
     "own_decay",
     "plain",
     "preconditioned",
+    "prior_of",
     "rate",
     "rate_of",
+    "relative",
+    "rotated",
     "same",
+    "still",
+    "tempered",
+    "tempers",
     "token_decay",
     "where",
     "with_gain",
     "without",
+    "without_importance",
 ]
 
 Test = Callable[[Spec], bool]
@@ -70,6 +86,7 @@ def has(operand: str) -> Test:
 
 
 hebbian: Test = attrgetter("hebbian")
+has_variance: Test = attrgetter("has_variance")
 log_evidence: Test = attrgetter("log_evidence")
 
 
@@ -82,6 +99,47 @@ def bayesian(spec: Spec) -> bool:
     """Importance is I = J + I_p with evidence b k^2, and its reciprocal a posterior variance."""
     imp = spec.importance
     return imp is not None and imp.evidence == "key_squared" and spec.has_variance
+
+
+def full(spec: Spec) -> bool:
+    """Importance is a matrix over keys."""
+    return spec.posterior.precision == "full"
+
+
+def isotropic(spec: Spec) -> bool:
+    """Importance is one number per head."""
+    return spec.posterior.precision == "isotropic"
+
+
+def rotated(spec: Spec) -> bool:
+    """Importance is counted along other axes than those of the keys."""
+    return spec.importance is not None and spec.importance.basis == "rotated"
+
+
+def tempers(spec: Spec) -> bool:
+    """What is forgotten of importance is what lies above the prior."""
+    return spec.forgetting == "temper"
+
+
+def relative(spec: Spec) -> bool:
+    """Its prior is in proportion to what it counted."""
+    return spec.importance is not None and spec.importance.prior.shape == "relative"
+
+
+def discounts(spec: Spec) -> bool:
+    """The prior is forgotten, too."""
+    return spec.forgetting == "discount"
+
+
+def noisy(spec: Spec) -> bool:
+    """Its variance grows by a gate of its own."""
+    return has("noise")(spec)
+
+
+def tempered(spec: Spec) -> bool:
+    """A posterior variance per synapse, or per key, that returns to the prior's by tempering."""
+    here = spec.posterior.precision == "diagonal" and not rotated(spec)
+    return bayesian(spec) and here and tempers(spec)
 
 
 def preconditioned(spec: Spec) -> bool:
@@ -103,6 +161,12 @@ def token_decay(spec: Spec) -> bool:
 def plain(spec: Spec) -> bool:
     """One write per token, read after it and not normalised."""
     return (spec.read.when, spec.read.normalizer, spec.steps.count) == ("post", "none", 1)
+
+
+def observes(spec: Spec) -> bool:
+    """A token is one observation of a value under its key."""
+    sequential = plain(spec) and default_erase(spec) and spec.key == "operand"
+    return sequential and spec.posterior.gain != "flow"
 
 
 def default_erase(spec: Spec) -> bool:
@@ -140,9 +204,45 @@ def freezable(spec: Spec) -> bool:
     return not preconditioned(spec)
 
 
+def keeps_source(spec: Spec) -> bool:
+    """Computes what its source does where importance stays at a prior of one."""
+    return freezable(spec) and not noisy(spec) and not discounts(spec)
+
+
 def changed(spec: Spec, **update: Any) -> Spec:
     """Return a spec with other values of some fields, validated."""
     return Spec.model_validate(spec.model_copy(update=update).model_dump())
+
+
+def still(operands: Operands) -> Operands:
+    """Return operands that forget nothing."""
+    forgetting = ("g", "noise")
+    return operands | {n: torch.zeros_like(operands[n]) for n in forgetting if n in operands}
+
+
+def observing(t: Trial, ops: Operands) -> tuple[Operands, Tensor]:
+    """Make write and importance gates those of one observation per token; gives its precision."""
+    i = t.instance
+    gate = t.uniform(i.B, i.T, i.HV) if "beta" in ops else torch.ones(i.B, i.T, i.HV).to(t.dtype)
+    out = dict(ops)
+    for name in ("beta", "b"):
+        if name in ops:
+            out[name] = expanded(gate, i.V) if ops[name].ndim == 4 else gate
+    if rate(t.spec):
+        out["beta"] = rate_of(out["beta"], heads_of(ops, "k", i.HV))
+    return out, gate
+
+
+def prior_of(operands: Operands) -> Tensor:
+    """Return the prior per head and key channel [HV, K], or [HV, 1]."""
+    prior = operands["prior"]
+    return prior if prior.ndim == 2 else prior.reshape(-1, 1)
+
+
+def without_importance(operands: Operands) -> Operands:
+    """Return the operands that a source shares with its metaplastic form."""
+    own = ("b", "noise", "basis", "prior")
+    return {name: x for name, x in operands.items() if name not in own}
 
 
 def with_gain(spec: Spec, gain: str) -> Spec:

@@ -13,18 +13,29 @@ from glazoo.theory.catalogue.axes import (
     bayesian,
     corrected,
     default_erase,
+    discounts,
     expanded,
     frozen,
+    full,
     has,
     heads_of,
     hebbian,
+    isotropic,
     log_evidence,
     named,
+    noisy,
+    observes,
+    observing,
     own_decay,
     plain,
     preconditioned,
+    prior_of,
     rate,
-    rate_of,
+    relative,
+    rotated,
+    still,
+    tempered,
+    tempers,
     where,
     without,
 )
@@ -32,16 +43,12 @@ from glazoo.theory.entry import Bound, Comparison, Domain, Entry, Kind, Pair, Tr
 from glazoo.theory.exact import posterior
 from glazoo.theory.instances import Operands
 from glazoo.theory.maps import expand_value_heads
-from glazoo.theory.unrolled import importance, unrolled
+from glazoo.theory.unrolled import importance, unrolled, with_prior
 from glazoo.zoo import load
 
 __all__ = ["ENTRIES"]
 
 Found = Iterator[Comparison]
-
-
-def _full(spec: Spec) -> bool:
-    return spec.posterior.precision == "full"
 
 
 def _per_head(x: Tensor) -> Tensor:
@@ -59,12 +66,6 @@ def _head_decay(t: Trial, ops: Operands) -> Tensor | None:
     return _per_head(g if g.ndim == 3 else g[..., 0])
 
 
-def _prior(ops: Operands) -> Tensor:
-    """Return the prior per head and key channel [HV, K]."""
-    prior = ops["prior"]
-    return prior if prior.ndim == 2 else prior.reshape(-1, 1)
-
-
 def _unrolled(t: Trial) -> Found:
     ops, state = t.operands(), t.state()
     result, dense = t.run(t.spec, ops, initial_state=state), unrolled(t.program, ops, state)
@@ -72,7 +73,7 @@ def _unrolled(t: Trial) -> Found:
     yield Pair("final memory", result.final_state.memory, dense.memory)
     if dense.importance is not None and t.instance.T:
         last = dense.importance[:, -1]
-        if not _full(t.spec):
+        if not full(t.spec):
             last = last.mT
         found = result.final_state.importance
         yield Pair("final importance", found, last[..., 0] if found.ndim == 3 else last)
@@ -82,7 +83,7 @@ def _predict_correct(t: Trial) -> Found:
     """mu' = (a I_prev / I') mu; mu = mu' + (w k - b k^2 mu') / I."""
     ops, state, i = expand_value_heads(t.program, t.operands()), t.state(), t.instance
     ops = {name: x.double() for name, x in ops.items()}
-    I_p = _prior(ops)[:, :, None]
+    I_p = prior_of(ops)[:, :, None]
     J = torch.zeros(i.B, i.HV, i.K, i.V, dtype=torch.float64)
     mean = torch.zeros_like(J)
     if state is not None:
@@ -113,17 +114,10 @@ def _predict_correct(t: Trial) -> Found:
     yield Pair("output", t.run(t.spec, t.operands(), initial_state=state).output, y)
 
 
-def _one_hot(t: Trial) -> Found:
-    ops, i = t.operands(), t.instance
-    gate = t.uniform(i.B, i.T, i.HV) if "beta" in ops else torch.ones(i.B, i.T, i.HV).to(t.dtype)
-    left = dict(ops)
-    for name in ("beta", "b"):
-        if name in ops:
-            left[name] = expanded(gate, i.V) if ops[name].ndim == 4 else gate
-    if "g" in ops and ops["g"].ndim == 4:
-        left["g"] = expanded(ops["g"][..., 0], i.K)
-    if rate(t.spec):
-        left["beta"] = rate_of(left["beta"], heads_of(ops, "k", i.HV))
+def _exact(t: Trial) -> Found:
+    left, gate = observing(t, t.operands())
+    if "g" in left and left["g"].ndim == 4:
+        left["g"] = expanded(left["g"][..., 0], t.instance.K)
     result = t.run(t.spec, left, output_uncertainty=True)
     yield from _against_posterior(t, left, gate, result)
 
@@ -139,7 +133,8 @@ def _against_posterior(t: Trial, ops: Operands, gate: Tensor, result: object) ->
             v[:, h],
             _per_head(gate)[:, h],
             g=None if g is None else g[:, h],
-            prior=_prior(ops).expand(i.HV, i.K)[h],
+            prior=prior_of(ops).expand(i.HV, i.K)[h],
+            discount=discounts(t.spec),
         )
         outputs.append(truth.predict(t.scale * q[:, h]))
         variances.append(truth.variance(t.scale * q[:, h]))
@@ -149,20 +144,14 @@ def _against_posterior(t: Trial, ops: Operands, gate: Tensor, result: object) ->
     yield Pair("uncertainty", uncertainty, variance if uncertainty.ndim == 4 else variance[..., 0])
 
 
-def _ridge(t: Trial) -> Found:
-    ops = t.operands()
-    yield from _against_posterior(t, ops, ops["beta"], t.run(t.spec, ops, output_uncertainty=True))
-
-
 def _least_squares(t: Trial) -> Found:
     """Without forgetting: the last output solves a regularised least squares problem."""
-    ops, i = expand_value_heads(t.program, t.operands()), t.instance
-    if "g" in ops:
-        ops = ops | {"g": torch.zeros_like(ops["g"])}
+    i = t.instance
+    ops, gate = observing(t, still(expand_value_heads(t.program, t.operands())))
     y = t.run(t.spec, ops).output
-    root = ops["beta"].sqrt().double()[..., None]
+    root = gate.sqrt().double()[..., None]
     k, v = (_per_head(root * ops[name].double()) for name in ("k", "v"))
-    prior = torch.diag_embed(_prior(ops).double().sqrt().expand(i.HV, i.K))
+    prior = torch.diag_embed(prior_of(ops).double().sqrt().expand(i.HV, i.K))
     k = torch.cat([k, prior.expand(i.B, -1, -1, -1)], 2)
     v = torch.cat([v, v.new_zeros(i.B, i.HV, i.K, i.V)], 2)
     # The pseudo-inverse knows nothing of normal equations.
@@ -322,22 +311,52 @@ def _window(t: Trial) -> Found:
     yield Bound("importance above the prior", torch.zeros_like(J), J)
 
 
-def _no_forgetting(ops: Operands) -> Operands:
-    return ops | {"g": torch.zeros_like(ops["g"])} if "g" in ops else ops
+def _variance_returns(t: Trial) -> Found:
+    """Nothing observed: 1 / I - 1 / I_p decays as the mean's square does."""
+    ops, state, i = expand_value_heads(t.program, t.operands()), t.state(), t.instance
+    assert state is not None
+    assert state.importance is not None
+    gate = "b" if "b" in ops else "beta"
+    last = t.run(t.spec, ops | {gate: torch.zeros_like(ops[gate])}, initial_state=state)
+    found, start = last.final_state.importance.double(), state.importance.double()
+    keep = torch.ones(i.B, i.T, i.HV, i.K, dtype=torch.float64)
+    if "g" in ops:
+        g = ops["g"].double()
+        g = g[None, None].expand(i.B, i.T, -1) if g.ndim == 1 else g
+        keep = (2 * (g if g.ndim == 4 else g[..., None])).exp() * keep
+    if full(t.spec):
+        root = keep.sqrt().prod(1)
+        yield Pair("final covariance", found, root[..., None] * start * root[..., None, :])
+        return
+    if rotated(t.spec):
+        keep = torch.einsum("bthk,hkj->bthj", keep, ops["basis"].double().square())
+    if isotropic(t.spec):
+        keep = keep.mean(-1, keepdim=True)
+    prior = prior_of(ops).double()
+    above, before = 1 / (found + prior) - 1 / prior, 1 / (start + prior) - 1 / prior
+    yield Pair("final variance", above, keep.prod(1) * before)
 
 
 def _monotone(t: Trial) -> Found:
-    ops = _no_forgetting(t.operands())
+    ops = still(t.operands())
     left = ops | {"q": ops["q"][:, :1].expand_as(ops["q"])}
     u = t.run(t.spec, left, initial_state=t.state(), output_uncertainty=True).uncertainty
     yield Bound("uncertainty", u[:, 1:], u[:, :-1])
 
 
+def _on_axes(t: Trial, ops: Operands, x: Tensor) -> Tensor:
+    """Return queries [B, T, HV, K] along the axes of the importance."""
+    if not rotated(t.spec):
+        return x
+    basis = expand_value_heads(t.program, ops)["basis"].to(x.dtype)
+    return torch.einsum("bthk,hkj->bthj", x, basis)
+
+
 def _below_prior(t: Trial) -> Found:
     ops, i = t.operands(), t.instance
     u = t.run(t.spec, ops, output_uncertainty=True).uncertainty
-    q = t.scale * heads_of(ops, "q", i.HV)
-    limit = (q.square() / _prior(ops)).sum(-1)
+    q = _on_axes(t, ops, t.scale * heads_of(ops, "q", i.HV))
+    limit = (q.square() / prior_of(ops)).sum(-1)
     yield Bound("uncertainty", u, limit if u.ndim == 3 else limit[..., None])
     yield Bound("minus uncertainty", -u, torch.zeros_like(u))
 
@@ -346,6 +365,16 @@ def _variance(t: Trial) -> Found:
     ops, state, i = t.operands(), t.state(), t.instance
     u = t.run(t.spec, ops, initial_state=state, output_uncertainty=True).uncertainty
     J = importance(t.program, ops, state)
+    q = _on_axes(t, ops, t.scale * heads_of(ops, "q", i.HV).double())
+    if full(t.spec):
+        column = q[..., None]
+        if t.spec.forgetting == "diffuse":
+            variance = 1 / prior_of(ops).double().expand(i.HV, i.K)
+            spread = (J + torch.diag_embed(variance)) @ column
+        else:
+            spread = torch.linalg.solve(with_prior(t.spec, ops, J), column)
+        yield Pair("uncertainty", u, (column * spread).sum((-1, -2)))
+        return
     if t.spec.read.when == "pre":
         first = torch.zeros_like(J[:, :1])
         if state is not None:
@@ -353,8 +382,7 @@ def _variance(t: Trial) -> Found:
             start = state.importance.double()
             first = (start[:, :, None] if start.ndim == 3 else start.mT)[:, None]
         J = torch.cat([first, J[:, :-1]], 1)[:, : i.T]
-    q = t.scale * heads_of(ops, "q", i.HV).double()
-    expected = (q.square()[..., None, :] / (J + _prior(ops).double()[:, None])).sum(-1)
+    expected = (q.square()[..., None, :] / (J + prior_of(ops).double()[:, None])).sum(-1)
     yield Pair("uncertainty", u, expected if u.ndim == 4 else expected[..., 0])
 
 
@@ -378,6 +406,8 @@ def _units(t: Trial) -> Found:
     for name in ("beta", "b", "prior"):
         if name in ops:
             right[name] = c * ops[name]
+    if "noise" in ops:
+        right["noise"] = ops["noise"] / c
     if rate(t.spec):
         # c r as a rate, where beta is the rate of r
         square = heads_of(ops, "k", t.instance.HV).square().sum(-1)
@@ -390,7 +420,7 @@ def _units(t: Trial) -> Found:
 
 
 def _exchange(t: Trial) -> tuple[object, object]:
-    ops, i, n = _no_forgetting(t.operands()), t.instance, t.spec.substeps
+    ops, i, n = still(t.operands()), t.instance, t.spec.substeps
     order = t.permutation(i.T)
     steps = (order[:, None] * n + torch.arange(n)).flatten()
     right = {
@@ -435,6 +465,17 @@ _GENERIC = Domain(
     regimes=("normal",), batch=(1, 1), tokens=(4, 7), heads=(1, 1), groups=(1, 2), keys=(3, 4),
     values=(2, 3), start=False,
 )  # fmt: skip
+
+
+def _accumulates(spec: Spec) -> bool:
+    """Its state is a sum over tokens, in one or the other parameterisation."""
+    own = spec.posterior.precision == "diagonal" and not rotated(spec)
+    variances = spec.importance is not None and spec.hebbian and (own or full(spec))
+    # Or it predicts with all that was seen.
+    exact = full(spec) and not has("b")(spec)
+    return spec.sums_writes or spec.log_evidence or variances or exact
+
+
 _UNIT_STEP = where(frozen, default_erase, plain, has("beta"), lambda s: s.write.shape == "head")
 
 ENTRIES: tuple[Entry, ...] = (
@@ -445,17 +486,17 @@ ENTRIES: tuple[Entry, ...] = (
         "the dense sum over all pairs of tokens",
         f"arXiv:2405.21060, section 3; {_PALIMPSA}",
         _unrolled,
-        where(hebbian, without(_full, log_evidence)),
+        where(lambda s: s.sums_writes, without(full, log_evidence)),
         domain=Domain(long=70),
     ),
     Entry(
         "delta-rule-solves-a-triangular-system",
         "(1 + L) u = w - e^T D S_0,  L_ts = e_t . D_ts k_s (s < t),  S_t = sum_s D_ts k_s u_s",
-        "a spec that subtracts a prediction",
+        "a spec that subtracts a prediction, or whose variance grows, over the dense importance",
         "the dense triangular solve over all pairs of tokens",
         "arXiv:2406.06484, section 3",
         _unrolled,
-        without(hebbian, _full, log_evidence),
+        where(lambda s: s.memory_is_mean, without(full, log_evidence)),
         domain=Domain(long=70),
     ),
     Entry(
@@ -471,11 +512,31 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "full-precision-is-a-normal-equation",
         "y_t = (sum_s D_ts beta_s k_s v_s^T)^T (sum_s D_ts beta_s k_s k_s^T + Lambda)^-1 q_t",
-        "a spec with full precision",
+        "a spec with full precision that sums its writes",
         "normal equations assembled densely",
         "arXiv:2506.05233, eq. 4",
         _unrolled,
-        _full,
+        where(full, lambda s: s.sums_writes),
+        domain=Domain(long=70),
+    ),
+    Entry(
+        "full-precision-solves-for-its-means",
+        "mu_t = (1 - kappa_t e_t^T) F_t mu_{t-1} + kappa_t w_t^T,  F_t = a_t L'_t^-1 L_{t-1}",
+        "a spec with full precision that predicts, and forgets by tempering",
+        "one linear system for the means of all tokens, with dense precision matrices",
+        "ours",
+        _unrolled,
+        where(full, tempers, without(lambda s: s.sums_writes)),
+        domain=Domain(long=70),
+    ),
+    Entry(
+        "growing-variance-is-a-gaussian-process",
+        "P_t = Var(x_t | k_s^T x_s + noise of precision b_s, s <= t),  x_t = a_t x_{t-1} + noise",
+        "a spec with full precision whose variance grows",
+        "a joint Gaussian over all tokens, conditioned densely",
+        "Kalman, 1960; ours",
+        _unrolled,
+        where(full, lambda s: s.forgetting == "diffuse"),
         domain=Domain(long=70),
     ),
     Entry(
@@ -485,7 +546,7 @@ ENTRIES: tuple[Entry, ...] = (
         "mean and importance stepped in predict/correct form",
         f"{_PALIMPSA}, eq. 25-26",
         _predict_correct,
-        where(hebbian, bayesian, plain),
+        where(hebbian, tempered, plain),
     ),
     Entry(
         "one-hot-keys-are-exact-inference",
@@ -493,30 +554,42 @@ ENTRIES: tuple[Entry, ...] = (
         "a metaplastic spec, any correction and gain",
         "dense Gaussian regression that forgets toward the prior",
         "ours",
-        _one_hot,
-        where(bayesian, plain, default_erase, lambda s: s.key == "operand"),
+        _exact,
+        where(tempered, observes),
         condition="keys are signed basis vectors, b = beta, one decay per head",
         domain=Domain(regimes=("one_hot",), start=False),
     ),
     Entry(
         "full-precision-is-exact-inference",
         "y_t = E[M]^T q_t under w_ts = beta_s prod_{r > s} a_r: exponentially weighted ridge",
-        "a spec with full precision",
+        "a spec with full precision that forgets by tempering, b = beta",
         "dense Gaussian regression that forgets toward the prior",
         "arXiv:2506.05233, eq. 4-6",
-        _ridge,
-        _full,
+        _exact,
+        where(full, tempers, observes, without(relative)),
+        condition="b = beta, or the precision whose rate it is",
         domain=Domain(start=False),
+    ),
+    Entry(
+        "discount-forgets-the-prior",
+        "k_t in {+-e_j}, b = beta: Lambda_t = (prod a) I_p + sum_s w_ts k_s k_s^T",
+        "a metaplastic spec that discounts",
+        "dense Gaussian regression whose prior is discounted as its observations are",
+        "recursive least squares with a forgetting factor",
+        _exact,
+        where(bayesian, discounts, observes, without(rotated, isotropic)),
+        condition="keys are signed basis vectors, b = beta, one decay per head",
+        domain=Domain(regimes=("one_hot",), start=False),
     ),
     Entry(
         "full-precision-is-ridge-regression",
         "a = 1: y_T = q^T argmin_M sum_s beta_s |v_s - M^T k_s|^2 + |Lambda^1/2 M|^2",
-        "a spec with full precision, g = 0",
+        "a spec with full precision, g = 0, b = beta",
         "the pseudo-inverse of the augmented least squares problem",
         "arXiv:2506.05233, eq. 4",
         _least_squares,
-        _full,
-        condition="no forgetting",
+        where(full, observes, without(relative)),
+        condition="no forgetting, b = beta",
         domain=Domain(
             regimes=("normal", "zero_keys", "one_hot", "mixed"), tokens=(1, 9), start=False
         ),
@@ -613,11 +686,17 @@ ENTRIES: tuple[Entry, ...] = (
         "the decayed start",
         f"{_PALIMPSA}, eq. 26",
         _returns_to_prior,
-        where(
-            lambda s: s.importance is not None,
-            lambda s: _full(s) or has("b")(s),
-            without(log_evidence),
-        ),
+        where(tempers, lambda s: full(s) or has("b")(s), without(log_evidence)),
+        domain=Domain(start=True),
+    ),
+    Entry(
+        "variance-returns-to-the-prior",
+        "nothing observed: 1 / I_T - 1 / I_p = (prod_t a_t^2) (1 / I_0 - 1 / I_p)",
+        "a spec whose variance grows, and its importance gate at zero",
+        "the decayed start; one number: by mean(a^2), other axes: by (R^T)^2 a^2",
+        "ours",
+        _variance_returns,
+        where(lambda s: s.forgetting == "diffuse", without(noisy)),
         domain=Domain(start=True),
     ),
     Entry(
@@ -627,7 +706,11 @@ ENTRIES: tuple[Entry, ...] = (
         "a geometric series",
         f"{_PALIMPSA}, section 3",
         _window,
-        where(has("b"), lambda s: s.decay.shape != "none" or own_decay(s), without(log_evidence)),
+        where(
+            has("b"),
+            lambda s: s.decay.shape != "none" or own_decay(s),
+            without(full, rotated, noisy, discounts),
+        ),
         condition="a <= max a < 1",
         kind=Kind.INEQUALITY,
         domain=Domain(regimes=("normal", "strong_decay", "zero_keys"), tokens=(1, 9), start=False),
@@ -650,22 +733,22 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "uncertainty-is-below-the-prior's",
         "0 <= uncertainty_t <= sum_j q_j^2 / I_p,j",
-        "a spec with importance",
+        "a spec with importance whose prior stays",
         "the variance before anything was observed",
         "ours",
         _below_prior,
-        lambda s: bayesian(s) or _full(s),
+        where(lambda s: bayesian(s) or full(s), without(noisy, discounts, relative)),
         kind=Kind.INEQUALITY,
         domain=Domain(start=False),
     ),
     Entry(
         "uncertainty-is-the-variance-of-the-read",
-        "uncertainty_t = sum_j (scale q_t)_j^2 / (J_t + I_p)_j",
+        "uncertainty_t = sum_j (scale q_t)_j^2 / (J_t + I_p)_j, full: (scale q)^T I^-1 (scale q)",
         "a metaplastic spec",
         "the dense sum of evidence",
         f"{_PALIMPSA}, section 2",
         _variance,
-        bayesian,
+        lambda s: bayesian(s) or full(s),
     ),
     Entry(
         "diagonal-precision-underestimates-marginals",
@@ -686,10 +769,10 @@ ENTRIES: tuple[Entry, ...] = (
         "ours",
         _units,
         where(
-            lambda s: bayesian(s) or _full(s),
+            lambda s: bayesian(s) or full(s),
             has("beta"),
             lambda s: s.erase.strength == "write" and s.read.normalizer == "none",
-            without(has("u")),
+            without(has("u"), relative),
         ),
         kind=Kind.INVARIANCE,
         domain=Domain(start=False),
@@ -697,25 +780,22 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "posterior-is-exchangeable",
         "a = 1: the final state does not depend on the order of the tokens",
-        "Hebbian specs, full precision, log evidence, g = 0",
+        "specs that sum their writes, or their variances, log evidence, g = 0",
         "the same tokens in another order",
         "ours",
         _exchangeable,
-        where(
-            lambda s: hebbian(s) or _full(s) or log_evidence(s),
-            lambda s: s.steps.source == "projected" and s.key == "operand",
-        ),
+        where(_accumulates, lambda s: s.steps.source == "projected" and s.key == "operand"),
         condition="no forgetting",
         kind=Kind.INVARIANCE,
     ),
     Entry(
         "delta-rule-is-not-exchangeable",
         "a = 1: the final memory of a delta rule depends on the order of the tokens",
-        "specs that subtract a prediction, g = 0",
+        "specs that subtract a prediction and do not sum their writes, g = 0",
         "the same tokens in another order",
         "ours",
         _not_exchangeable,
-        without(hebbian, _full, log_evidence),
+        without(_accumulates),
         condition="no forgetting, keys in general position",
         kind=Kind.INEQUALITY,
         domain=_GENERIC,

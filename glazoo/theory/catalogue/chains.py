@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from glazoo.program import lower
-from glazoo.spec import Posterior, Spec, Steps, freeze, metaplasticize
+from glazoo.spec import Posterior, Spec, SpecError, Steps, freeze, metaplasticize
 from glazoo.theory.catalogue.axes import (
     bayesian,
     changed,
@@ -19,26 +20,39 @@ from glazoo.theory.catalogue.axes import (
     expanded,
     freezable,
     frozen,
+    full,
     has,
     heads_of,
     hebbian,
     identical,
+    keeps_source,
     log_evidence,
     named,
     plain,
     preconditioned,
+    prior_of,
     rate,
+    rotated,
     same,
+    tempered,
+    tempers,
     token_decay,
     where,
     with_gain,
     without,
+    without_importance,
     write_gate,
 )
 from glazoo.theory.entry import Comparison, Domain, Entry, Kind, Pair, Trial
 from glazoo.theory.instances import Operands, Regime
-from glazoo.theory.maps import expand_value_heads, take, tokens, with_importance_gate
-from glazoo.theory.unrolled import importance
+from glazoo.theory.maps import (
+    expand_value_heads,
+    in_basis,
+    take,
+    tokens,
+    with_importance_gate,
+)
+from glazoo.theory.unrolled import importance, with_prior
 from glazoo.zoo import load
 
 __all__ = ["ENTRIES"]
@@ -202,9 +216,9 @@ def _steps_are_tokens(t: Trial) -> Found:
             continue
         x = ops[operand.name]
         if operand.per_token and "T" in operand.shapes[0]:
-            # Only the last sub-step of a token is read, only the first one decays.
+            # Only the last sub-step of a token is read, only the first one forgets.
             x = x.repeat_interleave(n, 1)
-            if operand.name == "g":
+            if operand.role in ("decay", "noise"):
                 x = x * (torch.arange(x.shape[1]) % n == 0).view(1, -1, *[1] * (x.ndim - 2))
                 x = x.nan_to_num(nan=0.0, neginf=-torch.inf)
         right[operand.name] = x
@@ -339,14 +353,15 @@ def _closed(t: Trial, ops: Operands, source: Spec, right: Operands) -> tuple[Any
     if state is not None:
         assert state.importance is not None
         state = state._replace(importance=torch.zeros_like(state.importance))
+        state = in_basis(t.spec, ops, state)
     a = t.run(t.spec, left, initial_state=state)
-    return a, t.run(source, right, initial_state=without_importance)
+    final = in_basis(t.spec, ops, a.final_state, back=True)
+    return a._replace(final_state=final), t.run(source, right, initial_state=without_importance)
 
 
 def _at_zero(t: Trial) -> Found:
     ops = t.operands()
-    right = {name: x for name, x in ops.items() if name not in ("b", "prior")}
-    a, b = _closed(t, ops, freeze(t.spec), right)
+    a, b = _closed(t, ops, freeze(t.spec), without_importance(ops))
     yield from same(a, b)
     yield Pair(
         "final importance", a.final_state.importance, torch.zeros_like(a.final_state.importance)
@@ -358,8 +373,8 @@ def _bits_at_zero(t: Trial) -> Found:
     # Keys of any length, but none that the source diverges on.
     length = 0.3 + 1.1 * t.uniform(*ops["k"].shape[:3], 1)
     ops["k"] = length * ops["k"]
-    right = {name: x for name, x in ops.items() if name not in ("b", "prior")}
-    if "g" in ops:
+    right = without_importance(ops)
+    if "g" in ops and tempers(t.spec):
         source = data_decay(source, "key")
         right["g"] = ops["g"] if ops["g"].ndim == 4 else expanded(ops["g"], i.K)
     a, b = _closed(t, ops, source, right)
@@ -377,26 +392,43 @@ def _rate_is_precision(t: Trial) -> Found:
     yield from same(left, right, parts=("memory", "importance"))
 
 
+def _over(ops: Operands, q: Tensor, importance: Tensor) -> Tensor:
+    """Return queries per value head [B, T, HV, K] over an importance along its own axes."""
+    if "basis" not in ops:
+        return q / importance
+    basis = ops["basis"].to(q.dtype)
+    along = torch.einsum("bthk,hkj->bthj", q, basis) / importance
+    return torch.einsum("bthj,hkj->bthk", along, basis)
+
+
 def _zero_gate_any_prior(t: Trial) -> Found:
     ops = expand_value_heads(t.program, t.operands())
     left = ops | {"b": torch.zeros_like(ops["b"])}
-    right = {name: x for name, x in ops.items() if name not in ("b", "prior")}
-    right |= {"q": ops["q"] / ops["prior"]}
-    yield from same(t.run(t.spec, left), t.run(freeze(t.spec), right))
+    right = without_importance(ops) | {"q": _over(ops, ops["q"], prior_of(ops))}
+    a, b = t.run(t.spec, left), t.run(freeze(t.spec), right)
+    a = a._replace(final_state=in_basis(t.spec, ops, a.final_state, back=True))
+    yield from same(a, b, parts=() if t.spec.memory_is_mean else ("memory",))
 
 
 def _head_gate_is_query(t: Trial) -> Found:
     ops, state = t.operands(), t.state()
-    J = importance(t.program, ops, state)[..., 0, :]
+    J = importance(t.program, ops, state)
     right = expand_value_heads(t.program, ops)
-    right = {name: x for name, x in right.items() if name not in ("b", "prior")}
-    right |= {"q": heads_of(ops, "q", t.instance.HV) / (J + ops["prior"]).to(t.dtype)}
-    source_state = None if state is None else state._replace(importance=None)
-    if state is not None and state.lag_key is not None and source_state is not None:
-        lag = state.lag_key.repeat_interleave(t.instance.G, 1)
-        source_state = source_state._replace(lag_key=lag)
+    if full(t.spec):
+        total = with_prior(t.spec, ops, J)
+        q = torch.linalg.solve(total, right["q"].double()[..., None])[..., 0]
+    else:
+        q = _over(right, right["q"].double(), J[..., 0, :] + prior_of(ops).double())
+    right = without_importance(right) | {"q": q.to(t.dtype)}
+    source_state = None
+    if state is not None:
+        source_state = in_basis(t.spec, ops, state, back=True)._replace(importance=None)
+        if state.lag_key is not None:
+            lag = state.lag_key.repeat_interleave(t.instance.G, 1)
+            source_state = source_state._replace(lag_key=lag)
+    a = t.run(t.spec, ops, initial_state=state)
     yield from same(
-        t.run(t.spec, ops, initial_state=state),
+        a._replace(final_state=in_basis(t.spec, ops, a.final_state, back=True)),
         t.run(freeze(t.spec), right, initial_state=source_state),
     )
 
@@ -489,10 +521,19 @@ def _gauge(t: Trial) -> Found:
 
 
 def _freeze_inverts(t: Trial) -> Found:
-    for gate in ("head", "value"):
-        back = freeze(metaplasticize(t.spec, gate=gate))
+    options: list[dict[str, Any]] = [{"gate": "head"}, {"gate": "value"}]
+    options += [
+        {"precision": precision, "forgetting": forgetting}
+        for precision in ("diagonal", "isotropic", "full")
+        for forgetting in ("temper", "diffuse")
+    ]
+    for given in (*options, {"basis": "rotated"}):
+        try:
+            back = freeze(metaplasticize(t.spec, **given))
+        except SpecError:
+            continue
         equal = torch.tensor([float(back == t.spec)])
-        yield Pair(f"freeze(metaplasticize(s, gate={gate!r})) == s", equal, torch.ones(1))
+        yield Pair(f"freeze(metaplasticize(s, {given})) == s", equal, torch.ones(1))
 
 
 def _identity_prefix(t: Trial) -> Found:
@@ -716,7 +757,8 @@ ENTRIES: tuple[Entry, ...] = (
         where(
             token_decay,
             lambda s: s.decay.shape == "head",
-            lambda s: s.posterior.precision != "full",
+            # Tempering along one set of axes and storing along another do not go together.
+            lambda s: s.forgetting == "diffuse" or frozen(s) or tempered(s) or preconditioned(s),
         ),
     ),
     Entry(
@@ -730,7 +772,6 @@ ENTRIES: tuple[Entry, ...] = (
             hebbian,
             has("beta"),
             lambda s: s.read.normalizer == "none" and s.steps.source == "projected",
-            lambda s: s.posterior.precision != "full",
         ),
     ),
     Entry(
@@ -749,7 +790,7 @@ ENTRIES: tuple[Entry, ...] = (
         "its source",
         f"ours; {_PALIMPSA}, section 3",
         _at_zero,
-        where(freezable, bayesian),
+        keeps_source,
     ),
     Entry(
         "rate-at-zero-is-its-source-bit-for-bit",
@@ -760,6 +801,8 @@ ENTRIES: tuple[Entry, ...] = (
         _bits_at_zero,
         where(
             rate,
+            keeps_source,
+            without(rotated),
             lambda s: s.decay.shape == "none" or token_decay(s),
             lambda s: lower(s).kernel == lower(freeze(s)).kernel,
         ),
@@ -784,9 +827,10 @@ ENTRIES: tuple[Entry, ...] = (
         "ours",
         _zero_gate_any_prior,
         where(
-            freezable,
-            bayesian,
+            keeps_source,
             hebbian,
+            # Other axes do not change places with a decay per key.
+            lambda s: s.decay.shape != "key" or not rotated(s),
             without(has("u")),
             lambda s: s.read.normalizer == "none",
         ),
@@ -794,15 +838,15 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry(
         "head-gate-is-a-query-gate",
-        "metaplastic X(q; b per head) = X(q_t / I_t)",
-        "a Hebbian metaplastic spec with one importance vector over keys",
+        "metaplastic X(q; b per head) = X(q_t / I_t), full: X(I_t^-1 q_t)",
+        "a Hebbian metaplastic spec with one importance over keys that sums its writes",
         "its source with the query divided by importance",
         "ours",
         _head_gate_is_query,
         where(
             freezable,
-            bayesian,
             hebbian,
+            lambda s: s.sums_writes,
             lambda s: s.read.when == "post" and s.read.normalizer == "none",
             lambda s: s.importance is not None and s.importance.gate.shape == "head",
         ),
@@ -816,7 +860,7 @@ ENTRIES: tuple[Entry, ...] = (
         _head_gate_is_generalised_delta,
         where(
             freezable,
-            bayesian,
+            tempered,
             corrected("first_order"),
             default_erase,
             plain,

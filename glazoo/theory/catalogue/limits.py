@@ -8,18 +8,19 @@ import torch
 
 from glazoo.spec import Posterior, freeze
 from glazoo.theory.catalogue.axes import (
-    bayesian,
     changed,
     corrected,
     default_erase,
-    freezable,
+    discounts,
     frozen,
     has,
     hebbian,
+    keeps_source,
     token_decay,
     where,
     with_gain,
     without,
+    without_importance,
 )
 from glazoo.theory.entry import Comparison, Domain, Entry, Kind, Trial, curve
 from glazoo.theory.instances import Operands
@@ -35,13 +36,9 @@ _GENERIC = Domain(
 )  # fmt: skip
 
 
-def _without_importance(ops: Operands) -> Operands:
-    return {name: x for name, x in ops.items() if name not in ("b", "prior")}
-
-
 def _large_prior(t: Trial) -> Found:
     ops = t.operands()
-    limit = t.run(freeze(t.spec), _without_importance(ops)).output
+    limit = t.run(freeze(t.spec), without_importance(ops)).output
     yield curve(
         "output against 1 / I_p",
         _SMALL,
@@ -57,7 +54,7 @@ def _large_prior(t: Trial) -> Found:
 
 def _small_gate(t: Trial) -> Found:
     ops = t.operands()
-    limit = t.run(freeze(t.spec), _without_importance(ops)).output
+    limit = t.run(freeze(t.spec), without_importance(ops)).output
     one = torch.ones_like(ops["prior"])
     yield curve(
         "output against b",
@@ -119,7 +116,7 @@ ENTRIES: tuple[Entry, ...] = (
         "its source",
         f"{_PALIMPSA}, section 3",
         _large_prior,
-        where(freezable, bayesian, hebbian, without(has("u"))),
+        where(keeps_source, hebbian, without(has("u"))),
         kind=Kind.LIMIT,
         condition="b > 0",
         domain=_GENERIC,
@@ -132,7 +129,7 @@ ENTRIES: tuple[Entry, ...] = (
         "its source",
         "ours",
         _small_gate,
-        where(freezable, bayesian),
+        keeps_source,
         kind=Kind.LIMIT,
         condition="I_p = 1",
         domain=_GENERIC,
@@ -145,7 +142,7 @@ ENTRIES: tuple[Entry, ...] = (
         "the same spec with g_t = -inf",
         "ours",
         _strong_decay,
-        token_decay,
+        where(token_decay, without(discounts)),
         kind=Kind.LIMIT,
         domain=_GENERIC,
         rate=1.0,
@@ -164,6 +161,7 @@ ENTRIES: tuple[Entry, ...] = (
                 corrected("first_order")(s)
                 or corrected("exact")(s)
                 or corrected("exact", "diagonal")(s)
+                or corrected("flow")(s)
             ),
         ),
         kind=Kind.LIMIT,
@@ -172,12 +170,17 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry(
         "first-order-gain-is-a-small-step",
-        "exact gain(x beta) - first-order gain(x beta) ~ x^2",
-        "a delta rule with the exact gain",
+        "exact gain(x beta) - first-order gain(x beta) ~ x^2, and that of a flow",
+        "a delta rule with the exact gain, or as a flow",
         "the same spec with the first-order gain",
         "ours",
         _small_write,
-        where(corrected("exact"), has("beta")),
+        # Where the prior is forgotten, a step is small against what is left of it much later.
+        where(
+            lambda s: corrected("exact")(s) or corrected("flow")(s),
+            has("beta"),
+            without(discounts),
+        ),
         kind=Kind.LIMIT,
         domain=_GENERIC,
         rate=2.0,

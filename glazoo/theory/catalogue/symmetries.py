@@ -11,11 +11,15 @@ from glazoo.spec import Spec
 from glazoo.state import State
 from glazoo.theory.catalogue.axes import (
     STATE,
+    discounts,
     every,
     frozen,
+    full,
     has,
+    isotropic,
     log_evidence,
     own_decay,
+    rotated,
     same,
     token_decay,
     where,
@@ -86,12 +90,16 @@ def _rotate_keys(t: Trial) -> Found:
     for name in ("q", "k", "p"):
         if name in ops:
             right[name] = ops[name] @ rotation
-    if "prior" in ops:
+    if "basis" in ops:
+        right["basis"] = rotation.T @ ops["basis"]
+    elif "prior" in ops:
         right["prior"] = ops["prior"] = ops["prior"].mean(-1, keepdim=True).expand_as(ops["prior"])
     right_state = state
+    # Axes of its own turn along.
+    memory_turns = torch.eye(i.K, dtype=t.dtype) if t.spec.turned else rotation.T
     if state is not None:
-        memory, importance = rotation.T @ state.memory, state.importance
-        if importance is not None:
+        memory, importance = memory_turns @ state.memory, state.importance
+        if importance is not None and full(t.spec):
             importance = rotation.T @ importance @ rotation
         key, mass = state.lag_key, state.normalizer
         right_state = State(
@@ -104,16 +112,17 @@ def _rotate_keys(t: Trial) -> Found:
     a = t.run(t.spec, ops, initial_state=state)
     b = t.run(t.spec, right, initial_state=right_state)
     yield Pair("output", b.output, a.output)
-    yield Pair("final memory", b.final_state.memory, rotation.T @ a.final_state.memory)
+    yield Pair("final memory", b.final_state.memory, memory_turns @ a.final_state.memory)
 
 
 def _rotatable(spec: Spec) -> bool:
     """Nothing in it singles out a key channel."""
     imp, read = spec.importance, spec.read
+    own = spec.posterior.precision == "diagonal" or spec.posterior.correction == "diagonal"
     return (
-        (imp is None or spec.posterior.precision == "full")
+        (rotated(spec) or not own)
         and spec.decay.shape != "key"
-        and spec.posterior.correction != "diagonal"
+        and (rotated(spec) or imp is None or imp.noise.shape != "key")
         and spec.erase.strength == "write"
         and not read.bonus
     )
@@ -285,13 +294,17 @@ def _key_sign(t: Trial) -> Found:
     for operand in t.program.operands:
         if operand.role in ("query", "key", "erase_key"):
             right[operand.name] = ops[operand.name] * sign
+        elif operand.role == "basis":
+            right[operand.name] = ops[operand.name] * sign[:, None]
+    # Axes of its own flip along.
+    flips = torch.ones_like(sign[:, None]) if t.spec.turned else sign[:, None]
     right_state = None
     if state is not None:
         importance, mass, key = state.importance, state.normalizer, state.lag_key
-        if importance is not None and t.spec.posterior.precision == "full":
+        if importance is not None and full(t.spec):
             importance = importance * sign * sign[:, None]
         right_state = State(
-            state.memory * sign[:, None],
+            state.memory * flips,
             importance,
             None if mass is None else mass * sign,
             None if key is None else key * sign,
@@ -300,7 +313,7 @@ def _key_sign(t: Trial) -> Found:
     a = t.run(t.spec, ops, initial_state=state)
     b = t.run(t.spec, right, initial_state=right_state)
     yield Pair("output", b.output, a.output)
-    yield Pair("final memory", b.final_state.memory, a.final_state.memory * sign[:, None])
+    yield Pair("final memory", b.final_state.memory, a.final_state.memory * flips)
 
 
 _no_lag = where(lambda s: s.steps.source == "projected")
@@ -456,6 +469,7 @@ ENTRIES: tuple[Entry, ...] = (
         where(
             token_decay,
             _no_lag,
+            without(discounts),
             lambda s: s.erase.base == "decayed" and (not own_decay(s) or s.steps.count == 1),
         ),
         kind=Kind.INVARIANCE,
@@ -468,7 +482,13 @@ ENTRIES: tuple[Entry, ...] = (
         "the same spec with one token less",
         "ours",
         _decay_adds,
-        where(token_decay, _no_lag, lambda s: s.key == "operand"),
+        where(
+            token_decay,
+            _no_lag,
+            lambda s: s.key == "operand",
+            # A mean of products is not the product of means.
+            lambda s: s.decay.shape == "head" or not (isotropic(s) or rotated(s)),
+        ),
         kind=Kind.INVARIANCE,
         domain=Domain(tokens=(1, 1), start=True),
     ),
