@@ -86,6 +86,35 @@ def test_first_derivatives(operation: str) -> None:
     )
 
 
+@pytest.mark.parametrize("noise", [None, "head", "key"])
+@pytest.mark.parametrize("gate", [None, "head", "key"])
+def test_gradients_of_a_covariance(gate: str | None, noise: str | None) -> None:
+    """Of the loop that every engine has, with all that it takes."""
+    shapes = {None: None, "head": (1, 4, 2), "key": (1, 4, 2, 3)}
+
+    def positive(*shape: int) -> Tensor:
+        return torch.rand(shape, dtype=torch.float64, generator=generator)
+
+    generator = torch.Generator().manual_seed(0)
+    root = positive(1, 2, 3, 3)
+    operands = {
+        "q": positive(1, 4, 2, 3),
+        "k": positive(1, 4, 2, 3),
+        "b": positive(1, 4, 2),
+        "prior": 1 + positive(2, 3),
+        "initial_state": 0.1 * root @ root.mT,
+    }
+    if gate is not None:
+        operands["g"] = -positive(*shapes[gate])
+    if noise is not None:
+        operands["noise"] = positive(*shapes[noise])
+
+    def run(*xs: Tensor) -> tuple[Tensor, ...]:
+        return chunked.covariance(**dict(zip(operands, xs, strict=True)))
+
+    torch.autograd.gradcheck(run, [x.requires_grad_() for x in operands.values()], fast_mode=True)
+
+
 # What takes longest: other operations are derived the same way.
 SOME = [
     pytest.param(x, marks=pytest.mark.slow if x in ("synapse", "synapse_delta") else ())
