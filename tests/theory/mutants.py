@@ -227,6 +227,7 @@ MUTANTS = (
             "delta-rule-is-a-gradient-step",
             "full-step-recalls",
             "delta-rule-solves-a-triangular-system",
+            "delta-rule-keeps-the-noise-of-repeats",
         ),
     ),
     Mutant(
@@ -543,6 +544,115 @@ MUTANTS = (
             "idle-tokens-change-nothing",
             "delta-rule-solves-a-triangular-system",
         ),
+    ),
+    Mutant(
+        "precision_matrix_never_forgets",
+        (("self.importance = drift = w.decay * old", "self.importance = drift = old"),),
+        ("metaplastic_gated_deltanet_full", "metaplastic_mamba2_full"),
+        (
+            "full-precision-is-a-normal-equation",
+            "full-precision-solves-for-its-means",
+            "full-precision-is-exact-inference",
+            "importance-returns-to-the-prior",
+        ),
+    ),
+    Mutant(
+        "variance_decays_once",
+        (("drift = w.decay * old * w.decay.mT", "drift = w.decay * old"),),
+        ("metaplastic_gated_deltanet_full_diffuse",),
+        (
+            "growing-variance-is-a-gaussian-process",
+            "variance-returns-to-the-prior",
+            "growing-variance-is-a-kalman-filter",
+        ),
+    ),
+    Mutant(
+        "one_number_is_a_sum",
+        (("square = square.mean(2, keepdim=True)", "square = square.sum(2, keepdim=True)"),),
+        ("metaplastic_gated_deltanet_isotropic", "metaplastic_mamba2_isotropic"),
+        (
+            "uncertainty-is-the-variance-of-the-read",
+            "one-number-is-full-on-a-line",
+            "repeats-are-averaged",
+        ),
+    ),
+    Mutant(
+        "discount_keeps_the_prior",
+        (("a * old - (1 - a) * self.prior, self.one", "a * old, self.one"),),
+        ("mamba2",),
+        ("hebbian-is-a-weighted-sum", "discount-forgets-the-prior"),
+    ),
+    Mutant(
+        "noise_twice",
+        (("+ w.noise) - self.prior", "+ 2 * w.noise) - self.prior"),),
+        ("gated_deltanet",),
+        (
+            "noise-at-the-prior's-level-is-none",
+            "reset-covariance-is-the-source",
+            "random-walk-has-a-stationary-gain",
+        ),
+    ),
+    Mutant(
+        "axes_transposed",
+        (("turn @ ((turn.mT @ x) / importance)", "turn.mT @ ((turn @ x) / importance)"),),
+        ("metaplastic_gated_deltanet_rotated_diffuse",),
+        (
+            "delta-rule-solves-a-triangular-system",
+            "other-axes-turn-the-keys",
+            "keys-rotate",
+        ),
+    ),
+    Mutant(
+        "query_in_another_basis",
+        (('"hkj,bthk->bthj", turn, self.q', '"hjk,bthk->bthj", turn, self.q'),),
+        ("metaplastic_mamba2_rotated",),
+        (
+            "metaplastic-at-zero-is-its-source",
+            "head-gate-is-a-query-gate",
+            "other-axes-turn-the-keys",
+            "no-importance-has-no-axes",
+        ),
+    ),
+    Mutant(
+        "matrix_of_one_sided_keys",
+        (("drift + w.b * w.k * w.k.mT", "drift + w.b * w.k * w.k.mT.relu()"),),
+        ("metaplastic_gated_deltanet_full",),
+        ("full-precision-solves-for-its-means", "full-is-diagonal-on-one-hot-keys"),
+    ),
+    Mutant(
+        "whole_prediction_at_the_new_importance",
+        (
+            (
+                "rate = found / (1 + w.b * (w.k * found).sum(2, keepdim=True))",
+                "rate = after(w.k)",
+            ),
+        ),
+        ("metaplastic_mamba2_isotropic_diffuse",),
+        ("delta-rule-solves-a-triangular-system", "one-number-never-enlarges-the-mean"),
+    ),
+    Mutant(
+        "mean_of_a_matrix_not_tempered",
+        (("cholesky_solve(w.decay * self.memory,", "cholesky_solve(self.memory,"),),
+        ("metaplastic_gated_deltanet_full",),
+        ("full-precision-solves-for-its-means", "what-nothing-renews-fades"),
+    ),
+    Mutant(
+        "gain_at_the_new_importance",
+        (("            rate = before(w.k)\n", "            rate = after(w.k)\n"),),
+        ("metaplastic_gated_deltanet", "metaplastic_gated_deltanet_full"),
+        ("repeats-are-averaged", "importance-shields-from-collisions"),
+    ),
+    Mutant(
+        "flow_is_implicit",
+        (("-torch.expm1(-w.beta * found) / found.", "w.beta / (1 + w.beta * found) + 0 * found."),),
+        ("efla",),
+        ("flow-is-many-small-steps", "flow-forgets-exponentially"),
+    ),
+    Mutant(
+        "relative_prior_is_a_number",
+        (("prior * torch.linalg.matrix_norm(H)[..., None]", "prior"),),
+        ("gka",),
+        ("full-precision-is-a-normal-equation", "a-relative-prior-has-no-units"),
     ),
 )
 
