@@ -31,8 +31,8 @@ def forms(
     with an importance over keys, with both gate shapes and every gain; of one source of each kind,
     the plainest, those of every precision, basis and forgetting, too.
 
-    Sources are of one kind if both or neither subtract a prediction, or are a flow, and their
-    decays have one shape.
+    Sources that decay are of one kind if both or neither subtract a prediction, and their decays
+    have one shape.
 
     Args:
         which: names, paths of spec files, or specs; default: all that are shipped.
@@ -45,8 +45,8 @@ def forms(
     given = [(item, load(item)) for item in items]
     plainest: dict[Any, Spec] = {}
     for _, spec in sorted(given, key=lambda x: _peculiarities(x[1])):
-        flow = spec.posterior.gain == "flow"
-        plainest.setdefault((spec.hebbian, spec.decay.shape, flow), spec)
+        if spec.decay.shape != "none" and spec.posterior.gain == "first_order":
+            plainest.setdefault((spec.hebbian, spec.decay.shape), spec)
     out: list[Form] = []
     for item, spec in given:
         expression = _literal(spec) if isinstance(item, Spec) else f"glazoo.load({str(item)!r})"
@@ -112,11 +112,11 @@ def _wide(source: Form) -> Iterator[Form]:
     """Give the forms of every precision, basis and forgetting that a source has."""
     for over, forgetting in itertools.product(_OVER, ("temper", "diffuse")):
         diffuse = forgetting == "diffuse"
-        # What decays by nothing decays alike.
-        if (over == _OVER[0] and not diffuse) or (diffuse and source.spec.decay.shape == "none"):
+        if over == _OVER[0] and not diffuse:
             continue
         options = {"precision": over[0], "basis": over[1], "forgetting": forgetting}
-        for gain in _gains(source.spec):
+        # A matrix is kept in other ways for other gains.
+        for gain in _gains(source.spec)[: 2 if over[0] == "full" else 1]:
             try:
                 yield _made(source, (), gain=gain, **options)
             except SpecError:
