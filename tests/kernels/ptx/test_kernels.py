@@ -18,6 +18,8 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = (16, 64, 96, 128)
 EVERY = [(name, gate) for name in CLASSES for gate in gates(name)]
 GATED = [(name, gate) for name, gate in EVERY if gate != "none"]
+# Those that take the logarithm of a decay.
+DECAYING = [(name, gate) for name, gate in GATED if name != "riccati"]
 
 
 def at(dtype, T, K, V=None):
@@ -94,6 +96,8 @@ def test_a_class_on_hopper(hopper, name, gate, place):
 @pytest.mark.parametrize("T", [1, 2, 64, 65])
 @pytest.mark.parametrize(("name", "gate"), EVERY)
 def test_lengths(executor, name, gate, T):
+    if (name, T) == ("riccati", 1):
+        pytest.skip("one token of it launches no kernel")
     compare(executor, name, gate, at(BF16, T, 16), B=2)
 
 
@@ -110,7 +114,7 @@ def test_packed(executor, name, gate, place):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
-@pytest.mark.parametrize(("name", "gate"), GATED)
+@pytest.mark.parametrize(("name", "gate"), DECAYING)
 def test_strong_decay(executor, name, gate, dtype):
     """Sixty nats a token at most, and one in six forgets all."""
 
@@ -122,7 +126,7 @@ def test_strong_decay(executor, name, gate, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("value", [0.0, -torch.inf])
-@pytest.mark.parametrize(("name", "gate"), GATED)
+@pytest.mark.parametrize(("name", "gate"), DECAYING)
 def test_a_decay_that_keeps_all_or_nothing(executor, name, gate, value):
     def constant(operands):
         return operands | {"g": torch.full_like(operands["g"], value)}
