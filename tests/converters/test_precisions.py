@@ -26,7 +26,11 @@ FORMS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=lambda form: next(iter(form.values())))
+@pytest.mark.parametrize(
+    "form",
+    [FORMS[0], *(pytest.param(form, marks=pytest.mark.slow) for form in FORMS[1:])],
+    ids=lambda form: next(iter(form.values())),
+)
 def test_a_folder_in_every_form(form: dict[str, Any], tmp_path: Path) -> None:
     source, converted = tmp_path / "source", tmp_path / "converted"
     tiny_model("mamba2").save_pretrained(source)
