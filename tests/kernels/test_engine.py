@@ -151,6 +151,8 @@ def in_one_piece(spec: glazoo.Spec) -> bool:
         and imp.evidence == "key_squared"
         and spec.has_variance
         and spec.steps.count == 1
+        and (spec.posterior.precision, spec.forgetting) == ("diagonal", "temper")
+        and spec.posterior.gain != "flow"
         and not (spec.erase.strength == "own" and spec.erase.side != "prediction")
     )
 
