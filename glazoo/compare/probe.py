@@ -243,11 +243,16 @@ def operands(
         elif operand.role in known:
             gate = _per_head(grid, operand.role)
             x = gate.view([-1 if d == "HV" else 1 for d in dims]).expand(shape)
+        elif operand.role == "noise":
+            # What the decay loses of the variance of a prior of one.
+            lost = -torch.expm1(2 * _per_head(grid, "decay"))
+            x = lost.view([-1 if d == "HV" else 1 for d in dims]).expand(shape)
         elif operand.default is not None:
             continue
         else:
-            # No bonus of the token just written, no lagged tap, no forgetting of importance.
-            x = torch.full(shape, 1.0 if operand.role == "tap" else 0.0)
+            # No bonus of the token just written, no lagged tap, no forgetting of importance; what
+            # is solved is read as it is.
+            x = torch.full(shape, 1.0 if operand.role in ("tap", "mix") else 0.0)
         out[operand.name] = x
     return out
 

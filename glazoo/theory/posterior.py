@@ -25,7 +25,7 @@ from glazoo.program import Role, lower
 from glazoo.spec import Spec
 from glazoo.stats import interval
 from glazoo.strictjson import dumps
-from glazoo.theory.catalogue.axes import data_decay, relative
+from glazoo.theory.catalogue.axes import data_decay, noisy, relative
 from glazoo.theory.exact import posterior
 from glazoo.theory.forms import Form, forms
 from glazoo.theory.instances import Operands
@@ -166,7 +166,9 @@ def run(
 def _forms(which: Sequence[str | Path | Spec] | None) -> tuple[Form, ...]:
     given = forms(which)
     if which is None:
-        return tuple(f for f in given if unsuited(f.spec) is None)
+        # Noise is that which keeps the prior: forms with a gate for it are those without.
+        made = (f for f in given if not (noisy(f.spec) and f.spec.counterpart))
+        return tuple(f for f in made if unsuited(f.spec) is None)
     for form in given:
         reason = unsuited(form.spec)
         if reason is not None:
