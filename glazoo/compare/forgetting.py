@@ -59,7 +59,7 @@ class Forgetting:
     signal: list[Interval]
     error: list[Interval]
     theory: Theory | None
-    """Unset where keys pass a feature map or are logarithms, for which there is no such theory."""
+    """Unset where there is none: `theory` says for what."""
 
     @property
     def half_life(self) -> float | None:
@@ -185,12 +185,19 @@ def theory(program: Program, gates: Gates, key_size: int, before: int, after: in
 
     Returns:
         Signal and error per lag, or None where keys pass a feature map, are tied to the decay, are
-        logarithms, or where the read is normalised: those have no such theory.
+        logarithms, where the read is normalised, where importance is forgotten otherwise, or where
+        a matrix counts by a gate of its own: those have no such theory.
     """
-    spec = program.spec
+    spec, imp = program.spec, program.spec.importance
     if key_scale_matters(program) or spec.read.normalizer != "none":
         return None
+    if spec.forgetting != "temper" or spec.posterior.gain == "flow":
+        return None
     if spec.posterior.precision == "full":
+        assert imp is not None
+        own, relative = imp.gate.shape != "none", imp.prior.shape == "relative"
+        if own or relative or spec.read.mix.shape != "none":
+            return None
         return _full_theory(program, gates, key_size, before, after)
     a = math.exp(gates.decay) if program.role("decay") else 1.0
     field = _MeanField(program, gates, key_size)

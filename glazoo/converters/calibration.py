@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from glazoo.converters.files import Progress
 from glazoo.errors import ConversionError
 from glazoo.layers import ImportanceGate
 from glazoo.layers.conversion import metaplastic_layers
@@ -57,12 +58,15 @@ def observed(model: nn.Module, ids: Int[Tensor, "T"]) -> Iterator[Observation]:
         model.train(training)
 
 
-def key_moments(model: nn.Module, ids: Int[Tensor, "T"]) -> dict[int, Float[Tensor, "H K K"]]:
+def key_moments(
+    model: nn.Module, ids: Int[Tensor, "T"], read: Callable[[int], object] = int
+) -> dict[int, Float[Tensor, "H K K"]]:
     """Return E[k k^T] of every layer and key head, in float64, keys as the recurrence takes them.
 
     Args:
         model: a metaplastic model, in memory.
         ids: token ids of a text, read once, 512 at a time.
+        read: called with the number of tokens that each layer has read.
     """
     total: dict[int, Tensor] = {}
     count: dict[int, int] = {}
@@ -71,10 +75,13 @@ def key_moments(model: nn.Module, ids: Int[Tensor, "T"]) -> dict[int, Float[Tens
         moment = torch.einsum("thi,thj->hij", k, k).cpu()
         total[seen.layer] = total.get(seen.layer, 0) + moment
         count[seen.layer] = count.get(seen.layer, 0) + len(k)
+        read(count[seen.layer])
     return {layer: x / count[layer] for layer, x in total.items()}
 
 
-def calibrate(model: nn.Module, ids: Int[Tensor, "T"]) -> tuple[Axes, ...]:
+def calibrate(
+    model: nn.Module, ids: Int[Tensor, "T"], progress: Progress | None = None
+) -> tuple[Axes, ...]:
     """Turns the axes of every rotated importance to the eigenvectors of E[k k^T], in place.
 
     Along them, the off-diagonal part of sum b k k^T that one importance per key neglects is as
@@ -85,6 +92,7 @@ def calibrate(model: nn.Module, ids: Int[Tensor, "T"]) -> tuple[Axes, ...]:
     Args:
         model: a metaplastic model with `basis = "rotated"`, in memory.
         ids: token ids of a text; its first half gives the axes, its second half measures them.
+        progress: called as `progress("axes of importance", done_bytes, total_bytes)`, of the ids.
 
     Returns:
         What the axes do to the keys, by layer.
@@ -100,8 +108,15 @@ def calibrate(model: nn.Module, ids: Int[Tensor, "T"]) -> tuple[Axes, ...]:
     if len(ids) < 2:
         raise ConversionError(f"ids: got {len(ids)} tokens, expected at least 2")
     half = len(ids) // 2
-    found = key_moments(model, ids[:half])
-    held_out = key_moments(model, ids[half:])
+
+    def read(before: int) -> Callable[[int], object]:
+        size = ids.element_size()
+        if progress is None:
+            return int
+        return lambda n: progress("axes of importance", size * (before + n), size * len(ids))
+
+    found = key_moments(model, ids[:half], read(0))
+    held_out = key_moments(model, ids[half:], read(half))
     return tuple(_turned(gates[layer], found[layer], held_out[layer]) for layer in sorted(gates))
 
 

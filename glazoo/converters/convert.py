@@ -136,7 +136,8 @@ def convert_checkpoint(
                 "dtype as it is"
             )
         cast = plan_cast(dtype, checkpoint.shards, family, checkpoint.architecture, config)
-    axes, turned = _calibrated(checkpoint, settings, calibrate, tokenizer or str(source))
+    texts = () if dry_run else calibrate
+    axes, turned = _calibrated(checkpoint, settings, texts, tokenizer or str(source), progress)
     new, added = _added(checkpoint, settings, axes)
     own_tokenizer, more = settled(source, family.model_type, family.converted_model_type)
     newer = untested(installed(("torch", "transformers")))
@@ -198,7 +199,11 @@ def convert_checkpoint(
 
 
 def _calibrated(
-    checkpoint: Checkpoint, settings: Settings, texts: Sequence[str | Path], tokenizer: str
+    checkpoint: Checkpoint,
+    settings: Settings,
+    texts: Sequence[str | Path],
+    tokenizer: str,
+    progress: Progress | None,
 ) -> tuple[dict[int, Tensor], tuple[Axes, ...]]:
     """Return the axes of importance that texts give, by layer, and what they do."""
     if not texts:
@@ -216,7 +221,7 @@ def _calibrated(
         limit=CALIBRATION_TOKENS,
     )[:CALIBRATION_TOKENS]
     convert_in_place(model, family, replace(settings, plasticity=0.0), checkpoint.found)
-    turned = calibrate_model(model, torch.from_numpy(ids.astype("int64")))
+    turned = calibrate_model(model, torch.from_numpy(ids.astype("int64")), progress)
     axes = {gate.layer: gate.axes for _, gate, _ in metaplastic_layers(model)}
     return {layer: x.detach().clone() for layer, x in axes.items() if x is not None}, turned
 

@@ -259,7 +259,7 @@ class _Sequence:
         if self.spec.log_evidence:
             self._observe_log_evidence(w)
             return
-        seen = self._mean()
+        seen = self._mean() if erase.base == "prev" else None
         before, after, mean = self._predict_and_observe(w)
         if self.spec.sums_writes:
             self.memory = w.decay * self.memory + w.k * (w.beta * w.v)
@@ -273,7 +273,7 @@ class _Sequence:
                 found = before(w.k)
                 rate = found / (1 + w.b * (w.k * found).sum(2, keepdim=True))
                 predicted = (mean * w.k).sum(2, keepdim=True)
-            self._keep(mean + rate * (w.beta * w.v - w.b * predicted), after)
+            self._keep(mean + rate * (w.beta * w.v - w.b * predicted))
             return
         strength, rate = w.beta, after(w.k)
         if p.gain == "exact":
@@ -284,9 +284,9 @@ class _Sequence:
             strength = self._flow(w, rate)
         if p.correction == "diagonal":
             gain = rate * strength
-            self._keep(mean * (1 - w.k * gain) + gain * w.v, after)
+            self._keep(mean * (1 - w.k * gain) + gain * w.v)
             return
-        base = mean if erase.base == "decayed" else seen
+        base = mean if seen is None else seen
         predicted = (base * w.p).sum(2, keepdim=True)
         if erase.strength == "write":
             mean = mean + rate * (strength * (w.v - predicted))
@@ -294,7 +294,7 @@ class _Sequence:
             mean = mean + rate * (strength * w.v - predicted)
         else:
             mean = mean + rate * (strength * w.v) - after(w.removal) * predicted
-        self._keep(mean, after)
+        self._keep(mean)
 
     def _mean(self) -> Tensor:
         """Return the posterior mean of every synapse, [B, HV, K, V]."""
@@ -304,7 +304,7 @@ class _Sequence:
             return self._solve(self.memory)
         return self.memory / (self.importance + self.prior)
 
-    def _keep(self, mean: Tensor, after: _Over) -> None:
+    def _keep(self, mean: Tensor) -> None:
         """Keep a mean as the memory that this spec carries."""
         natural = self.importance is not None and not self.spec.memory_is_mean
         self.memory = self._matrix() @ mean if natural else mean
@@ -388,6 +388,10 @@ class _Sequence:
                 mean,
             )
         self.importance = drift = w.decay * old
+        if spec.sums_writes:
+            # Nothing is predicted: only reads look at the matrix.
+            self.importance = drift + w.b * w.k * w.k.mT
+            return _same, _same, self.memory
         before = torch.linalg.cholesky(self._matrix())
         mean = torch.cholesky_solve(w.decay * self.memory, before)
         self.importance = drift + w.b * w.k * w.k.mT

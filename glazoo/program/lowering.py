@@ -173,7 +173,7 @@ def _steps(spec: Spec) -> Iterator[Step | step.OneToken]:
     given = spec.decay.shape != "none" and spec.decay.source != "derived"
     g = "g" if given else None
     beta = None if spec.write.shape == "none" else "beta"
-    noise = None if imp is None or imp.noise.shape == "none" else "noise"
+    noise = _noise(spec)
     if spec.substeps > 1:
         later = [None] * (count - 1)
         yield _split(q=(*later, "q"), g=(g, *later), noise=(noise, *later))
@@ -235,6 +235,11 @@ def _gain(spec: Spec) -> str:
     return "exact_rate" if p.beta == "rate" else p.gain
 
 
+def _noise(spec: Spec) -> str | None:
+    imp = spec.importance
+    return None if imp is None or imp.noise.shape == "none" else "noise"
+
+
 def _split(**parts: tuple[str | None, ...]) -> step.SubTokens:
     """Leave out names that stand for nothing at any sub-token."""
     return step.SubTokens(tuple((name, given) for name, given in parts.items() if any(given)))
@@ -290,9 +295,8 @@ def _matrix(spec: Spec, g: str | None, beta: str | None, e: str) -> Iterator[Ste
     assert imp is not None
     b = beta if imp.gate.shape == "none" else "b"
     w = "v"
-    noise = None if imp.noise.shape == "none" else "noise"
     if imp.forgetting == "diffuse":
-        yield step.Covariance(b, g, noise)
+        yield step.Covariance(b, g, _noise(spec))
         if p.gain == "first_order":
             yield step.Observed("kappa", "found", b)
     if p.gain != "first_order" and not spec.sums_writes:
@@ -324,14 +328,12 @@ def _matrix(spec: Spec, g: str | None, beta: str | None, e: str) -> Iterator[Ste
         if imp.forgetting == "diffuse":
             yield step.Delta("q", e, "kappa", w, g, base, "mu")
             return
-        if spec.sums_writes:
-            pass
-        elif base == "decayed" or g is None:
+        if not spec.sums_writes and (base == "decayed" or g is None):
             base = "decayed"
             # The matrix forgets along k what the write does not remove.
             yield step.Less("rest", e, "b", "k")
             yield step.Solve("e", "rest", b, g, "decayed")
-        else:
+        elif not spec.sums_writes:
             yield step.Times("rest", "b", "k")
             yield step.Solve("rest", "rest", b, g, "decayed")
             yield step.Solve("e", e, b, g, "previous")
@@ -361,6 +363,8 @@ def _per_key(
     # Importance over axes of its own, while the mean stays where the keys are.
     axes = imp is not None and imp.basis == "rotated" and diffuse
     own = diffuse and spec.hebbian and not (axes or isotropic)
+    # What one observation says about other synapses is removed from them, too.
+    shares = diffuse and spec.hebbian and not own
     if spec.turned:
         for name in dict.fromkeys(("q", "k", e)):
             yield step.Turn(name, name)
@@ -375,8 +379,7 @@ def _per_key(
         if axes:
             yield step.Turn("q_axes", "q")
             yield step.Turn("k_axes", "k")
-        noise = None if imp.noise.shape == "none" else "noise"
-        yield step.Diffuse("k_axes" if axes else "k", g, noise, isotropic, axes)
+        yield step.Diffuse("k_axes" if axes else "k", g, _noise(spec), isotropic, axes)
         yield step.Variance(J, "q_axes" if axes else "q")
         symbol, found = "mu", "found"
     else:
@@ -400,8 +403,7 @@ def _per_key(
     if p.gain != "first_order":
         diagonal, scaled = p.correction == "diagonal", "k"
         if axes:
-            yield step.Divide("k_axes", "k_axes", "found", whole=True)
-            yield step.Turn("scaled", "k_axes", back=True)
+            yield from _over_found("scaled", axes)
             found, scaled = None, "scaled"
         yield step.Gain(beta, found, forget, diagonal, _gain(spec), scaled)
         if diagonal:
@@ -417,20 +419,14 @@ def _per_key(
     if spec.hebbian and not diffuse:
         yield step.Linear(q, k, w, g, when, symbol)
         return
-    if diffuse and spec.hebbian and not own:
-        yield step.Times("e", "b", "k")
-        e = "e"
-    elif not spec.hebbian and beta is not None and spec.erase.strength == "write":
+    if not spec.hebbian and beta is not None and spec.erase.strength == "write":
         yield step.Times("e", beta, e)
         e = "e"
-    if diffuse and spec.hebbian and not own:
-        if axes:
-            yield step.Divide("k_axes", "k_axes", "found", whole=True)
-            yield step.Turn("scaled", "k_axes", back=True)
-        else:
-            yield step.Divide("scaled", "k", "found", whole=True)
+    if shares:
+        yield step.Times("e", "b", "k")
+        yield from _over_found("scaled", axes)
         yield step.Observed("kappa", "scaled", "b")
-        k = "kappa"
+        e, k = "e", "kappa"
     elif axes:
         yield step.Divide("k_axes", "k_axes", "J")
         yield step.Turn("kappa", "k_axes", back=True)
@@ -451,3 +447,12 @@ def _per_key(
         )
         q, e, k, w, forget = "read", "e", "kappa", "w", None if forget is None else "forget"
     yield step.Delta(q, e, k, w, forget, spec.erase.base, symbol)
+
+
+def _over_found(out: str, axes: bool) -> Iterator[Step]:
+    """The key over the importance that it finds, counted along axes of its own or not."""
+    if axes:
+        yield step.Divide("k_axes", "k_axes", "found", whole=True)
+        yield step.Turn(out, "k_axes", back=True)
+    else:
+        yield step.Divide(out, "k", "found", whole=True)

@@ -276,7 +276,6 @@ class Diffuse(Step):
                 keep = env.turned(keep, x["basis"].square())
         u = x["b"][..., None] * (u.mean(-1, keepdim=True) if self.isotropic else u)
         noise = env.channels(self.noise)
-        prior = prior if noise is None or not self.isotropic else prior[:, :1]
         if noise is None:
             # Above the prior, where nothing that is added keeps it at zero to the last bit.
             one, lost = keep.new_ones(keep.shape), (1 - keep) / prior

@@ -171,7 +171,15 @@ def test_signals_fade_as_the_expectation_says(name: str, signal: object) -> None
 
 @pytest.mark.parametrize(
     "name",
-    ["mesanet", "palimpsa", "metaplastic_gated_deltanet", "longhorn", "metaplastic_implicit_delta"],
+    [
+        "mesanet",
+        "palimpsa",
+        "metaplastic_gated_deltanet",
+        "metaplastic_gated_deltanet_isotropic",
+        "metaplastic_mamba2_isotropic",
+        "longhorn",
+        "metaplastic_implicit_delta",
+    ],
 )
 def test_theory_predicts_the_error_better_than_a_constant_does(name: str) -> None:
     plan = ForgettingPlan(
@@ -188,6 +196,17 @@ def test_theory_predicts_the_error_better_than_a_constant_does(name: str) -> Non
     assert left < 0.1 * spread
 
 
-def test_there_is_no_theory_where_keys_are_logarithms() -> None:
-    plan = ForgettingPlan(load("lightnet"), "x", Gates(), key_size=8, before=4, after=8, seeds=2)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lightnet",  # keys are logarithms
+        "efla",
+        "gka",
+        "kdn",
+        "metaplastic_gated_deltanet_full",
+        "metaplastic_mamba2_diffuse",
+    ],
+)
+def test_there_is_no_theory_where_none_is_right(name: str) -> None:
+    plan = ForgettingPlan(load(name), "x", Gates(), key_size=8, before=4, after=8, seeds=2)
     assert forgetting(plan).theory is None
