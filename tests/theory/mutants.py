@@ -397,7 +397,7 @@ MUTANTS = (
     ),
     Mutant(
         "predicts_from_the_undecayed_state",
-        (('base = mean if erase.base == "decayed" else seen', "base = seen"),),
+        (('seen = self._mean() if erase.base == "prev" else None', "seen = self._mean()"),),
         ("gated_deltanet",),
         (
             "metaplastic-delta-is-generalised-delta",
@@ -409,7 +409,7 @@ MUTANTS = (
     ),
     Mutant(
         "predicts_from_the_decayed_state",
-        (('base = mean if erase.base == "decayed" else seen', "base = mean"),),
+        (("base = mean if seen is None else seen", "base = mean"),),
         ("comba",),
         (
             "comba-at-decayed-key-is-gated-deltanet",
