@@ -407,14 +407,15 @@ class Steps(_Data):
 
     count: int = Field(default=1, ge=1)
     """Writes per token; the decay acts once, the read follows the last."""
-    source: Literal["projected", "lagged"] = "projected"
-    """projected: k, v and the write gate carry `count` sub-steps per token; lagged: the first write
-    repeats the previous token's key and value (two-tap quadrature with weight `trap`)."""
+    source: Literal["projected", "erase_then_write", "lagged"] = "projected"
+    """projected: k, v and the write gate carry `count` sub-steps per token; erase_then_write: as
+    projected, and the first value is zero; lagged: the first write repeats the previous token's key
+    and value (two-tap quadrature with weight `trap`)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.source == "lagged" and self.count != 2:
-            raise ValueError("lagged steps are two taps: steps.count must be 2")
+        if self.source != "projected" and self.count != 2:
+            raise ValueError(f"steps.source = {self.source} is two writes: steps.count must be 2")
         return self
 
 
@@ -533,9 +534,14 @@ class Layer(_Data):
     """Value stream."""
     local: Local = Local()
     """Local mixing."""
-    erase_key: Literal["none", "scaled_key", "scaled_unit_key"] = "none"
-    """Free erase keys: p = sigmoid(d_h) k (then normalised as k is), or the unit vector along k
-    times a learned factor per channel."""
+    erase_key: Literal[
+        "none", "scaled_key", "scaled_unit_key", "query_added", "orthogonal_query_added"
+    ] = "none"
+    """Free erase keys: p = sigmoid(d_h) k (then normalised as k is); the unit vector along k times
+    a learned factor per channel; k + erase_mix q; or k + erase_mix (q - k (k . q)), of k and q as
+    the recurrence takes them."""
+    erase_mix: Gate = Gate()
+    """How much of the query an erase key with `query_added` holds, per key head."""
     query_correction: bool = False
     """Subtracts D_h p from the query before it is normalised."""
     key_rate: bool = False
@@ -628,7 +634,7 @@ class Spec(_Data):
     @property
     def substeps(self) -> int:
         """Keys, values and gates that a token brings along; one where its writes repeat them."""
-        return self.steps.count if self.steps.source == "projected" else 1
+        return 1 if self.steps.source == "lagged" else self.steps.count
 
     @property
     def sums_writes(self) -> bool:
@@ -744,6 +750,8 @@ class Spec(_Data):
             raise ValueError("read.when = pre is defined for Hebbian specs only")
         if self.steps.source == "lagged" and p.correction == "full":
             raise ValueError("steps.source = lagged is defined for Hebbian specs only")
+        if self.steps.source == "erase_then_write" and p.correction != "full":
+            raise ValueError("steps.source = erase_then_write is defined for delta rules only")
         if self.steps.count > 1 and (self.read.when == "pre" or self.read.normalizer != "none"):
             raise ValueError("several steps per token go with a plain read after the write")
         if self.steps.source == "lagged" and self.key != "operand":

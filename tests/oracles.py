@@ -475,6 +475,27 @@ def comba(x: Head) -> None:
     x.S = S
 
 
+@oracle("qdelta", g="head", beta="head", keys="unit", extra=("p",))
+def qdelta(x: Head) -> None:
+    S, eye = x.S, np.eye(x.K)
+    for t in range(x.T):
+        k, v, p, b, al = x.k[t], x.v[t], x.p[t], x.beta[t], x.al[t]
+        S = al * S @ (eye - b * outer(p, k)) + b * outer(v, k)
+        x.y[t] = S @ x.sq[t]
+    x.S = S
+
+
+@oracle("eda", g="key", beta="head", keys="unit", steps=2)
+def eda(x: Head) -> None:
+    S, eye = x.S, np.eye(x.K)
+    for t in range(x.T):
+        S = S @ np.diag(x.al[t])
+        for k, v, b in zip(*(y[2 * t : 2 * t + 2] for y in (x.k, x.v, x.beta)), strict=True):
+            S = S @ (eye - b * outer(k, k)) + b * outer(v, k)
+        x.y[t] = S @ x.sq[t]
+    x.S = S
+
+
 @oracle("gated_deltaproduct", g="head", beta="head", keys="unit", steps=2, beta_max=2.0)
 def gated_deltaproduct(x: Head) -> None:
     S, eye = x.S, np.eye(x.K)
@@ -885,6 +906,19 @@ def meta_comba(x: Head) -> None:
     x.S, x.J = mu, J
 
 
+@metaplastic("qdelta")
+def meta_qdelta(x: Head) -> None:
+    mu, J = x.S, x.J
+    for t in range(x.T):
+        k, v, beta = x.k[t], x.v[t][:, None], x.beta[t]
+        mu, J = predict(x.al[t], mu, J, x.prior)
+        J = J + outer(x.b[t], k**2)
+        mu = mu + (v - along(mu, x.p[t])) * (beta * k / (J + x.prior))
+        read_mean(x, t, mu, J)
+    x.S, x.J = mu, J
+
+
+@metaplastic("eda")
 @metaplastic("gated_deltaproduct")
 def meta_gated_deltaproduct(x: Head) -> None:
     mu, J = x.S, x.J
@@ -1030,7 +1064,7 @@ def posterior_oracle(
 
 
 # Shipped specs that differ from another one in the layer around the recurrence alone.
-KIN = {"kda_bounded": "kda", "gated_deltanet_sigmoid": "gated_deltanet"}
+KIN = {"kda_bounded": "kda", "qed": "qdelta", "gated_deltanet_sigmoid": "gated_deltanet"}
 # Those whose importance is one vector over keys and nothing else.
 PER_KEY = ("efla",)
 

@@ -33,8 +33,10 @@ METAPLASTIC = [(n, gate) for n in [*OWN_GATE, *METAPLASTIC_ORACLES] for gate in 
 CASES = [(n, None) for n in ORACLES if n not in OWN_GATE] + METAPLASTIC
 DELTA = [
     *("deltanet", "gated_deltanet", "kda", "gdn2", "comba", "gated_deltaproduct", "rwkv7"),
+    *("qdelta", "eda"),
     *("implicit_delta", "longhorn", "precond_gated_deltanet", "precond_kda"),
 ]
+PRODUCTS = ("gated_deltaproduct", "eda")  # two writes a token
 FILTERS = (
     "efla",
     "gka",
@@ -189,7 +191,7 @@ def substeps(first: Array, second: Array) -> Array:
 
 def dense_delta_row(name: str, x: Ops, row: int, first_order: bool = False) -> tuple[Array, Array]:
     al, q, v, beta, k = x["al"], x["q"], x["v"][:, row], x["beta"][:, row], x["k"]
-    if name == "gated_deltaproduct":
+    if name in PRODUCTS:
         al = substeps(al, np.ones_like(al))
     # Importance of every (sub)token, in closed form: before it, after its decay, after observing.
     before = decayed = after = np.ones_like(k)
@@ -206,9 +208,11 @@ def dense_delta_row(name: str, x: Ops, row: int, first_order: bool = False) -> t
         return solve_row(al, bk, k * 1.5 ** (-level / (1 + abs(level))), beta * v, q)
     if name == "gdn2":
         return solve_row(al, x["erase"] * k, k / after, beta * v, q)
+    if name == "qdelta":
+        return solve_row(al, beta[:, None] * x["p"], k / after, beta * v, q)
     if name == "comba":
         return solve_row(al, beta[:, None] * x["p"], k / after, beta * v, q, prev=True)
-    if name == "gated_deltaproduct":
+    if name in PRODUCTS:
         y, S = solve_row(al, bk, k / after, beta * v, substeps(np.zeros_like(q), q))
         return y[1::2], S
     if name == "rwkv7":  # the erase and the write as two writes of one token
@@ -490,7 +494,7 @@ def test_importance_and_uncertainty_follow_the_keys_alone(case: tuple[str, str])
         for j in range(4):
             x = head_of(name, gate, ops, i, j)
             al = x["al"]
-            if name == "gated_deltaproduct":
+            if name in PRODUCTS:
                 al = substeps(al, np.ones_like(al))
             k = 1 - al if name == "hgrn2" else x["k"]
             evidence = np.broadcast_to(x["b"], (len(al), *x["b"].shape))
@@ -499,7 +503,7 @@ def test_importance_and_uncertainty_follow_the_keys_alone(case: tuple[str, str])
                 evidence = evidence * lam + shift(x["b"] * (1 - lam)) * last
             J = np.einsum("tsv,tsk,sk->tvk", evidence, decay_products(al), k**2)
             close(result.importance[i, j], J[-1, 0] if gate == "head" else J[-1].T)
-            if name == "gated_deltaproduct":
+            if name in PRODUCTS:
                 J = J[1::2]
             if name == "rwkv6":
                 J = np.concatenate([np.zeros_like(J[:1]), J[:-1]])

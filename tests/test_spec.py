@@ -39,6 +39,9 @@ REQUIRED = [
     "gdn2",
     "comba",
     "gated_deltaproduct",
+    "qdelta",
+    "qed",
+    "eda",
     "implicit_delta",
     "longhorn",
     "precond_gated_deltanet",
@@ -92,7 +95,7 @@ def test_importance_is_one_vector_over_keys_by_default(name: str) -> None:
     assert metaplastic.importance.gate.shape == "head"
 
 
-EXACT = ("deltanet", "gated_deltanet", "gated_deltanet_sigmoid", "kda", "kda_bounded")
+EXACT = ("deltanet", "eda", "gated_deltanet", "gated_deltanet_sigmoid", "kda", "kda_bounded")
 """The shipped sources whose write gate is the rate of a precision."""
 
 

@@ -9,38 +9,57 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from glazoo.compare.errors import CompareError
+from glazoo.compare.keys import EVALUATION, KEY_KINDS, SELECTION, recorded, take_keys
 from glazoo.compare.probe import (
-    KeyKind,
     crossing,
-    draw_keys,
     gate_grid,
     key_size_for,
     mapped_size,
+    missed_values,
     read,
     retrieval_error,
     write,
 )
-from glazoo.program import lower
+from glazoo.program import Program, lower
 from glazoo.spec import Spec
 from glazoo.stats import Interval, interval
 
 __all__ = [
+    "ERRORS",
+    "TASKS",
     "CapacityCurve",
     "CapacityPlan",
+    "Error",
+    "Task",
     "capacity",
     "check",
     "curve",
     "default_pairs",
     "single_thread",
+    "written",
 ]
 
-_SELECTION, _EVALUATION = 0, 1
-"""Streams of random numbers: gates are chosen on the one and errors measured on the other."""
+Task = Literal["once", "noisy", "rewrite"]
+
+TASKS: tuple[Task, ...] = get_args(Task)
+"""once: every pair is written once; noisy: four times in random order, with noise of the values'
+own size; rewrite: every key is written with another value first, and the last counts."""
+
+Error = Literal["energy", "values"]
+
+ERRORS: dict[Error, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "energy": retrieval_error,
+    "values": missed_values,
+}
+"""energy: share of the values' energy that is not read back; values: share of reads that point more
+to another stored value than to their own."""
+
+_REPEATS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +68,18 @@ class CapacityPlan:
 
     spec: Spec
     label: str
-    keys: KeyKind
+    keys: str
+    """One of `KEY_KINDS`, or recorded keys, as `glazoo.compare.keys.recorded` takes them."""
     state_bytes: int
+    """The budget. Recorded keys have their own size, whatever state it takes."""
     value_size: int
     pairs: tuple[int, ...]
     seeds: int
     seed: int
     threshold: float
     impl: str
+    task: Task = "once"
+    error: Error = "energy"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +87,9 @@ class CapacityCurve:
     """Retrieval error against stored pairs, of one spec and kind of keys."""
 
     label: str
-    keys: KeyKind
+    keys: str
     state_bytes: int
-    """Bytes of the state that was used, float32: at most what was allowed."""
+    """Bytes of the state that was used, float32: at most what was allowed, for drawn keys."""
     key_size: int
     """Key channels that the recurrence sees."""
     value_size: int
@@ -76,6 +99,8 @@ class CapacityCurve:
     gates: tuple[dict[str, float], ...]
     """Per number of pairs, the gates that were chosen."""
     threshold: float
+    task: Task
+    error: Error
 
     @property
     def intervals(self) -> list[Interval]:
@@ -110,6 +135,8 @@ class CapacityCurve:
         return {
             "label": self.label,
             "keys": self.keys,
+            "task": self.task,
+            "error": self.error,
             "state_bytes": self.state_bytes,
             "key_size": self.key_size,
             "value_size": self.value_size,
@@ -138,13 +165,61 @@ def default_pairs(state_bytes: int, value_size: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(center * 2 ** (i / 2))) for i in range(-9, 5)}))
 
 
+def written(
+    task: Task, keys: torch.Tensor, values: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a task writes, in order.
+
+    Args:
+        task: one of `TASKS`.
+        keys: [B, N, d], the keys of the pairs.
+        values: [B, N, V], what each key is read back for, of size one a channel.
+        generator: of noise, other values and orders.
+
+    Returns:
+        Keys and values of every write, [B, n, d] and [B, n, V].
+    """
+    if task == "once":
+        return keys, values
+    batch, pairs = keys.shape[:2]
+    times = _REPEATS if task == "noisy" else 2
+    several = values.repeat(1, times, 1)
+    other = torch.randn(several.shape, generator=generator)
+    if task == "noisy":
+        several = several + other
+        order = torch.rand(batch, times * pairs, generator=generator).argsort(1)
+    else:
+        several[:, :pairs] = other[:, :pairs]
+        rounds = torch.rand(batch, times, pairs, generator=generator).argsort(2)
+        order = (rounds + pairs * torch.arange(times)[:, None]).flatten(1)
+    rows = torch.arange(batch)[:, None]
+    return keys.repeat(1, times, 1)[rows, order], several[rows, order]
+
+
+def _key_size(plan: CapacityPlan, program: Program) -> int:
+    """Return the key channels before feature maps.
+
+    Raises:
+        CompareError: the budget is too small, or recorded keys are too few for the pairs.
+    """
+    if plan.keys in KEY_KINDS:
+        return key_size_for(program, plan.state_bytes // 4, plan.value_size)
+    found = recorded(plan.keys)
+    if max(plan.pairs) > found.longest:
+        raise CompareError(
+            f"pairs: got {max(plan.pairs)}, but {plan.keys} has {found.longest} keys in a row to "
+            "measure on; record a longer text, or ask for fewer pairs"
+        )
+    return found.size
+
+
 def curve(plan: CapacityPlan) -> CapacityCurve:
     """Measures one curve.
 
-    For every number of pairs N: keys are drawn, N pairs with Gaussian values are stored in an empty
+    For every number of pairs N: keys are taken, N pairs with Gaussian values are stored in an empty
     memory, all are read back, and the error is the share of the values' energy that the best output
-    scale does not recover. Gates are constant; the best of a grid is chosen on one set of draws,
-    and the errors come from fresh draws, `seeds` of them.
+    scale does not recover, or of values that are taken for others. Gates are constant; the best of
+    a grid is chosen on one set of draws, and the errors come from fresh draws, `seeds` of them.
 
     Args:
         plan: what to measure.
@@ -153,12 +228,14 @@ def curve(plan: CapacityPlan) -> CapacityCurve:
         The curve.
 
     Raises:
-        CompareError: the state budget is too small for the spec.
+        CompareError: the state budget is too small for the spec, or recorded keys are too few.
     """
     program = lower(plan.spec)
-    raw = key_size_for(program, plan.state_bytes // 4, plan.value_size)
+    raw = _key_size(plan, program)
     size = mapped_size(program, raw)
     used = 4 * program.state_floats(size, plan.value_size)
+    imp = plan.spec.importance
+    rotated = imp is not None and imp.basis == "rotated"
     errors, chosen = [], []
 
     def measure(n: int, stream: int, seeds: int, grid: list[Any]) -> torch.Tensor:
@@ -166,22 +243,22 @@ def curve(plan: CapacityPlan) -> CapacityCurve:
         generator = torch.Generator().manual_seed(seed)
         # Few pairs in one memory say little: a seed is as many memories as hold some 64 pairs.
         memories = max(1, round(64 / n))
-        keys = draw_keys(plan.keys, seeds * memories, n, raw, generator)
-        values = torch.randn(seeds * memories, n, plan.value_size, generator=generator)
-        state = write(program, keys, values, grid, impl=plan.impl)
+        sets = seeds * memories
+        keys = take_keys(plan.keys, sets, n, raw, generator, stream=stream, rotated=rotated)
+        values = torch.randn(sets, n, plan.value_size, generator=generator)
+        state = write(program, *written(plan.task, keys, values, generator), grid, impl=plan.impl)
         y = read(program, state, keys, plan.value_size, grid, impl=plan.impl)
-        found: torch.Tensor = retrieval_error(y, values)
-        return found.view(seeds, memories, -1).mean(1)
+        return ERRORS[plan.error](y, values).view(seeds, memories, -1).mean(1)
 
     for n in plan.pairs:
         grid = gate_grid(program, n)
         best = 0
         if len(grid) > 1:
             parts = [
-                measure(n, _SELECTION, 3, grid[i : i + 32]).mean(0) for i in range(0, len(grid), 32)
+                measure(n, SELECTION, 3, grid[i : i + 32]).mean(0) for i in range(0, len(grid), 32)
             ]
             best = int(torch.cat(parts).argmin())
-        errors.append(tuple(measure(n, _EVALUATION, plan.seeds, [grid[best]])[:, 0].tolist()))
+        errors.append(tuple(measure(n, EVALUATION, plan.seeds, [grid[best]])[:, 0].tolist()))
         chosen.append(grid[best].describe(program))
     return CapacityCurve(
         plan.label,
@@ -193,17 +270,19 @@ def curve(plan: CapacityPlan) -> CapacityCurve:
         tuple(errors),
         tuple(chosen),
         plan.threshold,
+        plan.task,
+        plan.error,
     )
 
 
 def check(plans: Iterable[CapacityPlan]) -> None:
-    """Checks every state budget before anything is measured or written.
+    """Checks budgets and recorded keys before anything is measured or written.
 
     Raises:
-        CompareError: a budget is too small for a spec.
+        CompareError: a budget is too small for a spec, or recorded keys are none or too few.
     """
     for plan in plans:
-        key_size_for(lower(plan.spec), plan.state_bytes // 4, plan.value_size)
+        _key_size(plan, lower(plan.spec))
 
 
 def _single_threaded() -> None:

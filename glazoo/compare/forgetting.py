@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from glazoo.api import attention, schedule
-from glazoo.compare.probe import Gates, draw_keys, key_scale_matters, mapped_size, operands
+from glazoo.compare.keys import draw_keys
+from glazoo.compare.probe import Gates, key_scale_matters, mapped_size, operands
 from glazoo.program import Program, lower
 from glazoo.spec import Spec
 from glazoo.stats import Interval, interval

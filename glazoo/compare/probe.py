@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,28 +22,18 @@ from glazoo.program import Program
 from glazoo.state import State
 
 __all__ = [
-    "KEY_KINDS",
     "Gates",
-    "KeyKind",
     "crossing",
-    "draw_keys",
     "gate_grid",
     "key_scale_matters",
     "key_size_for",
     "mapped_size",
+    "missed_values",
     "operands",
     "read",
     "retrieval_error",
     "write",
 ]
-
-KeyKind = Literal["random", "clustered", "anisotropic"]
-
-KEY_KINDS: tuple[KeyKind, ...] = get_args(KeyKind)
-"""random: uniform on the unit sphere; clustered: four groups, keys of a group have a mean cosine of
-1/2; anisotropic: the variance of key channel i falls as 1/i."""
-
-_CLUSTERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,20 +94,6 @@ def key_size_for(program: Program, floats: int, value_size: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if count(middle) <= floats else (low, middle)
     return low
-
-
-def draw_keys(
-    kind: KeyKind, seeds: int, pairs: int, size: int, generator: torch.Generator
-) -> Float[Tensor, "S N K"]:
-    """Draws unit keys, a set per seed, all from one generator."""
-    x = torch.randn(seeds, pairs, size, generator=generator)
-    if kind == "clustered":
-        centers = torch.randn(seeds, _CLUSTERS, size, generator=generator)
-        member = torch.randint(0, _CLUSTERS, (seeds, pairs), generator=generator)
-        x = x + centers.gather(1, member[..., None].expand(-1, -1, size))
-    elif kind == "anisotropic":
-        x = x * torch.arange(1, size + 1).float().rsqrt()
-    return F.normalize(x, dim=-1)
 
 
 def key_scale_matters(program: Program) -> bool:
@@ -336,6 +312,21 @@ def retrieval_error(
     energy = y.square().sum((1, 3)) * v.square().sum((1, 3))
     error = 1 - dot.square() / energy.clamp(min=1e-300)
     return torch.where(torch.isfinite(error), error, torch.ones_like(error)).clamp(0, 1)
+
+
+def missed_values(
+    outputs: Float[Tensor, "B T HV V"], values: Float[Tensor, "B T V"]
+) -> Float[Tensor, "B HV"]:
+    """Return the share of reads that point more to another stored value than to their own.
+
+    Zero is perfect, 1 - 1 / T is chance. A read that is nothing or not finite is missed.
+    """
+    y = outputs.transpose(1, 2)
+    found = y @ F.normalize(values, dim=-1).mT[:, None]
+    own = found.diagonal(dim1=-2, dim2=-1)
+    # A tie with another value, or nan, finds nothing.
+    others = found.masked_fill(torch.eye(found.shape[-1], dtype=torch.bool), -math.inf).amax(-1)
+    return 1 - ((own > others) & (own > 0)).to(values.dtype).mean(-1)
 
 
 def crossing(pairs: list[int], errors: list[float], threshold: float) -> float:

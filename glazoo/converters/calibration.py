@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from glazoo.layers import ImportanceGate
 from glazoo.layers.conversion import metaplastic_layers
 from glazoo.layers.plasticity import Observation
 
-__all__ = ["Axes", "calibrate", "key_moments", "observed"]
+__all__ = ["Axes", "calibrate", "key_moments", "observed", "save_keys"]
 
 LENGTH = 512
 """Tokens that a model reads at once."""
@@ -77,6 +79,27 @@ def key_moments(
         count[seen.layer] = count.get(seen.layer, 0) + len(k)
         read(count[seen.layer])
     return {layer: x / count[layer] for layer, x in total.items()}
+
+
+def save_keys(model: nn.Module, ids: Int[Tensor, "T"], file: Path) -> None:
+    """Writes the keys of every metaplastic layer over a text, for `glazoo capacity --keys FILE`.
+
+    Args:
+        model: a metaplastic model, in memory.
+        ids: token ids of a text, read 512 at a time.
+        file: an .npz file of `layer_N`, [T, H, K], float16, keys as the recurrence takes them, in
+            the axes of the model's source.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for seen in observed(model, ids):
+        found.setdefault(f"layer_{seen.layer}", []).append(seen.keys[0].half().cpu())
+    temporary = file.with_name(f"{file.name}.tmp")
+    try:
+        with temporary.open("wb") as handle:
+            np.savez_compressed(handle, **{n: torch.cat(x).numpy() for n, x in found.items()})
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def calibrate(

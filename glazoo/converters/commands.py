@@ -352,6 +352,13 @@ def inspect(
             "beside it.",
         ),
     ] = None,
+    save_keys: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.npz",
+            help="Write every layer's keys over the texts, for glazoo capacity --keys FILE.npz.",
+        ),
+    ] = None,
     report: ReportFile = None,
     as_json: AsJson = False,
 ) -> None:
@@ -367,7 +374,13 @@ def inspect(
     if plot is not None:
         check_plot(plot)
     result = inspect_model(
-        folder, texts or (), tokenizer=tokenizer, tokens=tokens, column=column, split=split
+        folder,
+        texts or (),
+        tokenizer=tokenizer,
+        tokens=tokens,
+        column=column,
+        split=split,
+        keys=save_keys,
     )
     if report is not None:
         result.write(report)

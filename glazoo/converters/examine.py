@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glazoo.converters.calibration import save_keys
 from glazoo.converters.loading import load_converted
 from glazoo.converters.report import GateSummary, InspectReport, LayerUse
 from glazoo.errors import ConversionError
@@ -128,6 +129,7 @@ def inspect_model(
     column: str = "text",
     split: str | None = None,
     device: str | torch.device = "cpu",
+    keys: str | Path | None = None,
 ) -> InspectReport:
     """Says, for every layer and head of a metaplastic model's folder, where it sits between its
     source and the full metaplastic form.
@@ -143,18 +145,22 @@ def inspect_model(
         column: the data set's column with the text.
         split: the data set's split; default `train`, or the only one.
         device: where the model runs.
+        keys: an .npz file to make, of the keys of every layer over the texts.
 
     Returns:
         The measurements.
 
     Raises:
-        ConversionError: the folder is of no such model or does not load, or a text cannot be read.
+        ConversionError: the folder is of no such model or does not load, a text cannot be read, or
+            keys are asked for without texts or at a place that is none.
     """
     from glazoo.converters.texts import read_tokens
 
     begun = time.monotonic()
     if tokens < 1:
         raise ConversionError(f"tokens: got {tokens}, expected at least 1")
+    if keys is not None:
+        _check_keys(Path(keys), bool(texts))
     model = load_converted(folder)
     measured = list(_measured(model))
     if not measured:
@@ -176,7 +182,10 @@ def inspect_model(
         )[:tokens]
         count = len(ids)
         model.to(device)
-        use = measure_use(model, torch.from_numpy(ids.astype("int64"))[None])
+        read = torch.from_numpy(ids.astype("int64"))
+        use = measure_use(model, read[None])
+        if keys is not None:
+            save_keys(model, read, Path(keys))
     return InspectReport(
         folder=str(folder),
         family=config.model_type,
@@ -188,6 +197,15 @@ def inspect_model(
         use=use,
         seconds=time.monotonic() - begun,
     )
+
+
+def _check_keys(file: Path, texts: bool) -> None:
+    if not texts:
+        raise ConversionError("keys: they are those of a text; give one")
+    if file.suffix != ".npz":
+        raise ConversionError(f"keys: got {file}, accepted is a file that ends in .npz")
+    if not file.parent.is_dir() or file.is_dir():
+        raise ConversionError(f"keys: {file} cannot be written: {file.parent} is no folder")
 
 
 def _form(spec: Spec) -> str:

@@ -89,6 +89,7 @@ class OperandProjections(KeepsWide):
     decay: GateModule
     write: GateModule
     erase: GateModule
+    erase_mix: GateModule
     mix: GateModule
     angle_proj: Projection
     trap_proj: Projection
@@ -154,8 +155,7 @@ class OperandProjections(KeepsWide):
                 continue
             stream, heads = self._stream(s), self.stream_heads[s]
             size = n.value if s == "v" else n.key
-            copies = 1 if s == "q" else self.steps
-            out = copies * heads * size
+            out = self._copies(s) * heads * size
             setattr(self, f"{s}_proj", Projection(width if branch else n.hidden, out))
             if stream.local and local.kind == "convolution" and not branch:
                 setattr(self, f"{s}_conv", Convolution(out, local))
@@ -190,7 +190,8 @@ class OperandProjections(KeepsWide):
                 continue
             shared = self.grouped_query and gate.shape == "key"
             heads = n.key_heads if shared else n.heads
-            copies = 1 if name in ("decay", "q", "mix") else self.steps
+            heads = self.op_key_heads if name == "erase_mix" else heads
+            copies = 1 if name in ("decay", "q", "mix", "erase_mix") else self.steps
             inner = n.heads * n.value if gate.input in ("branch", "conv") else n.hidden
             size = {"head": None, "key": self.keys, "value": n.value}[gate.shape]
             rank = n.value if gate.rank == "head" else gate.rank
@@ -251,6 +252,11 @@ class OperandProjections(KeepsWide):
         assert isinstance(stream, Stream)
         return stream
 
+    def _copies(self, stream: str) -> int:
+        """How many vectors per token and head a stream projects."""
+        erases_first = self.spec.steps.source == "erase_then_write"
+        return 1 if stream == "q" or (stream == "v" and erases_first) else self.steps
+
     def _gates(self) -> dict[str, Gate]:
         spec = self.spec
         gates: dict[str, Gate] = {
@@ -258,6 +264,7 @@ class OperandProjections(KeepsWide):
             "write": spec.write,
             "erase": spec.erase.gate,
             "mix": spec.read.mix,
+            "erase_mix": spec.layer.erase_mix,
         }
         return gates | {s: self._stream(s).gate for s in _STREAMS}
 
@@ -348,7 +355,8 @@ class OperandProjections(KeepsWide):
         k = self._projected("k", inputs, ctx) if self.spec.key == "operand" else None
         v = self._projected("v", inputs, ctx)
         operands: dict[str, Tensor] = {}
-        if layer.erase_key != "none":
+        adds_query = layer.erase_key.endswith("query_added")
+        if layer.erase_key != "none" and not adds_query:
             assert k is not None
             p = self._erase_key(k)
             if layer.query_correction:
@@ -361,6 +369,15 @@ class OperandProjections(KeepsWide):
             k = self._shaped("k", k, inputs, decay)
         v = self._shaped("v", v, inputs, decay)
         q, k = self._rotated(q, k, inputs.hidden, decay, ctx)
+        if adds_query:
+            assert k is not None
+            mix = self.erase_mix(inputs.of("erase_mix", layer.erase_mix.input)).value
+            other = q
+            if layer.erase_key == "orthogonal_query_added":
+                other = q - k * (k * q).sum(-1, keepdim=True)
+            operands["p"] = k + mix[..., None].to(q.dtype) * other
+        if self.spec.steps.source == "erase_then_write":
+            v = torch.stack([torch.zeros_like(v), v], 2).flatten(1, 2)
         if layer.value_residual and not self.first and first_values is not None:
             if first_values.shape != v.shape:
                 raise ValueError(
@@ -388,8 +405,7 @@ class OperandProjections(KeepsWide):
             name = f"{s}_conv"
             x, ctx.new_state[name] = conv(x, ctx.state.get(name), ends=ctx.ends, starts=ctx.starts)
         x = activate(stream.activation, x)
-        copies = 1 if s == "q" else self.steps
-        x = x.unflatten(-1, (copies, self.stream_heads[s], -1)).flatten(1, 2)
+        x = x.unflatten(-1, (self._copies(s), self.stream_heads[s], -1)).flatten(1, 2)
         feature_map = getattr(self, f"{s}_map", None)
         mapped: Tensor = x if feature_map is None else feature_map(x)
         return mapped

@@ -117,6 +117,18 @@ def check_spec(spec: Spec) -> None:
         "erase.key = free and layer.erase_key go together",
     )
     need(
+        layer.erase_key.endswith("query_added") == (layer.erase_mix.shape == "head"),
+        "layer.erase_key with query_added and a head-shaped layer.erase_mix go together",
+    )
+    need(
+        not layer.erase_key.endswith("query_added") or steps == 1,
+        "layer.erase_key with query_added goes with one step per token",
+    )
+    need(
+        not (spec.steps.source == "erase_then_write" and layer.value_residual),
+        "steps.source = erase_then_write and layer.value_residual exclude each other",
+    )
+    need(
         not layer.key_rate or (spec.erase.strength == "own" and spec.erase.side == "removal"),
         "layer.key_rate needs the removal gate of erase.side = removal",
     )

@@ -196,6 +196,7 @@ def test_a_dry_run_shows_equal_sizes_and_writes_nothing(tmp_path: Path) -> None:
         (("compare", "gla", "--device", "abacus"), CompareError, "device: got 'abacus'"),
         (("compare", "gla", "--width", "65"), CompareError, "65 is not a multiple"),
         (("capacity", "gla", "--keys", "round"), CompareError, "accepted are random, clustered"),
+        (("capacity", "gla", "--keys", "trained", "--pairs", "999"), CompareError, "in a row"),
         (("capacity", "gla", "--pairs", "4,x"), CompareError, "positive integers"),
         (("capacity", "palimpsa", "--state", "8"), CompareError, "too few for 'palimpsa'"),
         (("decay", "gla", "--time-constant", "nan"), CompareError, "time-constant"),

@@ -8,11 +8,10 @@ import glazoo
 from glazoo.compare.capacity import CapacityPlan, capacity, curve, default_pairs
 from glazoo.compare.errors import CompareError
 from glazoo.compare.forgetting import ForgettingPlan, forgetting
+from glazoo.compare.keys import KEY_KINDS, draw_keys
 from glazoo.compare.probe import (
-    KEY_KINDS,
     Gates,
     crossing,
-    draw_keys,
     gate_grid,
     key_size_for,
     mapped_size,

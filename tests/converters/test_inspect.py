@@ -10,17 +10,22 @@ import sys
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import typer
 from converters.converting import open_gates
 from converters.tiny import tiny_model
 from typer.testing import CliRunner
 
+from glazoo.compare.keys import recorded
 from glazoo.converters import ConversionError, InspectReport, convert_checkpoint, inspect_model
+from glazoo.converters.calibration import observed
 from glazoo.converters.commands import inspect
 from glazoo.converters.loading import load_converted
 from glazoo.converters.picture import check_plot, draw, numbers, write_plot
 from glazoo.converters.report import GateSummary, LayerUse
+from glazoo.converters.texts import read_tokens
 from glazoo.converters.tune import save_gates
 
 
@@ -150,3 +155,33 @@ def test_what_cannot_be_drawn_is_refused_first(
     result = CliRunner().invoke(app, [str(tmp_path / "gone"), "--plot", str(tmp_path / "x.png")])
     assert isinstance(result.exception, ImportError)
     assert str(result.exception) == "matplotlib is not installed: pip install 'glazoo[plots]'"
+
+
+def test_keys_over_a_text_are_saved_for_capacity(opened: Path, text: Path, tmp_path: Path) -> None:
+    file = tmp_path / "keys" / "keys.npz"
+    file.parent.mkdir()
+    inspect_model(opened, [text], tokenizer="bytes", tokens=100, keys=file)
+    assert list(file.parent.iterdir()) == [file]
+    ids = torch.from_numpy(read_tokens([text], "bytes", limit=100)[:100].astype("int64"))
+    seen = {s.layer: s.keys[0] for s in observed(load_converted(opened), ids)}
+    with np.load(file) as data:
+        assert set(data.files) == {f"layer_{n}" for n in seen}
+        for layer, keys in seen.items():
+            assert torch.equal(torch.from_numpy(data[f"layer_{layer}"]), keys.half())
+    heads = sum(k.shape[1] for k in seen.values())
+    assert recorded(str(file)).keys.shape == (heads, 100, seen[0].shape[-1])
+
+
+def test_keys_without_a_text_or_a_place_are_refused(
+    opened: Path, text: Path, tmp_path: Path
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    for texts, file, message in (
+        ([], here / "k.npz", "those of a text"),
+        ([text], here / "k.pt", "ends in .npz"),
+        ([text], here / "no" / "k.npz", "is no folder"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            inspect_model(opened, texts, tokenizer="bytes", keys=file)
+    assert not list(here.iterdir())

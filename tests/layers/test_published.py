@@ -6,6 +6,7 @@ order of operations of their own.
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from layer_cases import extras, float32_error, inputs, layer
@@ -70,6 +71,57 @@ def test_comba() -> None:
         out.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]) * n.key**-0.5)
     y = rms(torch.stack(out, 1), w["norm.weight"], 1e-5)
     y = y * torch.sigmoid(heads(x @ w["g_proj.weight"].T, n.value))
+    check(made, y.flatten(2) @ w["o_proj.weight"].T, x, {})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qdelta", "qed"])
+def test_erase_keys_that_hold_the_query(name: str) -> None:
+    made, x = layer(name), inputs(2, 6)
+    if name == "qdelta":
+        assert torch.equal(made.erase_mix.proj.bias, torch.full((2,), -0.9).double())
+        made.erase_mix.proj.bias.normal_()
+    w, n = made.state_dict(), made.sizes
+    q, k, v = (conv(x @ w[f"{s}_proj.weight"].T, w[f"{s}_conv.weight"]) for s in "qkv")
+    q, k, v = l2(heads(q, n.key)), l2(heads(k, n.key)), heads(v, n.value)
+    z = x @ w["erase_mix.proj.weight"].T + w.get("erase_mix.proj.bias", 0)
+    across = q if name == "qdelta" else q - k * (k * q).sum(-1, keepdim=True)
+    p = k + torch.sigmoid(z)[..., None] * across
+    q, k, p = (y.repeat_interleave(n.heads // n.key_heads, 2) for y in (q, k, p))
+    a, beta = mamba_decay(w, x), torch.sigmoid(x @ w["write.proj.weight"].T)
+    state, out = torch.zeros(2, n.heads, n.key, n.value, dtype=x.dtype), []
+    for t in range(6):
+        state = a[:, t, :, None, None] * state
+        error = v[:, t] - torch.einsum("bhkv,bhk->bhv", state, p[:, t])
+        state = state + (beta[:, t, :, None] * k[:, t])[..., None] * error[:, :, None]
+        out.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]) * n.key**-0.5)
+    y = rms(torch.stack(out, 1), w["norm.weight"], 1e-5)
+    y = y * F.silu(heads(x @ w["g_proj.weight"].T, n.value))
+    check(made, y.flatten(2) @ w["o_proj.weight"].T, x, {})
+
+
+@torch.no_grad()
+def test_eda() -> None:
+    made, x = layer("eda"), inputs(2, 6)
+    w, n = made.state_dict(), made.sizes
+    q, k, v = (conv(x @ w[f"{s}_proj.weight"].T, w[f"{s}_conv.weight"]) for s in "qkv")
+    q, v = l2(heads(q, n.key)), heads(v, n.value)
+    e, k = (l2(heads(y, n.key)) for y in k.chunk(2, -1))
+    q, k, e = (y.repeat_interleave(n.heads // n.key_heads, 2) for y in (q, k, e))
+    z = x @ w["decay.proj.down.weight"].T @ w["decay.proj.up.weight"].T + w["decay.dt_bias"]
+    rate = w["decay.A_log"].exp()[:, None]
+    a = torch.exp(-rate * F.softplus(heads(z, n.key)))
+    erase, write = torch.sigmoid(x @ w["write.proj.weight"].T).chunk(2, -1)
+    state, out = torch.zeros(2, n.heads, n.key, n.value, dtype=x.dtype), []
+    for t in range(6):
+        state = a[:, t, ..., None] * state
+        for key, rate_, value in ((e, erase, 0 * v), (k, write, v)):
+            error = value[:, t] - torch.einsum("bhkv,bhk->bhv", state, key[:, t])
+            state = state + (rate_[:, t, :, None] * key[:, t])[..., None] * error[:, :, None]
+        out.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]) * n.key**-0.5)
+    y = rms(torch.stack(out, 1), w["norm.weight"], 1e-5)
+    gate = x @ w["g_proj.down.weight"].T @ w["g_proj.up.weight"].T + w["g_proj.up.bias"]
+    y = y * torch.sigmoid(heads(gate, n.value))
     check(made, y.flatten(2) @ w["o_proj.weight"].T, x, {})
 
 

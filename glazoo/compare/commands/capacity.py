@@ -10,7 +10,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from glazoo.compare.capacity import CapacityCurve, CapacityPlan, check, default_pairs
+from glazoo.compare.capacity import CapacityCurve, CapacityPlan, Error, Task, check, default_pairs
 from glazoo.compare.capacity import capacity as measure
 from glazoo.compare.commands.options import (
     Gain,
@@ -25,10 +25,9 @@ from glazoo.compare.commands.options import (
     integers,
     load_specs,
 )
-from glazoo.compare.errors import CompareError
 from glazoo.compare.files import make_folder, write_bytes, write_csv, write_json
+from glazoo.compare.keys import KEY_KINDS, recorded
 from glazoo.compare.machine import cores, versions
-from glazoo.compare.probe import KEY_KINDS
 from glazoo.plotting import Axes, Line, panels, require
 from glazoo.stats import against_source
 from glazoo.terminal import AsJson, console, print_json, progress
@@ -44,8 +43,26 @@ def capacity(
     gain: Gain = "spec",
     keys: Annotated[
         list[str] | None,
-        typer.Option(help="Kinds of keys: random, clustered, anisotropic. Default: all three."),
+        typer.Option(
+            help="Kinds of keys: random, clustered, anisotropic; trained, those of a small "
+            "language model, or a FILE of glazoo inspect --save-keys, which have a size of their "
+            "own; again for more. Default: the first three."
+        ),
     ] = None,
+    task: Annotated[
+        Task,
+        typer.Option(
+            help="What is written: every pair once; four times with noise as large as the values; "
+            "or other values first, and the last counts."
+        ),
+    ] = "once",
+    error: Annotated[
+        Error,
+        typer.Option(
+            help="Share of the values' energy that is not read back, or of values that are taken "
+            "for others."
+        ),
+    ] = "energy",
     state: Annotated[
         int, typer.Option(min=8, help="State budget in bytes of float32; key sizes follow.")
     ] = 4096,
@@ -71,18 +88,28 @@ def capacity(
 
     Pairs of unit keys and Gaussian values are stored in an empty memory and read back. Gates are
     constant, every variant's the best of a grid, chosen on other draws than those that are
-    reported. The error is the share of the values' energy that is not recovered.
+    reported. Recorded keys are read in the order of their text: gates, and the axes of rotated
+    importances, come from its first half and the errors from its second.
     """
     if plots:
         require("pass --no-plots")
-    for kind in keys or ():
-        if kind not in KEY_KINDS:
-            raise CompareError(f"keys: got {kind!r}, accepted are {', '.join(KEY_KINDS)}")
-    kinds = [k for k in KEY_KINDS if not keys or k in keys]
-    counts = default_pairs(state, value_size) if pairs is None else integers("pairs", pairs)
+    kinds = list(dict.fromkeys(keys or KEY_KINDS))
+    given = None if pairs is None else integers("pairs", pairs)
     specs = load_specs(names, metaplastic, gate, gain)
+
+    def counts(kind: str) -> tuple[int, ...]:
+        if given is not None:
+            return given
+        if kind in KEY_KINDS:
+            return default_pairs(state, value_size)
+        found = recorded(kind)
+        room = default_pairs(4 * found.size * value_size, value_size)
+        return tuple(n for n in room if n <= found.longest) or (found.longest,)
+
     plans = [
-        CapacityPlan(s, n, k, state, value_size, counts, seeds, seed, threshold, impl)
+        CapacityPlan(
+            s, n, k, state, value_size, counts(k), seeds, seed, threshold, impl, task, error
+        )
         for k in kinds
         for n, s in specs.items()
     ]
@@ -145,7 +172,7 @@ def _axes(curves: Sequence[CapacityCurve]) -> list[Axes]:
             Axes(
                 f"{kind} keys",
                 "stored pairs per KiB of state",
-                "retrieval error (share of energy)",
+                f"retrieval error (share of {curves[0].error})",
                 lines,
                 log_x=True,
                 y_range=(0, 1),
@@ -162,6 +189,8 @@ def _rows(curves: Sequence[CapacityCurve]) -> list[dict[str, Any]]:
         {
             "label": c.label,
             "keys": c.keys,
+            "task": c.task,
+            "error": c.error,
             "state_bytes": c.state_bytes,
             "key_size": c.key_size,
             "value_size": c.value_size,

@@ -55,7 +55,7 @@ def compare(
         str,
         typer.Option(
             help="quick: minutes on a CPU; paper, paper-long: the paper's protocol, for a GPU; "
-            "paper-small: that on two CPU cores in an hour and a half."
+            "paper-small: that on two CPU cores in an hour."
         ),
     ] = "quick",
     metaplastic: Metaplastic = False,
