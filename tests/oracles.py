@@ -865,6 +865,20 @@ def meta_delta(x: Head) -> None:
     x.S, x.J = mu, J
 
 
+@metaplastic("eda")
+def meta_eda(x: Head) -> None:
+    mu, J = x.S, x.J
+    for t in range(x.T):
+        mu, J = predict(x.al[t], mu, J, x.prior)
+        for i in (2 * t, 2 * t + 1):
+            k, beta, kI = x.k[i], x.beta[i], x.k[i] / (J + x.prior)
+            step = beta * kI / (1 - beta * (k @ k) + beta * (kI @ k)[:, None])
+            mu = mu + (x.v[i][:, None] - along(mu, k)) * step
+            J = J + outer(x.b[i], k**2)
+        read_mean(x, t, mu, J)
+    x.S, x.J = mu, J
+
+
 @metaplastic("deltanet", FIRST_ORDER_ORACLES)
 @metaplastic("gated_deltanet", FIRST_ORDER_ORACLES)
 @metaplastic("kda", FIRST_ORDER_ORACLES)
@@ -918,7 +932,7 @@ def meta_qdelta(x: Head) -> None:
     x.S, x.J = mu, J
 
 
-@metaplastic("eda")
+@metaplastic("eda", FIRST_ORDER_ORACLES)
 @metaplastic("gated_deltaproduct")
 def meta_gated_deltaproduct(x: Head) -> None:
     mu, J = x.S, x.J

@@ -213,7 +213,11 @@ def dense_delta_row(name: str, x: Ops, row: int, first_order: bool = False) -> t
     if name == "comba":
         return solve_row(al, beta[:, None] * x["p"], k / after, beta * v, q, prev=True)
     if name in PRODUCTS:
-        y, S = solve_row(al, bk, k / after, beta * v, substeps(np.zeros_like(q), q))
+        write = k / after, beta * v
+        if name in FIRST_ORDER_ORACLES and "prior" in x and not first_order:
+            total = 1 - beta * (k**2 * (1 - 1 / decayed)).sum(-1)
+            write = k / decayed / total[:, None], beta * v
+        y, S = solve_row(al, bk, *write, substeps(np.zeros_like(q), q))
         return y[1::2], S
     if name == "rwkv7":  # the erase and the write as two writes of one token
         zero, kk = np.zeros_like(k), x["p"]

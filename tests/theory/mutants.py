@@ -567,6 +567,12 @@ MUTANTS = (
         ),
     ),
     Mutant(
+        "variance_decays_as_a_mean",
+        (("keep = a.square()", "keep = a"),),
+        ("metaplastic_mamba2_diffuse",),
+        ("variance-returns-to-the-prior", "growing-variance-in-information-form"),
+    ),
+    Mutant(
         "one_number_is_a_sum",
         (("square = square.mean(2, keepdim=True)", "square = square.sum(2, keepdim=True)"),),
         ("metaplastic_gated_deltanet_isotropic", "metaplastic_mamba2_isotropic"),

@@ -87,6 +87,29 @@ def _kalman(t: Trial) -> Found:
     yield Pair("uncertainty", result.uncertainty, torch.cat(doubts, 1))
 
 
+def _information(t: Trial) -> Found:
+    """The filter in its information form, a mean that is never divided before it is read."""
+    ops = {n: x.double() for n, x in expand_value_heads(t.program, t.operands()).items()}
+    i, decay, beta = t.instance, _decay(t, ops), ops.get("beta")
+    variance = 1 / prior_of(ops).expand(i.HV, i.K)[..., None]
+    precision = (1 / variance).expand(i.B, -1, -1, -1)
+    mean = torch.zeros(i.B, i.HV, i.K, i.V, dtype=torch.float64)
+    outputs = [ops["v"][:, :0]]
+    for n in range(i.T):
+        a, k = decay[:, n, ..., None], ops["k"][:, n, ..., None]
+        noise = (1 - a.square()) * variance
+        if "noise" in ops:
+            noise = ops["noise"][:, n].reshape(i.B, i.HV, -1, 1)
+        spread = a.square() + noise * precision
+        mean, precision = a * mean / spread, precision / spread
+        v, b = ops["v"][:, n], ops["b"][:, n].reshape(i.B, i.HV, 1, -1)
+        if beta is not None:
+            v = beta[:, n].reshape(i.B, i.HV, -1) * v
+        mean, precision = mean + k * v[..., None, :], precision + b * k.square()
+        outputs.append((t.scale * ops["q"][:, n, ..., None] * mean / precision).sum(2)[:, None])
+    yield Pair("output", t.run(t.spec, ops).output, torch.cat(outputs, 1))
+
+
 def _of_precision(spec: Spec, precision: str) -> Spec:
     """Return a spec with another precision, over the keys themselves."""
     imp, correction = spec.importance, spec.posterior.correction
@@ -455,6 +478,23 @@ ENTRIES: tuple[Entry, ...] = (
         _kalman,
         where(full, observes, lambda s: s.forgetting == "diffuse"),
         condition="b = beta, or the precision whose rate it is",
+        domain=Domain(start=False),
+    ),
+    Entry(
+        "growing-variance-in-information-form",
+        "I' = I / (a^2 + p I),  h' = a h / (a^2 + p I),  I = I' + b k^2,  h = h' + k (beta v)^T",
+        "a Hebbian spec whose variances grow, one per key or synapse",
+        "the filter in its information form (Kalman Linear Attention); mu = h / I",
+        "arXiv:2602.10743",
+        _information,
+        where(
+            hebbian,
+            has_variance,
+            has("b"),
+            lambda s: s.forgetting == "diffuse" and s.key == "operand",
+            plain,
+            without(full, isotropic, rotated),
+        ),
         domain=Domain(start=False),
     ),
     Entry(
