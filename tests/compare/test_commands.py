@@ -275,6 +275,7 @@ def test_the_small_paper_preset_is_the_papers_but_for_its_sizes() -> None:
     assert small.training.model_dump(exclude=sizes) == p.training.model_dump(exclude=sizes)
     assert small.every_rate == small.models[:1]
     assert small.filler_tokens == 1
+    assert set(small.rates) < set(p.rates)
     # As many pairs for every key channel as in the paper.
     theirs, own = p.models[0], small.models[0]
     assert theirs.key_size
