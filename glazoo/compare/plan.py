@@ -148,8 +148,8 @@ PRESETS: dict[str, Preset] = {
         seeds=8,
     ),
     "paper-small": _paper(
-        "the same with a sixteenth of the pairs and two of the rates: four variants in under an hour "
-        "on two CPU cores",
+        "the same with a sixteenth of the pairs and two of the rates: four variants in an hour on "
+        "two CPU cores",
         (128, 32, 8),
         Training(steps=800, batch=32, examples=16_000),
         ModelConfig(width=64, heads=2, key_size=4, value_size=32),
