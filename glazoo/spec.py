@@ -451,7 +451,7 @@ class Stream(_Data):
     that q . k gives 1 + s + s^2 / 2; quadratic: x (x) x of the layer-normalised x,
     divided by d^1/4."""
     norm: Literal["none", "l2", "sum", "rms", "softmax"] = "none"
-    """Normalisation over the head's channels; l2 is x / sqrt(sum x^2 + 1e-6)."""
+    """Normalisation over the head's channels; l2 is x / sqrt(sum x^2 + layer.l2_eps)."""
     bias: bool = False
     """Learned bias per head and channel after the norm, starting at one."""
     rotation: Literal["none", "static", "cumulative"] = "none"
@@ -503,6 +503,8 @@ class OutputPath(_Data):
     """Which comes first."""
     eps: float = 1e-5
     """Inside the norm."""
+    bias: bool = False
+    """Whether the layer's last projection has a bias."""
 
 
 class Heads(_Data):
@@ -534,6 +536,9 @@ class Layer(_Data):
     """Value stream."""
     local: Local = Local()
     """Local mixing."""
+    l2_eps: float = Field(default=1e-6, gt=0.0)
+    """Added to sums of squares before l2 norms take their root; 1e-24 divides by the length alone,
+    as far as floating point numbers can tell."""
     erase_key: Literal[
         "none", "scaled_key", "scaled_unit_key", "query_added", "orthogonal_query_added"
     ] = "none"

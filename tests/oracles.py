@@ -1078,7 +1078,12 @@ def posterior_oracle(
 
 
 # Shipped specs that differ from another one in the layer around the recurrence alone.
-KIN = {"kda_bounded": "kda", "qed": "qdelta", "gated_deltanet_sigmoid": "gated_deltanet"}
+KIN = {
+    "gated_deltanet_sigmoid": "gated_deltanet",
+    "kda_bounded": "kda",
+    "qed": "qdelta",
+    "rwkv5": "rwkv6",
+}
 # Those whose importance is one vector over keys and nothing else.
 PER_KEY = ("efla",)
 

@@ -17,7 +17,10 @@ from glazoo.layers.parts import (
     Projection,
     activate,
     fill,
+    packed_starts,
     projection,
+    real_first,
+    reordered,
     wide_dtype,
     wide_parameter,
 )
@@ -158,7 +161,7 @@ class GatedLinearAttention(OperandProjections):
             self.g_proj = projection(
                 n.hidden, width, rank, activation=out.gate_activation, bias=out.gate_bias
             )
-        self.o_proj = Projection(width, n.hidden)
+        self.o_proj = Projection(width, n.hidden, bias=out.bias)
 
     def reset_parameters(self) -> None:
         """Sets the layer's own parameters to their published starts; submodules have theirs."""
@@ -236,16 +239,10 @@ class GatedLinearAttention(OperandProjections):
         self._check_input(x, attention_mask, state, cu_seqlens, output_state)
         mask = ends = starts = order = None
         if attention_mask is not None:
-            # Real tokens first: convolutions and shifts reach over what stands between them.
-            order = (attention_mask == 0).to(torch.uint8).argsort(dim=1, stable=True)
-            mask = _take(attention_mask, order) != 0
-            x = _take(x, order).where(mask[..., None], x.new_zeros(()))
-            ends = mask.sum(1)
-            first_values = None if first_values is None else _take(first_values, order)
+            x, mask, ends, order = real_first(x, attention_mask)
+            first_values = None if first_values is None else reordered(first_values, order)
         if cu_seqlens is not None:
-            token = torch.arange(x.shape[1], device=x.device)
-            bounds = cu_seqlens.to(x.device)
-            starts = bounds[torch.searchsorted(bounds, token, right=True) - 1]
+            starts = packed_starts(cu_seqlens, x)
         ctx = Context(state or {}, mask, ends, starts, {})
         inputs = self.inputs(x, ctx)
         operands = self.operands(inputs, ctx, lower_bound=lower_bound, first_values=first_values)
@@ -282,9 +279,9 @@ class GatedLinearAttention(OperandProjections):
         uncertainty = getattr(result, "uncertainty", None)
         if order is not None:
             back = order.argsort(1)
-            output = _take(output, back)
+            output = reordered(output, back)
             first_values, uncertainty = (
-                None if x is None else _take(x, back) for x in (first_values, uncertainty)
+                None if x is None else reordered(x, back) for x in (first_values, uncertainty)
             )
         return LayerOutput(
             output, ctx.new_state if output_state else None, first_values, uncertainty
@@ -405,8 +402,3 @@ class GatedLinearAttention(OperandProjections):
             f"{self.spec.name}, hidden={n.hidden}, heads={n.heads}, key_heads={n.key_heads}, "
             f"key={n.key}, value={n.value}"
         )
-
-
-def _take(x: Tensor, order: Int[Tensor, "B T"]) -> Tensor:
-    """Return every row's tokens in an order of its own."""
-    return x[torch.arange(x.shape[0], device=x.device)[:, None], order]

@@ -411,12 +411,13 @@ class OperandProjections(KeepsWide):
         return mapped
 
     def _normalized(self, s: str, x: Tensor) -> Tensor:
-        return normalize(self._stream(s).norm, x, getattr(self, f"{s}_norm", None))
+        norm = getattr(self, f"{s}_norm", None)
+        return normalize(self._stream(s).norm, x, norm, self.spec.layer.l2_eps)
 
     def _erase_key(self, k: Tensor) -> Tensor:
         if self.spec.layer.erase_key == "scaled_key":
             return k * torch.sigmoid(self.erase_decay).to(k.dtype)[:, None]
-        return normalize("l2", k * self.erase_scale.to(k.dtype), None)
+        return normalize("l2", k * self.erase_scale.to(k.dtype), None, self.spec.layer.l2_eps)
 
     def _shaped(self, s: str, x: Tensor, inputs: Inputs, decay: GateValue | None) -> Tensor:
         """Normalises a stream, gates it, repeats shared heads and adds the bias."""

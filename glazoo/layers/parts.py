@@ -28,7 +28,10 @@ __all__ = [
     "fill",
     "frequencies",
     "normalize",
+    "packed_starts",
     "projection",
+    "real_first",
+    "reordered",
     "rotate",
     "rotated_size",
     "wide_dtype",
@@ -373,6 +376,35 @@ class Convolution(nn.Module):
         return f"{self.channels}, size={self.size}, activation={self.activation!r}"
 
 
+def real_first(
+    x: Float[Tensor, "B T D"], mask: Tensor
+) -> tuple[Float[Tensor, "B T D"], Tensor, Int[Tensor, "B"], Int[Tensor, "B T"]]:
+    """Puts real tokens first, since convolutions and shifts reach over what stands between them.
+
+    Args:
+        x: [B, T, D].
+        mask: [B, T], nonzero for real tokens.
+
+    Returns:
+        x in the new order, its mask as bool, the number of real tokens, and the order.
+    """
+    order = (mask == 0).to(torch.uint8).argsort(dim=1, stable=True)
+    real = reordered(mask, order) != 0
+    return reordered(x, order).where(real[..., None], x.new_zeros(())), real, real.sum(1), order
+
+
+def reordered(x: Tensor, order: Int[Tensor, "B T"]) -> Tensor:
+    """Return every row's tokens in an order of its own."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], order]
+
+
+def packed_starts(cu_seqlens: Int[Tensor, "N1"], x: Float[Tensor, "B T D"]) -> Int[Tensor, "T"]:
+    """Return the first token of every token's sequence, for packed sequences."""
+    token = torch.arange(x.shape[1], device=x.device)
+    bounds = cu_seqlens.to(x.device)
+    return bounds[torch.searchsorted(bounds, token, right=True) - 1]
+
+
 class TokenShift(KeepsWide):
     """Interpolates every token with the one before, with weights of each use's own.
 
@@ -401,11 +433,11 @@ class TokenShift(KeepsWide):
         """Starts the weights of the previous token at 1 - (i / D)^p for channel i of D.
 
         The powers are RWKV-7's: small for queries and output gate, which look at the current token
-        only, larger for the others, and falling with depth.
+        only, larger for the others, largest for channel mixing, and falling with depth.
         """
         channels = self.mix.shape[-1]
         ramp = torch.arange(channels, dtype=torch.float32, device="cpu") / channels
-        powers = {"q": 0.2, "k": 0.7, "v": 0.7, "output": 0.2}
+        powers = {"q": 0.2, "k": 0.7, "v": 0.7, "output": 0.2, "mlp": 1.0}
         rows = [1 - ramp ** (powers.get(use, 0.9) * (1 - self.depth)) for use in self.uses]
         fill(self.mix, torch.stack(rows))
         if self.kind == "data":
@@ -492,7 +524,7 @@ class FeatureMap(nn.Module):
         return x
 
 
-def normalize(kind: str, x: Tensor, norm: RMSNorm | None) -> Tensor:
+def normalize(kind: str, x: Tensor, norm: RMSNorm | None, l2_eps: float) -> Tensor:
     """Applies a stream's norm over the last axis."""
     if kind == "none":
         return x
@@ -501,7 +533,7 @@ def normalize(kind: str, x: Tensor, norm: RMSNorm | None) -> Tensor:
         return y
     w = x.to(wide_dtype(x))
     if kind == "l2":
-        w = w * torch.rsqrt(w.square().sum(-1, keepdim=True) + 1e-6)
+        w = w * torch.rsqrt(w.square().sum(-1, keepdim=True) + l2_eps)
     elif kind == "softmax":
         w = w.softmax(-1)
     else:

@@ -23,6 +23,10 @@ ATTENTION = "attention"
 RECURRENT = "gated_linear_attention"
 """Type of a recurrent layer, as `config.layer_types` and caches name it."""
 
+_CHOICES = {
+    "norm": ("rms", "layer"),
+    "feed_forward": ("swiglu", "channel_mix", "gated_channel_mix"),
+}
 _SIZES = ("num_heads", "num_key_heads", "head_k_dim", "head_v_dim")
 
 
@@ -43,7 +47,7 @@ class GlazooConfig(PreTrainedConfig):
         vocab_size: number of tokens.
         hidden_size: width of the residual stream.
         num_hidden_layers: number of layers.
-        intermediate_size: width of the gated feed-forward part; 0 leaves it out. Default: 8/3 of
+        intermediate_size: width of the feed-forward part; 0 leaves it out. Default: 8/3 of
             the hidden size, rounded up to a multiple of 16.
         num_heads: heads of the recurrent layers; see `glazoo.layers.GatedLinearAttention` for this
             and the next three.
@@ -54,7 +58,12 @@ class GlazooConfig(PreTrainedConfig):
         num_attention_heads: heads of softmax attention. Default: hidden_size / 64, at least 1.
         num_key_value_heads: key and value heads of softmax attention. Default: as many as queries.
         rope_theta: base of rotary embeddings, in softmax attention and in specs that have them.
+        norm: norms between the layers: "rms" or "layer", which has a bias.
         norm_eps: inside the norms between the layers.
+        feed_forward: "swiglu"; or "channel_mix", RWKV's squared relu of tokens interpolated with
+            the one before, or "gated_channel_mix", that times a sigmoid gate of such tokens.
+        embedding_norm: whether a norm follows the embeddings.
+        head_bias: whether the language head has a bias.
         initializer_range: standard deviation of matrices and embeddings that have no published
             start.
         use_cache: whether the model gives its state back by default.
@@ -81,7 +90,11 @@ class GlazooConfig(PreTrainedConfig):
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     rope_theta: float = 10000.0
+    norm: str = "rms"
     norm_eps: float = 1e-5
+    feed_forward: str = "swiglu"
+    embedding_norm: bool = False
+    head_bias: bool = False
     initializer_range: float = 0.02
     use_cache: bool = True
     tie_word_embeddings: bool = False
@@ -240,6 +253,14 @@ class GlazooConfig(PreTrainedConfig):
                     f"num_attention_heads: got {self.num_attention_heads}, accepted are multiples "
                     f"of num_key_value_heads = {self.num_key_value_heads}"
                 )
+        for option, accepted in _CHOICES.items():
+            if (value := getattr(self, option)) not in accepted:
+                raise ValueError(f"{option}: got {value!r}, accepted are {', '.join(accepted)}")
+        if ATTENTION in self.layer_specs and self.feed_forward != "swiglu":
+            raise ValueError(
+                f"feed_forward: got {self.feed_forward!r}, accepted beside softmax attention is "
+                "swiglu: its cache has no place for the last token"
+            )
         seen: set[str] = set()
         for layer, name in enumerate(self.layer_specs):
             spec = None if name in seen else self.spec(layer)

@@ -21,8 +21,12 @@ from glazoo.layers.parts import (
     KeepsWide,
     Projection,
     RMSNorm,
+    TokenShift,
     fill,
     frequencies,
+    packed_starts,
+    real_first,
+    reordered,
     rotate,
     wide_dtype,
     wide_parameter,
@@ -36,6 +40,8 @@ from glazoo.models.sharding import teach_accelerate
 
 __all__ = ["GlazooForCausalLM", "GlazooModel", "GlazooPreTrainedModel"]
 
+_MLP_SHIFT = "mlp_shift"
+"""Name of what channel mixing carries between calls, beside the state of the mixer."""
 _EARLIER = {rf"\.{old}": f".{new}" for old, new in EARLIER_NAMES.items()}
 
 
@@ -97,6 +103,44 @@ class FeedForward(nn.Module):
         return y
 
 
+class ChannelMix(nn.Module):
+    """value(relu(key(shift_k(x)))^2), with a gate times sigmoid(receptance(shift_r(x))).
+
+    Reference: arXiv:2404.05892 (gated) and arXiv:2503.14456 (without).
+    """
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, *, gated: bool, depth: float
+    ) -> None:
+        super().__init__()
+        # RWKV-7 starts with a power of (1 - depth)^4.
+        uses = ("mlp", "receptance") if gated else ("mlp",)
+        self.shift = TokenShift(hidden_size, uses, "static", 1 - (1 - depth) ** 4)
+        self.key = Projection(hidden_size, intermediate_size)
+        self.value = Projection(intermediate_size, hidden_size)
+        self.receptance = Projection(hidden_size, hidden_size) if gated else None
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        *,
+        padding: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        context: Float[Tensor, "B 1 D"] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B 1 D"]]:
+        """Maps every token with the real one before it; gives the last one for what follows."""
+        order = ends = starts = None
+        if padding is not None:
+            x, _, ends, order = real_first(x, padding)
+        if cu_seqlens is not None:
+            starts = packed_starts(cu_seqlens, x)
+        shifted, last = self.shift(x, context, ends=ends, starts=starts)
+        y: Tensor = self.value(F.relu(self.key(shifted["mlp"])).square())
+        if self.receptance is not None:
+            y = torch.sigmoid(self.receptance(shifted["receptance"])) * y
+        return y if order is None else reordered(y, order.argsort(1)), last
+
+
 class LowerBounds(KeepsWide):
     """Learned lower bounds of decays that grow from layer to layer.
 
@@ -119,6 +163,12 @@ class LowerBounds(KeepsWide):
         return share.cumsum(0) - share[0]
 
 
+def _norm(config: GlazooConfig) -> nn.Module:
+    if config.norm == "layer":
+        return nn.LayerNorm(config.hidden_size, config.norm_eps)
+    return RMSNorm(config.hidden_size, config.norm_eps)
+
+
 class GlazooBlock(GradientCheckpointingLayer):
     """x + mixer(norm(x)), then x + mlp(norm(x))."""
 
@@ -126,7 +176,7 @@ class GlazooBlock(GradientCheckpointingLayer):
         super().__init__()
         self.layer_idx = layer_idx
         spec = config.spec(layer_idx)
-        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer_norm = _norm(config)
         self.mixer: GatedLinearAttention | SoftmaxAttention
         if spec is None:
             self.mixer = SoftmaxAttention(config, layer_idx)
@@ -142,10 +192,15 @@ class GlazooBlock(GradientCheckpointingLayer):
                 impl=config.impl,
                 check_finite=config.check_finite,
             )
-        self.mlp: FeedForward | None = None
-        if config.intermediate_size:
-            self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-            self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+        self.mlp: FeedForward | ChannelMix | None = None
+        if inner := config.intermediate_size:
+            self.mlp_norm = _norm(config)
+            if config.feed_forward == "swiglu":
+                self.mlp = FeedForward(config.hidden_size, inner)
+            else:
+                gated = config.feed_forward == "gated_channel_mix"
+                depth = layer_idx / config.num_hidden_layers
+                self.mlp = ChannelMix(config.hidden_size, inner, gated=gated, depth=depth)
 
     def forward(
         self,
@@ -161,39 +216,71 @@ class GlazooBlock(GradientCheckpointingLayer):
         use_cache: bool = False,
     ) -> tuple[Float[Tensor, "B T D"], Tensor | None]:
         """Runs the block; gives its output and the first values for the blocks after it."""
-        x = self.mixer_norm(hidden_states)
         cache = cache if use_cache else None
         if isinstance(self.mixer, SoftmaxAttention):
             assert positions is not None
-            y = self.mixer(x, positions=positions, mask=causal, cache=cache)
-        else:
-            kept = None if cache is None else recurrent_layer(cache, self.layer_idx)
-            given = first_values if self.mixer.shares_values else None
-            before = None if kept is None else kept.state
-            mixer = functools.partial(
-                self.mixer,
-                state=before,
-                output_state=kept is not None,
-                lower_bound=lower_bound if self.mixer.needs_lower_bound else None,
+            y = self.mixer(
+                self.mixer_norm(hidden_states), positions=positions, mask=causal, cache=cache
             )
-            result = mixer(x, padding, cu_seqlens=cu_seqlens, first_values=given)
-            if self.mixer.shares_values:
-                first_values = result.first_values
-            y = result.output
-            if kept is not None:
-                assert result.state is not None
+            return self._feed_forward(hidden_states + y, padding, cu_seqlens, {})[0], first_values
+        kept = None if cache is None else recurrent_layer(cache, self.layer_idx)
+        given = first_values if self.mixer.shares_values else None
+        run = functools.partial(
+            self._recurrent,
+            before={} if kept is None else kept.state,
+            output_state=kept is not None,
+            cu_seqlens=cu_seqlens,
+            lower_bound=lower_bound if self.mixer.needs_lower_bound else None,
+        )
+        output, values, state = run(hidden_states, padding, first_values=given)
+        if kept is not None:
 
-                def again(n: int) -> LayerState:
-                    hidden = None if padding is None else padding[:, :n]
-                    values = None if given is None else given[:, :n]
-                    state: LayerState = mixer(x[:, :n], hidden, first_values=values).state
-                    return state
+            def again(n: int) -> LayerState:
+                hidden = None if padding is None else padding[:, :n]
+                first = None if given is None else given[:, :n]
+                return run(hidden_states[:, :n], hidden, first_values=first)[2]
 
-                kept.store(result.state, x.shape[1], again)
-        hidden_states = hidden_states + y
-        if self.mlp is not None:
-            hidden_states = hidden_states + self.mlp(self.mlp_norm(hidden_states))
-        return hidden_states, first_values
+            kept.store(state, hidden_states.shape[1], again)
+        return output, values if self.mixer.shares_values else first_values
+
+    def _recurrent(
+        self,
+        x: Tensor,
+        padding: Tensor | None,
+        *,
+        before: LayerState,
+        output_state: bool,
+        cu_seqlens: Tensor | None,
+        lower_bound: Tensor | None,
+        first_values: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, LayerState]:
+        """Return the block's output, the mixer's first values, and the state after the call."""
+        result = self.mixer(
+            self.mixer_norm(x),
+            padding,
+            state={name: s for name, s in before.items() if name != _MLP_SHIFT},
+            output_state=output_state,
+            cu_seqlens=cu_seqlens,
+            lower_bound=lower_bound,
+            first_values=first_values,
+        )
+        output, own = self._feed_forward(x + result.output, padding, cu_seqlens, before)
+        return output, result.first_values, (result.state or {}) | own
+
+    def _feed_forward(
+        self, x: Tensor, padding: Tensor | None, cu_seqlens: Tensor | None, before: LayerState
+    ) -> tuple[Tensor, LayerState]:
+        if self.mlp is None:
+            return x, {}
+        if isinstance(self.mlp, FeedForward):
+            return x + self.mlp(self.mlp_norm(x)), {}
+        y, last = self.mlp(
+            self.mlp_norm(x),
+            padding=padding,
+            cu_seqlens=cu_seqlens,
+            context=before.get(_MLP_SHIFT),
+        )
+        return x + y, {_MLP_SHIFT: last}
 
 
 class GlazooPreTrainedModel(SavesWhole, PreTrainedModel):
@@ -251,6 +338,11 @@ class GlazooPreTrainedModel(SavesWhole, PreTrainedModel):
             module.reset_bias()
         elif isinstance(module, nn.Linear | nn.Embedding):
             init.normal_(module.weight, std=self.config.initializer_range)
+            if (bias := getattr(module, "bias", None)) is not None:
+                init.zeros_(bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
         elif type(module).__module__.startswith("glazoo."):
             reset = getattr(module, "reset_parameters", None)
             if reset is not None:
@@ -263,6 +355,7 @@ class GlazooModel(GlazooPreTrainedModel):
     def __init__(self, config: GlazooConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_norm = _norm(config) if config.embedding_norm else None
         blocks: list[GlazooBlock] = []
         bounded: list[GatedLinearAttention] = []
         first = True
@@ -274,7 +367,7 @@ class GlazooModel(GlazooPreTrainedModel):
                 if block.mixer.needs_lower_bound:
                     bounded.append(block.mixer)
         self.layers = nn.ModuleList(blocks)
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = _norm(config)
         self.lower_bounds: LowerBounds | None = None
         if bounded:
             widths = {m.width for m in bounded}
@@ -333,6 +426,7 @@ class GlazooModel(GlazooPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: exactly one of them is needed")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = x if self.embed_norm is None else self.embed_norm(x)
         batch, tokens = x.shape[:2]
         cache = past_key_values if cache is None else cache
         if use_cache is None:
@@ -401,7 +495,7 @@ class GlazooForCausalLM(GlazooPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = GlazooModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(

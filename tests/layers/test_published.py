@@ -19,6 +19,10 @@ def l2(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
+def unit(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1)
+
+
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
@@ -176,7 +180,7 @@ def test_rwkv7() -> None:
     g = torch.sigmoid(at["output"] @ w["g_proj.down.weight"].T) @ w["g_proj.up.weight"].T
     mix = at["v"] @ w["value_mix.down.weight"].T @ w["value_mix.up.weight"].T
     v = torch.lerp(v, given["first_values"].flatten(2), torch.sigmoid(mix + w["value_mix_bias"]))
-    kk = l2(heads(k * w["erase_scale"].flatten(), n.key))
+    kk = unit(heads(k * w["erase_scale"].flatten(), n.key))
     k = k * (1 + (a - 1) * w["key_rate"].flatten())
     r, k, a, v = heads(r, n.key), heads(k, n.key), heads(a, n.key), heads(v, n.value)
     state, out = torch.zeros(2, n.heads, n.value, n.key, dtype=x.dtype), []
@@ -206,7 +210,7 @@ def test_rodimus() -> None:
     mixed = conv(inner, w["conv.weight"], w["conv.bias"])
     gate = F.softplus(mixed @ w["decay.proj.weight"].T + w["decay.proj.bias"])
     tau = torch.sigmoid(mixed @ w["decay.proj_tau.weight"].T + w["decay.proj_tau.bias"])
-    q, k = mixed @ w["q_proj.weight"].T, l2(mixed @ w["k_proj.weight"].T) * gate**tau
+    q, k = mixed @ w["q_proj.weight"].T, unit(mixed @ w["k_proj.weight"].T) * gate**tau
     low = inner @ w["write.proj.down.weight"].T
     v = inner * torch.sigmoid(low @ w["write.proj.up.weight"].T + w["write.proj.up.bias"])
     state, out = torch.zeros(2, n.key, n.value, dtype=x.dtype), []
