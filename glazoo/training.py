@@ -38,7 +38,15 @@ with extra("train"):
     from glazoo.models.causal_lm import GlazooConfig, GlazooForCausalLM
     from glazoo.models.rates import RateTrainer
 
-__all__ = ["Blocks", "TrainConfig", "byte_tokenizer", "read_config", "run", "tokens_of"]
+__all__ = [
+    "Blocks",
+    "TrainConfig",
+    "byte_tokenizer",
+    "read_config",
+    "run",
+    "symbol_tokenizer",
+    "tokens_of",
+]
 
 
 class _Section(BaseModel):
@@ -160,25 +168,36 @@ def _known(given: dict[str, Any], cls: type[Any], where: str) -> None:
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
     """Return a tokenizer of the 256 bytes, an end of text (256) and a padding token (257)."""
+    return symbol_tokenizer(eos_token="<|endoftext|>", pad_token="<|pad|>")
+
+
+def symbol_tokenizer(characters: str | None = None, **special: str) -> PreTrainedTokenizerBase:
+    """Return a tokenizer of single symbols, whose ids count from 0.
+
+    Args:
+        characters: the symbols, in the order of their ids; a text's other characters are left out.
+            Default: the 256 bytes.
+        special: special tokens, by their names in transformers, with the ids that follow.
+    """
     # The byte-level alphabet: printable bytes stand for themselves, the others, in order, are
     # written as the symbols from 256 on.
     hidden = [*range(0x21), *range(0x7F, 0xA1), 0xAD]
     symbols = [chr(256 + hidden.index(i) if i in hidden else i) for i in range(256)]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    level: dict[str, Any] = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     level["trim_offsets"] = True
+    split, join = (level, level) if characters is None else (None, {"type": "Fuse"})
+    vocabulary = {c: i for i, c in enumerate(symbols if characters is None else characters)}
     data = {
         "version": "1.0",
         "added_tokens": [],
-        "pre_tokenizer": level,
-        "decoder": level,
-        "model": {"type": "BPE", "vocab": {c: i for i, c in enumerate(symbols)}, "merges": []},
+        "pre_tokenizer": split,
+        "decoder": join,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
     }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
         path.write_text(json.dumps(data), "utf-8")
-        return PreTrainedTokenizerFast(
-            tokenizer_file=str(path), eos_token="<|endoftext|>", pad_token="<|pad|>"
-        )
+        return PreTrainedTokenizerFast(tokenizer_file=str(path), **special)
 
 
 def tokens_of(data: Data, tokenizer: PreTrainedTokenizerBase) -> NDArray[Any]:

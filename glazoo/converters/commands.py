@@ -37,7 +37,12 @@ ReportFile = Annotated[
 
 
 def convert(
-    src: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the model to convert.")],
+    src: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC", help="Folder of the model to convert; with --import also a file."
+        ),
+    ],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
     *,
     plasticity: Annotated[
@@ -134,9 +139,17 @@ def convert(
         typer.Option(
             "--import",
             help="SRC is a checkpoint of the original state-spaces/mamba code or of "
-            "flash-linear-attention: write it as a folder that loads here, not converted yet.",
+            "flash-linear-attention, or a file of RWKV-5.2, 6 or 7 (.pth, or rwkv.cpp's .bin): "
+            "write it as a folder that loads here, not converted yet.",
         ),
     ] = False,
+    characters: Annotated[
+        str | None,
+        typer.Option(
+            help="With --import, where SRC brings no tokenizer: the model's tokens, a character "
+            "each, in the order of their ids. A model of 256 tokens reads bytes without it."
+        ),
+    ] = None,
     force: Force = False,
     clean: Annotated[
         bool,
@@ -163,8 +176,8 @@ def convert(
         from glazoo.converters.imports.folder import import_original
 
         if dry_run or verify or revert or report is not None or dtype is not None:
-            raise ConversionError("--import goes with --force only")
-        import_original(src, dst, force=force)
+            raise ConversionError("--import goes with --characters and --force only")
+        import_original(src, dst, characters=characters, force=force)
         if as_json:
             print_json({"source": str(src), "destination": str(dst)})
         else:
@@ -172,6 +185,8 @@ def convert(
         for warning in leftover_warnings(destination):
             Console(stderr=True).print(Text(warning), soft_wrap=True)
         return
+    if characters is not None:
+        raise ConversionError("--characters goes with --import")
     results: list[Report] = []
     passed = True
     with progress(quiet=as_json, of_bytes=True) as shown:

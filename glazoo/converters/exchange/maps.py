@@ -15,9 +15,24 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+from torch import Tensor
+
 from glazoo.errors import ConversionError
 
-__all__ = ["KINDS", "MODELS", "REFUSED", "Config", "Entry", "KeyMap", "Live", "Options", "read"]
+__all__ = [
+    "KINDS",
+    "MODELS",
+    "REFUSED",
+    "SILENT",
+    "SPELLINGS",
+    "Config",
+    "Entry",
+    "KeyMap",
+    "Live",
+    "Options",
+    "entries",
+    "read",
+]
 
 Table = dict[str, Any]
 
@@ -35,6 +50,14 @@ class Entry:
     key head."""
     shape: tuple[int, ...] | None = None
     """Their shape where it is not ours; -1 as in `reshape`."""
+    flat: bool = False
+    """Whether theirs has the numbers of ours in any shape."""
+    transposed: bool = False
+    """Whether the last two axes of theirs are swapped."""
+    map: str | None = None
+    """Name of what makes ours of their numbers."""
+    spare: bool = False
+    """Whether it means nothing where our layer has no such tensor."""
     beside: str | None = None
     """Key of ours without which theirs has another name, that of the next entry of the same
     tensor."""
@@ -74,21 +97,43 @@ class Config:
         raw: the file.
         within: name of the part of a file that `raw` is.
         defaults: defaults that replace those of the table.
+        tensors: the checkpoint's, for what a configuration does not say.
     """
 
     says = " is"
 
     def __init__(
-        self, raw: Mapping[str, Any], within: str = "", defaults: Mapping[str, Any] | None = None
+        self,
+        raw: Mapping[str, Any],
+        within: str = "",
+        defaults: Mapping[str, Any] | None = None,
+        tensors: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.raw, self.where, self.defaults = raw, f"config.json: {within}", defaults or {}
+        self.tensors = tensors or {}
         self.read: set[str] = set()
 
     def find(self, name: str, row: Table, default: Any) -> tuple[str, Any]:
         """Return an option's name and value."""
         name = row.get("file", name)
         self.read.add(name)
-        return name, self.raw.get(name, self.defaults.get(name, default))
+        value = self.raw.get(name, self.defaults.get(name))
+        if value is None and "present" in row:
+            value = row["present"] in self.tensors
+        if value is None and "tensor" in row:
+            value = self._measured(*row["tensor"].split())
+        given = value is not None or name in self.raw
+        return name, value if given else default
+
+    def _measured(self, name: str, axis: str | None = None) -> int | None:
+        """Return the size of a tensor along an axis, or the number of layers that have it."""
+        if axis is None:
+            count = 0
+            while name.replace("N", str(count)) in self.tensors:
+                count += 1
+            return count
+        found = self.tensors.get(name)
+        return int(found.shape[int(axis)]) if found is not None and found.ndim > int(axis) else None
 
     def accepted(self, row: Table) -> list[Any] | None:
         """Return the only values that an option may have, or None."""
@@ -223,8 +268,12 @@ def read(table: Table, source: Config | Live) -> Options:
     for name, product in table.get("sizes", {}).items():
         sizes[name] = _size(product, values | sizes, source)
     for key, row in fields.items():
-        if "same" in row and values[key] not in (None, same := sizes[row["same"]]):
-            refuse(key, repr(values[key]), [same])
+        if "same" in row:
+            same, value = sizes[row["same"]], values[key]
+            if value is not None and set(value if isinstance(value, list) else [value]) != {same}:
+                refuse(key, repr(value), [same])
+        if "times" in row:
+            changes[row["into"]] = values[key] * sizes[row["times"]]
     return Options(sizes, changes, values)
 
 
@@ -245,7 +294,7 @@ def _expanded(data: Any) -> Any:
 def _whole(own: Table, parts: Mapping[str, Table]) -> Table:
     """Joins a table and the parts that it names; what it says itself counts."""
     out: Table = {"fields": {}, "sizes": {}, "tensors": {}}
-    for table in [*(parts[name] for name in own.get("like", "").split()), own]:
+    for table in [*(_whole(parts[name], parts) for name in own.get("like", "").split()), own]:
         for section, value in table.items():
             if section not in ("fields", "sizes", "tensors"):
                 out[section] = value
@@ -264,13 +313,17 @@ def _entry(key: str, row: Any) -> Entry:
     return Entry(key.removesuffix("?"), ours, optional=key.endswith("?"), **data)
 
 
+def entries(table: Table) -> tuple[Entry, ...]:
+    """Return the rows of a table's tensors."""
+    return tuple(_entry(key, row) for key, row in table["tensors"].items())
+
+
 def _maps(tables: Table) -> dict[str, KeyMap]:
     found = {}
-    for package in ("transformers", "fla"):
+    for package in ("transformers", "fla", "pth", "bin"):
         for family, own in tables[package].items():
             kind, table = f"{package}.{family}", _whole(own, tables["parts"])
-            entries = tuple(_entry(key, row) for key, row in table["tensors"].items())
-            found[kind] = KeyMap(kind, table, entries)
+            found[kind] = KeyMap(kind, table, entries(table))
     return found
 
 
@@ -281,5 +334,9 @@ KINDS: dict[str, KeyMap] = _maps(_TABLES)
 """Maps by kind."""
 MODELS = {name: _whole(own, _TABLES["parts"]) for name, own in _TABLES["models"].items()}
 """Tables of what is around mixers, by its name."""
+SPELLINGS: dict[str, str] = _TABLES["spellings"]
+"""Other beginnings of names, which stand for those of `MODELS["rwkv"]`."""
+SILENT: dict[str, str] = _TABLES["silent"]
+"""What has no effect: beginnings of names, where the tensor `zero` is."""
 REFUSED: dict[str, str] = _TABLES["refused"]
 """Models of flash-linear-attention that cannot be imported, by `model_type`, with the reason."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,10 +11,21 @@ from torch import Tensor, nn
 from glazoo.converters.exchange.maps import KINDS, Entry, KeyMap, Live, Options, read
 from glazoo.errors import ConversionError
 from glazoo.layers import GatedLinearAttention
+from glazoo.layers.parts import TokenShift
 from glazoo.spec import Spec
 from glazoo.zoo import load as load_spec
 
-__all__ = ["dump", "from_mixer", "kind_of", "load", "spec_of", "translated"]
+__all__ = [
+    "apart",
+    "dump",
+    "from_mixer",
+    "joined",
+    "kind_of",
+    "load",
+    "spec_of",
+    "split",
+    "translated",
+]
 
 
 def kind_of(mixer: nn.Module) -> str:
@@ -26,7 +37,7 @@ def kind_of(mixer: nn.Module) -> str:
     cls = type(mixer)
     for base in cls.__mro__:
         for m in KINDS.values():
-            package, _, name = m.table["mixer"].rpartition(".")
+            package, _, name = m.table.get("mixer", ".").rpartition(".")
             if base.__name__ == name and f"{base.__module__}.".startswith(f"{package}."):
                 return m.kind
     raise ConversionError(
@@ -98,7 +109,7 @@ def translated(
         ConversionError: a tensor of either side has no place on the other, or a wrong shape.
     """
     m = _map(kind)
-    ours = layer.state_dict()
+    ours = apart(layer)
     unmapped = sorted(set(state) - {e.theirs for e in m.entries})
     if unmapped:
         raise ConversionError(f"{kind}: no place for {', '.join(where + n for n in unmapped)}")
@@ -109,7 +120,10 @@ def translated(
                 raise ConversionError(
                     f"{kind}: {where}{entry.theirs} is a second tensor for our {again[0]}"
                 )
-            found |= _split(entry, state[entry.theirs], ours, layer, kind, where)
+            if entry.spare and not set(entry.ours) & set(ours):
+                continue
+            n = _groups(entry, layer)
+            found |= split(entry, state[entry.theirs], ours, f"{kind}: {where}", n)
         elif not entry.optional:
             raise ConversionError(f"{kind}: {where}{entry.theirs} is missing")
     if absent := sorted(set(ours) - set(found)):
@@ -117,7 +131,7 @@ def translated(
         if not wanted:
             raise ConversionError(f"{kind}: nothing for our {', '.join(absent)}")
         raise ConversionError(f"{kind}: {where}{wanted[0].theirs} is missing")
-    return found
+    return joined(layer, found)
 
 
 def dump(layer: GatedLinearAttention, kind: str) -> dict[str, Tensor]:
@@ -134,7 +148,7 @@ def dump(layer: GatedLinearAttention, kind: str) -> dict[str, Tensor]:
         ConversionError: a tensor of ours has no place on the other side.
     """
     m = _map(kind)
-    ours = layer.state_dict()
+    ours = apart(layer)
     unmapped = sorted(set(ours) - {key for e in m.entries for key in e.ours})
     if unmapped:
         raise ConversionError(f"{kind}: no place for our {', '.join(unmapped)}")
@@ -158,45 +172,90 @@ def _map(kind: str) -> KeyMap:
     return KINDS[kind]
 
 
+def _log_minus_log(decay: Tensor) -> Tensor:
+    # In float64, and away from 0 and 1, whose logarithms would be infinite.
+    exact = decay.double().clamp(min=1e-30, max=1 - 2**-25)
+    return exact.log().neg().log().to(decay.dtype)
+
+
+_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "one_minus": lambda x: 1 - x,
+    "log_minus_log": _log_minus_log,
+}
+
+
 def _groups(entry: Entry, layer: GatedLinearAttention) -> int:
     return layer.sizes.key_heads if entry.groups == "key_heads" else 1
 
 
 def _stack(entry: Entry, parts: list[Tensor], layer: GatedLinearAttention) -> Tensor:
     n = _groups(entry, layer)
-    joined = torch.cat([p.unflatten(0, (n, -1)) for p in parts], 1).flatten(0, 1)
-    return joined if entry.shape is None else joined.reshape(entry.shape)
+    stacked = torch.cat([p.unflatten(0, (n, -1)) for p in parts], 1).flatten(0, 1)
+    if entry.flat and entry.transposed:
+        stacked = stacked.flatten(0, 1)
+    stacked = stacked.mT if entry.transposed else stacked
+    return stacked if entry.shape is None else stacked.reshape(entry.shape)
 
 
-def _split(
-    entry: Entry,
-    theirs: Tensor,
-    ours: Mapping[str, Tensor],
-    layer: GatedLinearAttention,
-    kind: str,
-    where: str,
+def apart(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's tensors by name; what a token shift keeps in one, apart for every use."""
+    state: dict[str, Tensor] = module.state_dict()
+    for name, uses in _shared(module):
+        if name in state:
+            parts = state.pop(name).chunk(len(uses))
+            state |= {f"{name}.{use}": x for use, x in zip(uses, parts, strict=True)}
+    return state
+
+
+def joined(module: nn.Module, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors under the names of a module, of those that `apart` gives."""
+    out = dict(found)
+    for name, uses in _shared(module):
+        parts = [out.pop(f"{name}.{use}", None) for use in uses]
+        if all(x is not None for x in parts) and parts:
+            out[name] = torch.cat([x for x in parts if x is not None])
+    return out
+
+
+def _shared(module: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for path, shift in module.named_modules():
+        if isinstance(shift, TokenShift):
+            for name in ("mix", "down.weight", "mix_up"):
+                yield f"{path}.{name}", shift.uses
+
+
+def split(
+    entry: Entry, theirs: Tensor, ours: Mapping[str, Tensor], where: str, groups: int = 1
 ) -> dict[str, Tensor]:
+    """Return a tensor of theirs as ours, by their names.
+
+    Args:
+        entry: its row of a table.
+        theirs: their tensor.
+        ours: shapes of ours, as `apart` gives them.
+        where: what messages put in front of their name.
+        groups: groups of rows, within which it is stacked.
+
+    Raises:
+        ConversionError: it has no place, or a wrong shape.
+    """
     if missing := [key for key in entry.ours if key not in ours]:
-        raise ConversionError(
-            f"{kind}: {where}{entry.theirs} goes to our {', '.join(missing)}, absent"
-        )
+        raise ConversionError(f"{where}{entry.theirs} goes to our {', '.join(missing)}, absent")
     shapes = [ours[key].shape for key in entry.ours]
     rows = sum(s[0] for s in shapes)
     expected = torch.Size((rows, *shapes[0][1:]))
-    flat = theirs
-    if (
-        entry.shape is not None
-        and theirs.ndim == len(entry.shape)
-        and theirs.numel() == expected.numel()
-    ):
-        flat = theirs.reshape(expected)
+    flat = theirs.mT if entry.transposed and theirs.ndim > 1 else theirs
+    free = entry.flat or (entry.shape is not None and theirs.ndim == len(entry.shape))
+    if free and theirs.numel() == expected.numel():
+        flat = flat.reshape(expected)
     if flat.shape != expected:
+        wanted = expected[::-1] if entry.transposed and len(expected) == 2 else expected
         raise ConversionError(
-            f"{kind}: {where}{entry.theirs} has shape {list(theirs.shape)}, expected "
-            f"{list(expected)}"
+            f"{where}{entry.theirs} has shape {list(theirs.shape)}, expected {list(wanted)}"
         )
-    n = _groups(entry, layer)
-    parts = flat.unflatten(0, (n, -1)).split([s[0] // n for s in shapes], 1)
+    if entry.map is not None:
+        flat = _MAPS[entry.map](flat)
+    parts = flat.unflatten(0, (groups, -1)).split([s[0] // groups for s in shapes], 1)
     return {key: part.flatten(0, 1) for key, part in zip(entry.ours, parts, strict=True)}
 
 

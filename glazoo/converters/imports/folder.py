@@ -1,5 +1,5 @@
-"""Importing checkpoints in the layouts of other packages: the original state-spaces/mamba code and
-flash-linear-attention."""
+"""Importing checkpoints in the layouts of other packages: the original state-spaces/mamba code,
+flash-linear-attention and RWKV."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from glazoo.converters.imports.layouts import (
     FLA,
     STATE_SPACES,
     layout_of,
-    read_fla,
+    read_specs,
     read_state_spaces,
+    rwkv_kind,
 )
+from glazoo.converters.imports.single import read_pickle, read_single
 from glazoo.converters.source import check_model
 from glazoo.errors import ConversionError, one_line
 from glazoo.families import find_family
@@ -74,52 +76,34 @@ def _load(folder: Path) -> dict[str, Tensor]:
 
     if not any((folder / name).is_file() for name in (PICKLE, SINGLE, INDEX)):
         raise ConversionError(f"{folder} has neither {PICKLE} nor {SINGLE} nor {INDEX}")
-    state: Any = {}
-    name = PICKLE
+    if not ((folder / SINGLE).is_file() or (folder / INDEX).is_file()):
+        return read_pickle(folder / PICKLE)
+    state: dict[str, Tensor] = {}
+    name = SINGLE
     try:
-        if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
-            for shard in read_shards(folder)[1]:
-                name = shard.path.name
-                state |= load_file(shard.path)
-        else:
-            # Tensors only: a pickle may run code otherwise. Mapped: memory does not hold a copy.
-            state = torch.load(folder / PICKLE, map_location="cpu", weights_only=True, mmap=True)
+        for shard in read_shards(folder)[1]:
+            name = shard.path.name
+            state |= load_file(shard.path)
     except ConversionError:
         raise
     except Exception as e:
         raise ConversionError(f"cannot read {name}: {' '.join(str(e).split())}") from e
-    if not isinstance(state, dict):
-        raise ConversionError(f"{name} holds {type(state).__name__}, expected tensors")
-    for key, value in state.items():
-        if not isinstance(value, Tensor):
-            raise ConversionError(f"{key} holds {type(value).__name__}, expected a tensor")
     return state
 
 
-def import_original(src: str | Path, dst: str | Path, *, force: bool = False) -> None:
-    """Writes a checkpoint of another package as a folder that `from_pretrained` loads.
-
-    Mamba2 checkpoints of the original state-spaces/mamba code become transformers' Mamba2.
-    Checkpoints of flash-linear-attention, of the families in `exchange/mixers.toml`, become a
-    `glazoo.models.GlazooForCausalLM`. The result computes the same function. Tensors keep their
-    values and dtype; they are renamed and cut, and the configuration is translated.
-    `convert_checkpoint` takes the result where its spec has a metaplastic form.
-
-    Args:
-        src: a folder with the package's config.json, and pytorch_model.bin, model.safetensors or
-            shards with an index.
-        dst: the folder to make. It appears complete or not at all.
-        force: replace a model's folder that is already at `dst`.
-
-    Raises:
-        ConversionError: it is of neither package, has parts that the new model lacks, or its
-            tensors do not fit its configuration.
-    """
-    from safetensors.torch import save_file
-
-    source, destination = Path(src), Path(os.path.abspath(dst))
+def _translated(source: Path) -> tuple[Any, dict[str, Tensor], str]:
+    """Return the configuration, the tensors and the name of the table of embeddings."""
+    if source.is_file():
+        form, state = read_single(source)
+        try:
+            kind, state = rwkv_kind(form, state)
+            config, tensors, table = read_specs(kind, {}, state)
+        except ConversionError as e:
+            raise ConversionError(f"{source.name}: {e}") from e
+        config.dtype = tensors[table].dtype
+        return config, tensors, table
     if not source.is_dir():
-        raise ConversionError(f"{source}: there is no such folder")
+        raise ConversionError(f"{source}: there is no such folder or file")
     raw = read_json(source / CONFIG, CONFIG)
     layout = layout_of(raw)
     if layout is None:
@@ -131,12 +115,44 @@ def import_original(src: str | Path, dst: str | Path, *, force: bool = False) ->
         raise ConversionError(f"{source} is quantised; import the unquantised checkpoint")
     state = _load(source)
     try:
-        reader = read_fla if layout == FLA else read_state_spaces
-        config, tensors, table = reader(raw, state)
+        if layout == FLA:
+            return read_specs(f"fla.{raw['model_type']}", raw, state)
+        return read_state_spaces(raw, state)
     except ConversionError:
         raise
     except (KeyError, TypeError, ValueError) as e:
         raise ConversionError(f"config.json is damaged: {' '.join(str(e).split())}") from e
+
+
+def import_original(
+    src: str | Path, dst: str | Path, *, characters: str | None = None, force: bool = False
+) -> None:
+    """Writes a checkpoint of another package as a folder that `from_pretrained` loads.
+
+    Mamba2 checkpoints of the original state-spaces/mamba code become transformers' Mamba2.
+    Checkpoints of flash-linear-attention, of the families in `exchange/mixers.toml`, and files of
+    RWKV-5.2, 6 and 7, become a `glazoo.models.GlazooForCausalLM`. The result computes the same
+    function. Tensors keep their values and dtype; they are renamed and cut, and the configuration
+    is translated. `convert_checkpoint` takes the result where its spec has a metaplastic form.
+
+    Args:
+        src: a folder with the package's config.json, and pytorch_model.bin, model.safetensors or
+            shards with an index; or a file: a state dict of RWKV's training code (.pth), or one of
+            rwkv.cpp (.bin), in float32, float16, Q5_1 or Q8_0, which becomes float32.
+        dst: the folder to make. It appears complete or not at all.
+        characters: what the tokens are, a character each, in the order of their ids, where `src`
+            brings no tokenizer; a model of 256 tokens reads bytes without it.
+        force: replace a model's folder that is already at `dst`.
+
+    Raises:
+        ConversionError: it is of neither package, has parts that the new model lacks, or its
+            tensors do not fit its configuration.
+    """
+    from safetensors.torch import save_file
+
+    source, destination = Path(src), Path(os.path.abspath(dst))
+    config, tensors, table = _translated(source)
+    symbols = _symbols(source, characters, config.vocab_size)
     _settle_head(tensors, table, tied=config.tie_word_embeddings)
     # Complete and of the right shapes, whether or not it can be converted.
     family = find_family(config.model_type)
@@ -151,8 +167,27 @@ def import_original(src: str | Path, dst: str | Path, *, force: bool = False) ->
                 metadata={"format": "pt"},
             )
             stage.write(CONFIG, dump_json(config.to_dict()))
-            for name in _KEPT:
+            if symbols is not None:
+                symbols.save_pretrained(stage.folder)
+            for name in () if source.is_file() else _KEPT:
                 if (source / name).is_file():
                     stage.take(source / name, name, link=False)
     except OSError as e:
         raise ConversionError(f"cannot write {destination}: {one_line(e)}") from e
+
+
+def _symbols(source: Path, characters: str | None, vocabulary: int) -> Any | None:
+    """Return the tokenizer of a model whose tokens are bytes or characters."""
+    if characters is None and (source.is_dir() or vocabulary != 256):
+        return None
+    from glazoo.training import symbol_tokenizer
+
+    if characters is not None:
+        if source.is_dir() and (source / "tokenizer_config.json").is_file():
+            raise ConversionError(f"characters: {source} brings a tokenizer of its own")
+        if len(set(characters)) != len(characters) or len(characters) > vocabulary:
+            raise ConversionError(
+                f"characters: got {len(characters)} characters, of which {len(set(characters))} "
+                f"differ; accepted are up to {vocabulary} different ones, as many as tokens"
+            )
+    return symbol_tokenizer(characters)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,17 +14,20 @@ from glazoo.converters.exchange.maps import (
     KINDS,
     MODELS,
     REFUSED,
+    SILENT,
+    SPELLINGS,
     Config,
     KeyMap,
     Options,
     Table,
+    entries,
     read,
 )
-from glazoo.converters.exchange.transfer import spec_of, translated
+from glazoo.converters.exchange.transfer import apart, joined, spec_of, split, translated
 from glazoo.errors import ConversionError
 from glazoo.layers import GatedLinearAttention
 
-__all__ = ["FLA", "STATE_SPACES", "layout_of", "read_fla", "read_state_spaces"]
+__all__ = ["FLA", "STATE_SPACES", "layout_of", "read_specs", "read_state_spaces", "rwkv_kind"]
 
 STATE_SPACES = "the original state-spaces/mamba code"
 FLA = "flash-linear-attention"
@@ -77,14 +81,6 @@ def read_state_spaces(
     return config, tensors, table
 
 
-def _feed_forward(values: Mapping[str, Any], hidden: int) -> int:
-    if values["intermediate_size"] is not None:
-        return int(values["intermediate_size"])
-    # Two thirds of the ratio, which is 4 if unset, rounded up to a multiple of 256.
-    ratio = 4 if values["hidden_ratio"] is None else values["hidden_ratio"]
-    return -(-int(hidden * ratio * 2 / 3) // 256) * 256
-
-
 def _attention_layers(given: Any) -> tuple[frozenset[int], dict[str, Any]]:
     """Reads which layers are softmax attention; gives them and our fields for them."""
     layers: set[int] = set()
@@ -102,24 +98,25 @@ def _attention_layers(given: Any) -> tuple[frozenset[int], dict[str, Any]]:
     return frozenset(layers), kinds[0] if layers else {}
 
 
-def _configuration(raw: Mapping[str, Any], m: KeyMap, model: Table) -> tuple[Any, Options]:
+def _configuration(
+    raw: Mapping[str, Any], m: KeyMap, model: Table, state: Mapping[str, Tensor]
+) -> tuple[Any, Options]:
     """Return our configuration, and the options of the mixers."""
     from glazoo.models import GlazooConfig
     from glazoo.models.configuration import ATTENTION
 
-    accepted = [m.table["model"]]
+    accepted = [m.table.get("model")]
     if (names := raw.get("architectures") or accepted) != accepted:
         raise ConversionError(
             f"config.json: architectures is {names!r}, accepted for model_type "
             f"{raw['model_type']!r} is {accepted!r}"
         )
-    source = Config(raw, defaults=m.table.get("defaults"))
+    source = Config(raw, defaults=m.table.get("defaults"), tensors=state)
     found, around = read(m.table, source), read(model, source)
     source.check_all_read(model["ignored"])
     spec, values = spec_of(m, found), around.values | found.values
-    width, softmax, own = 0, frozenset[int](), dict[str, Any]()
-    if "attn" in values:
-        width = _feed_forward(values, found.sizes["hidden_size"])
+    softmax, own = frozenset[int](), dict[str, Any]()
+    if values.get("attn") is not None:
         softmax, own = _attention_layers(values["attn"])
     if softmax and own["rope_theta"] != 10000.0 and spec.layer.q.rotation == "static":
         raise ConversionError(
@@ -137,43 +134,45 @@ def _configuration(raw: Mapping[str, Any], m: KeyMap, model: Table) -> tuple[Any
     own |= {name: given[name] for name in _KEPT if given.get(name) is not None}
     config = GlazooConfig(
         pattern=[ATTENTION if i in softmax else spec for i in range(layers)],
-        intermediate_size=width,
+        intermediate_size=values.get("intermediate_size") or 0,
         norm_eps=float(values["norm_eps"]),
         initializer_range=float(values["initializer_range"]),
         tie_word_embeddings=bool(values["tie_word_embeddings"]),
         architectures=["GlazooForCausalLM"],
-        **(own | around.sizes | found.sizes),
+        **(own | around.sizes | around.changes | found.sizes),
     )
     return config, found
 
 
 def _renamed(
-    state: Mapping[str, Tensor], m: KeyMap, model: Table, config: Any, *, tied: bool
+    state: Mapping[str, Tensor], m: KeyMap, model: Table, ours: Any, *, tied: bool
 ) -> Iterator[tuple[str, str, Tensor]]:
-    """Return every tensor of the files with its name there and ours."""
-    from glazoo.models import GlazooForCausalLM
-
-    with torch.device("meta"):
-        ours = GlazooForCausalLM(config)
-    rows, prefix = model["tensors"], model["mixer"]
-    mixers: list[dict[str, Tensor]] = [{} for _ in range(config.num_hidden_layers)]
+    """Return every tensor of the files with its name there and ours, as `apart` has it."""
+    rows, prefix = {e.theirs: e for e in entries(model)}, model["mixer"]
+    known, layers = apart(ours), ours.config.num_hidden_layers
+    mixers: list[dict[str, Tensor]] = [{} for _ in range(layers)]
     for key, value in state.items():
-        match = re.fullmatch(r"(\w+\.layers\.)(\d+)(\..+)", key)
-        index = int(match[2]) if match else 0
-        row = f"{match[1]}N{match[3]}" if match and index < len(mixers) else key
-        names, parts = [rows.get(row, "")], [value]
+        row, index = _row(key, layers)
         if row.startswith(prefix):
             mixers[index][row.removeprefix(prefix)] = value
             continue
-        if row == _GATE and value.shape[0] == 2 * config.intermediate_size:
+        parts = {row: value}
+        if row == _GATE and value.shape[0] == 2 * ours.config.intermediate_size:
             # Older files hold both factors in one.
-            names, parts = [_GATE, _UP], list(value.chunk(2))
-        if not names[0]:
-            raise ConversionError(f"{key} has no place in the model that config.json describes")
-        for name, part in zip(names, parts, strict=True):
-            yield key, name.replace(".N.", f".{index}."), part
+            parts = dict(zip((_GATE, _UP), value.chunk(2), strict=True))
+        for name, part in parts.items():
+            if name not in rows:
+                raise ConversionError(f"{key} has no place in the model that config.json describes")
+            entry = rows[name]
+            place = tuple(x.replace(".N.", f".{index}.") for x in entry.ours)
+            if entry.flat:
+                entry = replace(entry, theirs=key, ours=place)
+                for mine, x in split(entry, part, known, "").items():
+                    yield key, mine, x
+            else:
+                yield key, place[0], part
     for index, found in enumerate(mixers):
-        where, mixer = prefix.replace(".N.", f".{index}."), ours.model.layers[index].mixer
+        where, mixer = prefix.replace("N.", f"{index}."), ours.model.layers[index].mixer
         if tied:
             # Shared tensors may be stored once.
             copies = {
@@ -186,13 +185,21 @@ def _renamed(
             yield f"{where}{name}", f"model.layers.{index}.mixer.{name}", value
 
 
-def read_fla(
-    raw: Mapping[str, Any], state: Mapping[str, Tensor]
+def _row(key: str, layers: int) -> tuple[str, int]:
+    """Return a name with N for its layer, and the layer; names of no layer of the model stay."""
+    match = re.fullmatch(r"([a-z_.]*)(\d+)(\..+)", key)
+    index = int(match[2]) if match else 0
+    return (f"{match[1]}N{match[3]}", index) if match and index < layers else (key, 0)
+
+
+def read_specs(
+    kind: str, raw: Mapping[str, Any], state: Mapping[str, Tensor]
 ) -> tuple[Any, dict[str, Tensor], str]:
-    """Translates a checkpoint of flash-linear-attention.
+    """Translates a checkpoint whose mixers have a map.
 
     Args:
-        raw: its config.json.
+        kind: the map: `fla.` and a model_type, or what `rwkv_kind` gives.
+        raw: its config.json; empty where there is none.
         state: its tensors, of any dtype.
 
     Returns:
@@ -203,14 +210,71 @@ def read_fla(
         ConversionError: the configuration asks for what no model here has, or a tensor of either
             side has no place on the other or a wrong shape.
     """
-    m = KINDS[f"fla.{raw['model_type']}"]
+    from glazoo.models import GlazooForCausalLM
+
+    m = KINDS[kind]
     model = MODELS[m.table.get("around", "blocks")]
-    config, options = _configuration(raw, m, model)
+    config, options = _configuration(raw, m, model, state)
     tied = bool(options.values.get("tie_feature_map_qk"))
+    with torch.device("meta"):
+        ours = GlazooForCausalLM(config)
     found: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
-    for key, name, value in _renamed(state, m, model, config, tied=tied):
+    for key, name, value in _renamed(state, m, model, ours, tied=tied):
         if name in found:
             raise ConversionError(f"{key} and {origin[name]} are one tensor in two versions")
         found[name], origin[name] = value, key
-    return config, found, _EMBEDDINGS
+    return config, joined(ours, found), _EMBEDDINGS
+
+
+def rwkv_kind(layout: str, state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
+    """Return the map of a file of RWKV, and its tensors under their usual names.
+
+    Args:
+        layout: "pth" or "bin".
+        state: the file's tensors.
+
+    Raises:
+        ConversionError: it is of no version that there is a map for.
+    """
+    state = _spelled(state)
+    mixer = MODELS["rwkv"]["mixer"].replace("N", "0")
+    names = {key.removeprefix(mixer) for key in state if key.startswith(mixer)}
+    maps = {k: m.table["has"].split() for k, m in KINDS.items() if k.startswith(f"{layout}.")}
+    fitting = [kind for kind, marks in maps.items() if names.issuperset(marks)]
+    if not fitting or "emb.weight" not in state:
+        known = ", ".join(
+            f"{kind.partition('.')[2]} ({' and '.join(marks)})" for kind, marks in maps.items()
+        )
+        seen = ", ".join([*state][:3]) or "nothing"
+        raise ConversionError(
+            f"it holds {seen} ..., which is no RWKV that can be imported. Accepted are state dicts "
+            f"with emb.weight and, in {mixer}*, the tensors of {known}; earlier versions have no "
+            "matrix state or one decay per head. A checkpoint with a config.json is imported by "
+            "its folder"
+        )
+    # More marks are more particular.
+    return max(fitting, key=lambda kind: len(maps[kind])), state
+
+
+def _spelled(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors under their usual names, of a file that has shorter ones, and without what
+    has no effect."""
+    rows = {key: re.sub(r"\d+", "N", key, count=1) for key in state}
+    silent = [key for key, row in rows.items() if row == SILENT["zero"]]
+    without = tuple(SILENT["prefixes"].split()) if silent else ()
+    if used := next((key for key in silent if state[key].any()), None):
+        raise ConversionError(
+            f"{used} is not zero: that layer computes something that no spec describes"
+        )
+    out: dict[str, Tensor] = {}
+    for key, value in state.items():
+        start = next((s for s in SPELLINGS if rows[key].startswith(s)), None)
+        if start is not None:
+            digits = re.search(r"\d+", key)
+            layer = str(int(digits[0]) - 1) if digits and "N" in start else ""
+            key = SPELLINGS[start].replace("N", layer) + rows[key].removeprefix(start)
+        elif rows[key].startswith(without):
+            continue
+        out[key] = value
+    return out
