@@ -697,7 +697,6 @@ REFUSED: dict[str, tuple[str, Config, str]] = {
         {"model_type": "log_linear_mamba2", "architectures": ["LogLinearMamba2ForCausalLM"]},
         "'log_linear_mamba2' of flash-linear-attention cannot be imported: it has a memory for",
     ),
-    "rwkv": ("gla", {"model_type": "rwkv7"}, "'rwkv7' of flash-linear-attention cannot be imp"),
     "correction": ("comba", {"use_output_correction": False}, "is False, accepted is True"),
     "solver": ("mesa_net", {"max_cg_step_training": 5}, "training is 5, accepted is 30"),
     "quantised": ("gla", {"quantization_config": {"bits": 4}}, "is quantised; import"),

@@ -118,7 +118,10 @@ def fla_mixer(name: str) -> Mixer:
 
 def test_every_map_is_tested() -> None:
     tested = {kind for kind, _ in FLA.values()} | set(TRANSFORMERS) | {"fla.mamba2"}
-    assert tested == set(exchange.KINDS)
+    # Those in whole models: tests/converters/test_rwkv.py.
+    whole = {f"fla.rwkv{v}" for v in (6, 7)}
+    whole |= {f"{form}.rwkv{v}" for form in ("pth", "bin") for v in (5, 6, 7)}
+    assert tested | whole == set(exchange.KINDS)
 
 
 def rounding(mixer: nn.Module, tokens: int, y: Tensor) -> float:
