@@ -488,3 +488,194 @@ class MesaNet(Mixer):
         )
         y: Tensor = self.o_proj(o.flatten(2))
         return y
+
+
+class Gdn2(Kda):
+    """An erase gate per key channel and a write gate per value channel."""
+
+    allow_neg_eigval = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        keys, width = self.num_heads * self.head_k_dim, self.num_heads * self.head_v_dim
+        self.b_proj, self.w_proj = linear(HIDDEN, keys), linear(HIDDEN, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x)
+        q, k = l2(heads(q, self.head_k_dim)), l2(heads(k, self.head_k_dim))
+        erase = 2 * heads(self.b_proj(x).sigmoid(), self.head_k_dim) * k
+        v = heads(self.w_proj(x).sigmoid() * v, self.head_v_dim)
+        z = heads(self.f_proj(x) + self.dt_bias, self.head_k_dim)
+        decay = torch.exp(-self.A_log.exp()[:, None] * F.softplus(z))
+        state = q.new_zeros(*q.shape[:1], *q.shape[2:], v.shape[-1])
+        out = []
+        for t in range(x.shape[1]):
+            state = decay[:, t, ..., None] * state
+            error = v[:, t] - (state * erase[:, t, ..., None]).sum(2)
+            state = state + k[:, t, ..., None] * error[:, :, None]
+            out.append((q[:, t, ..., None] * state).sum(2) * q.shape[-1] ** -0.5)
+        o = rms(torch.stack(out, 1), self.o_norm.weight, self.eps)
+        o = o * torch.sigmoid(heads(self.g_proj(x), self.head_v_dim))
+        y: Tensor = self.o_proj(o.flatten(2))
+        return y
+
+
+class Rodimus(Mixer):
+    d_inner, mem_size, input_gate_low_rank = 2 * HIDDEN, 6, 3
+    norm_eps, conv_size, use_short_conv, block_type = 1e-4, 3, True, "rodimus"
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner, keys = self.d_inner, self.mem_size
+        self.gate_proj, self.up_proj = linear(HIDDEN, inner), linear(HIDDEN, inner)
+        self.activation_norm = Norm(inner, self.norm_eps)
+        self.down_proj = linear(inner, HIDDEN)
+        self.short_conv = ShortConvolution(inner, self.conv_size)
+        self.short_conv.bias = nn.Parameter(torch.zeros(inner))
+        self.residual_weight = nn.Parameter(torch.ones(inner))
+        self.q_proj, self.k_proj = linear(inner, keys), linear(inner, keys)
+        self.g_gate_proj, self.tau_gate_proj = (linear(inner, keys, bias=True) for _ in range(2))
+        low = self.input_gate_low_rank
+        self.i_gate_proj = nn.Sequential(linear(inner, low), linear(low, inner, bias=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.up_proj(x)
+        taps = self.short_conv.weight[:, 0]
+        padded = F.pad(inner, (0, 0, taps.shape[1] - 1, 0)).unfold(1, taps.shape[1], 1)
+        mixed = F.silu((padded * taps).sum(-1) + self.short_conv.bias)
+        gate, tau = F.softplus(self.g_gate_proj(mixed)), self.tau_gate_proj(mixed).sigmoid()
+        q, k = self.q_proj(mixed), F.normalize(self.k_proj(mixed), dim=-1) * gate**tau
+        v = self.i_gate_proj(inner).sigmoid() * inner
+        o = additive(q[:, :, None], k[:, :, None], v[:, :, None], (-gate * tau)[:, :, None])[
+            :, :, 0
+        ]
+        o = o + mixed * self.residual_weight
+        o = rms(o * F.silu(self.gate_proj(x)), self.activation_norm.weight, self.norm_eps)
+        y: Tensor = self.down_proj(o)
+        return y
+
+
+class Mamba3(Mixer):
+    ssm_state_size, head_dim, n_groups, rope_fraction, A_floor = 8, 16, 2, 0.5, 1e-3
+    is_mimo = is_outproj_norm = use_bias = False
+    norm_eps = 1e-5
+
+    def __init__(self) -> None:
+        super().__init__()
+        keys, inner, n = self.n_groups * self.ssm_state_size, 2 * HIDDEN, self.num_heads
+        self.in_proj = linear(HIDDEN, 2 * inner + 2 * keys + 3 * n + 2)
+        self.dt_bias, self.D = (nn.Parameter(torch.ones(n)) for _ in range(2))
+        size = self.ssm_state_size
+        self.B_bias, self.C_bias = (nn.Parameter(torch.ones(n, 1, size)) for _ in range(2))
+        self.B_norm, self.C_norm = Norm(size, self.norm_eps), Norm(size, self.norm_eps)
+        self.out_proj = linear(inner, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, size = self.num_heads, self.ssm_state_size
+        keys, inner = self.n_groups * size, 2 * HIDDEN
+        z, v, b, c, dt, a, trap, angle = self.in_proj(x).split(
+            [inner, inner, keys, keys, n, n, n, 2], -1
+        )
+        step = F.softplus(dt + self.dt_bias)
+        decay = torch.exp(-F.softplus(a).clamp(min=self.A_floor) * step)
+        turn = (torch.pi * torch.tanh(angle)[:, :, None] * step[..., None]).cumsum(1)
+        qk = []
+        for y, norm, bias in ((c, self.C_norm, self.C_bias), (b, self.B_norm, self.B_bias)):
+            y = rms(heads(y, size), norm.weight, self.norm_eps)
+            y = y.repeat_interleave(n // self.n_groups, 2) + bias[:, 0]
+            # Neighbouring channels are the two parts of a number.
+            pairs = torch.view_as_complex(y[..., :4].unflatten(-1, (2, 2)).contiguous())
+            turned = torch.view_as_real(pairs * torch.exp(1j * turn)).flatten(-2)
+            qk.append(torch.cat([turned, y[..., 4:]], -1))
+        q, k = qk
+        v, lam = heads(v, self.head_dim), trap.sigmoid()
+        state = q.new_zeros(*q.shape[:1], *q.shape[2:], self.head_dim)
+        before, out = torch.zeros_like(state), []
+        for t in range(x.shape[1]):
+            f, d, share = (y[:, t, :, None, None] for y in (decay, step, lam))
+            now = k[:, t, ..., None] * v[:, t, :, None]
+            state = f * state + f * (1 - share) * d * before + share * d * now
+            before = now
+            out.append((q[:, t, ..., None] * state).sum(2))
+        o = torch.stack(out, 1) + self.D[:, None] * v
+        y: Tensor = self.out_proj(o.flatten(2) * F.silu(z))
+        return y
+
+
+def metaplastic(q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, prior: Tensor) -> Tensor:
+    """M = a M + v k^T ; I = a I + (1 - a) I0 + b (x) k^2 ; y = (M / I) q, from I = I0."""
+    total = prior[:, None, None].expand(*q.shape[:1], q.shape[2], v.shape[-1], q.shape[-1])
+    sums, out = torch.zeros_like(total), []
+    for t in range(q.shape[1]):
+        a = g[:, t].exp()[..., None, None]
+        sums = a * sums + v[:, t, ..., None] * k[:, t, :, None]
+        total = a * total + (1 - a) * prior[:, None, None]
+        total = total + b[:, t, ..., None] * k[:, t, :, None] ** 2
+        out.append((sums / total * q[:, t, :, None]).sum(-1))
+    return torch.stack(out, 1)
+
+
+class Palimpsa(Mixer):
+    """Of the paper's authors."""
+
+    num_heads, num_v_heads, beta_step_rank = 4, 4, 5
+    use_residual = metaplasticity = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        n, width = self.num_heads, self.num_v_heads * self.head_v_dim
+        self.projections(n * self.head_k_dim, n * self.head_k_dim, width, conv=True)
+        self.b_rank_proj = linear(HIDDEN, self.beta_step_rank)
+        self.b_proj = linear(self.beta_step_rank, width)
+        self.bs_proj, self.dt_proj = linear(HIDDEN, n), linear(HIDDEN, n)
+        for name in ("b_scale", "Ip_log", "A_log", "dt_bias", "D"):
+            setattr(self, name, nn.Parameter(torch.zeros(n)))
+        self.g_proj, self.o_proj = linear(HIDDEN, width), linear(width, HIDDEN)
+        self.o_norm = Norm(self.head_v_dim, self.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x)
+        q, k = (F.normalize(heads(y, self.head_k_dim), dim=-1) for y in (q, k))
+        v, gate = heads(v, self.head_v_dim), self.bs_proj(x).sigmoid()[..., None]
+        b = heads(self.b_proj(self.b_rank_proj(x)), self.head_v_dim).sigmoid()
+        b = b * F.softplus(self.b_scale)[:, None] * gate
+        g = -self.A_log.exp() * F.softplus(self.dt_proj(x) + self.dt_bias)
+        o = metaplastic(q * self.head_k_dim**-0.5, k, gate * v, g, b, self.Ip_log.exp())
+        o = rms(o + self.D[:, None] * v, self.o_norm.weight, self.eps)
+        y: Tensor = self.o_proj((o * F.silu(heads(self.g_proj(x), self.head_v_dim))).flatten(2))
+        return y
+
+
+class MetaMamba2(Mixer):
+    """Of the paper's authors."""
+
+    ssm_state_size, head_dim, n_groups, conv_kernel_size, beta_step_rank = 8, 16, 2, 3, 5
+    norm_eps, use_bias, metaplasticity, activation, rms_norm = 1e-4, False, True, "silu", True
+    time_step_limit = (0.0, float("inf"))
+
+    def __init__(self) -> None:
+        super().__init__()
+        keys, inner, n = self.n_groups * self.ssm_state_size, 2 * HIDDEN, self.num_heads
+        self.in_proj = linear(HIDDEN, 2 * inner + 2 * keys + n)
+        self.conv1d = ShortConvolution(inner + 2 * keys, self.conv_kernel_size)
+        for name in ("b_scale", "Ip_log", "A_log", "dt_bias", "D"):
+            setattr(self, name, nn.Parameter(torch.zeros(n)))
+        self.norm, self.out_proj = Norm(inner, self.norm_eps), linear(inner, HIDDEN)
+        self.b_rank_proj = linear(HIDDEN, self.beta_step_rank)
+        self.b_proj = linear(self.beta_step_rank, inner)
+
+    use_conv_bias = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys, inner, group = self.n_groups * self.ssm_state_size, 2 * HIDDEN, 2
+        z, xbc, dt = self.in_proj(x).split([inner, inner + 2 * keys, self.num_heads], -1)
+        v, k, q = self.conv1d(xbc).split([inner, keys, keys], -1)
+        q, k = (heads(y, self.ssm_state_size, group) for y in (q, k))
+        v, step = heads(v, self.head_dim), F.softplus(dt + self.dt_bias)
+        b = heads(self.b_proj(self.b_rank_proj(x)), self.head_dim).sigmoid()
+        b = b * F.softplus(self.b_scale)[:, None] * step[..., None]
+        g = -self.A_log.exp() * step
+        o = metaplastic(q, k, step[..., None] * v, g, b, self.Ip_log.exp())
+        o = (o + self.D[:, None] * v).flatten(2) * F.silu(z)
+        y: Tensor = self.out_proj(rms(o, self.norm.weight, self.norm_eps))
+        return y

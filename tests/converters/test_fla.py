@@ -283,7 +283,13 @@ RESTATED: dict[str, type[fla_mixers.Mixer]] = {
     "precond_kda": fla_mixers.PrecondKda,
     "lightnet": fla_mixers.LightNet,
     "mesa_net": fla_mixers.MesaNet,
+    "gdn2": fla_mixers.Gdn2,
+    "rodimus": fla_mixers.Rodimus,
+    "mamba3": fla_mixers.Mamba3,
+    "palimpsa": fla_mixers.Palimpsa,
+    "metamamba2": fla_mixers.MetaMamba2,
 }
+BACKBONE = ("mamba2", "mamba3", "metamamba2")
 
 
 def mix(c: Config, w: Weights, x: Tensor, bound: Tensor | None) -> Tensor:
@@ -301,7 +307,7 @@ def under(w: Weights, prefix: str) -> Weights:
 
 def forward(c: Config, w: Weights, ids: Tensor) -> Tensor:
     """The whole model: embedding, blocks, last norm, head."""
-    old = c["model_type"] == "mamba2"
+    old, plain = c["model_type"] in BACKBONE, c["model_type"] == "rodimus"
     body = "backbone" if old else "model"
     x = w[f"{body}.embeddings.weight"][ids]
     bounds = None
@@ -310,18 +316,19 @@ def forward(c: Config, w: Weights, ids: Tensor) -> Tensor:
         bounds = share.cumsum(0) - share[0]
     for i in range(LAYERS):
         block = under(w, f"{body}.layers.{i}.")
-        mixer = under(block, "mixer." if old else "attn.")
-        y = rms(x, block["norm.weight" if old else "attn_norm.weight"])
+        mixer = under(block, "mixer." if old or plain else "attn.")
+        norm = "norm" if old else "mixer_norm" if plain else "attn_norm"
+        y = rms(x, block[f"{norm}.weight"], c["norm_eps"])
         if c.get("attn") and i in c["attn"]["layers"]:
             x = x + softmax(c, mixer, y)
         else:
             bound = None if bounds is None else bounds[i]
             x = x + mix(c, mixer, y, bound)
-        if not old:
+        if not (old or plain):
             y = rms(x, block["mlp_norm.weight"])
             y = F.silu(y @ block["mlp.gate_proj.weight"].T) * (y @ block["mlp.up_proj.weight"].T)
             x = x + y @ block["mlp.down_proj.weight"].T
-    x = rms(x, w[f"{body}.norm_f.weight" if old else f"{body}.norm.weight"])
+    x = rms(x, w[f"{body}.norm_f.weight" if old else f"{body}.norm.weight"], c["norm_eps"])
     tied = c["tie_word_embeddings"]
     return x @ w[f"{body}.embeddings.weight" if tied else "lm_head.weight"].T
 
@@ -405,7 +412,7 @@ def mixer_shapes(c: Config) -> dict[str, tuple[int, ...]]:
 
 
 def model_shapes(c: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
-    old = c["model_type"] == "mamba2"
+    old, plain = c["model_type"] in BACKBONE, c["model_type"] == "rodimus"
     body = "backbone" if old else "model"
     yield f"{body}.embeddings.weight", (VOCABULARY, HIDDEN)
     yield f"{body}.norm_f.weight" if old else f"{body}.norm.weight", (HIDDEN,)
@@ -415,7 +422,7 @@ def model_shapes(c: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield f"{body}.lower_bounds", (LAYERS, HIDDEN)
     for i in range(LAYERS):
         here = f"{body}.layers.{i}"
-        shapes, name = mixer_shapes(c), "mixer" if old else "attn"
+        shapes, name = mixer_shapes(c), "mixer" if old or plain else "attn"
         if c.get("attn") and i in c["attn"]["layers"]:
             n = c["attn"]["num_heads"]
             shared = HIDDEN // n * (c["attn"].get("num_kv_heads") or n)
@@ -425,6 +432,9 @@ def model_shapes(c: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{here}.{name}.{key}", shape
         if old:
             yield f"{here}.norm.weight", (HIDDEN,)
+            continue
+        if plain:
+            yield f"{here}.mixer_norm.weight", (HIDDEN,)
             continue
         width = c.get("intermediate_size") or 256
         yield f"{here}.attn_norm.weight", (HIDDEN,)
@@ -449,7 +459,13 @@ ARCHITECTURES = {
     "precond_kda": "PrecondKDAForCausalLM",
     "lightnet": "LightNetForCausalLM",
     "mesa_net": "MesaNetForCausalLM",
+    "gdn2": "GDN2ForCausalLM",
+    "rodimus": "RodimusForCausalLM",
+    "mamba3": "Mamba3ForCausalLM",
+    "palimpsa": "PalimpsaForCausalLM",
+    "metamamba2": "MetaMamba2ForCausalLM",
 }
+_STATES: Config = {"head_dim": 16, "state_size": 8, "expand": 2, "n_groups": 2, "num_heads": 4}
 _HEADS: Config = {"num_heads": 4, "head_dim": 4, "expand_v": 1.5, "conv_size": 3}
 _SIZES: dict[str, Config] = {
     "mamba2": {"head_dim": 16, "state_size": 8, "expand": 2, "conv_kernel": 4, "n_groups": 1}
@@ -471,6 +487,14 @@ _SIZES: dict[str, Config] = {
     "lightnet": {"expand_ratio": 4, "num_heads": 4, "gate_low_rank_dim": 5},
     "mesa_net": {"num_heads": 4, "head_dim": 4, "conv_size": 3, "lambda_lower_bound": 0.4}
     | {"use_output_gate": True, "max_cg_step_training": 30},
+    "gdn2": _HEADS | {"allow_neg_eigval": True, "use_gate": True},
+    "rodimus": {"block_type": "rodimus", "expand_ratio": 6, "input_gate_low_rank": "auto"}
+    | {"conv_size": 3, "hidden_ratio": 4 / 3, "ska_attn": None},
+    "mamba3": _STATES | {"A_floor": 1e-3, "rope_fraction": 0.5, "norm_eps": 1e-5, "is_mimo": False},
+    "palimpsa": _HEADS | {"beta_step_rank": 5, "expand_k": 1, "metaplasticity": True},
+    "metamamba2": _STATES
+    | {"beta_step_rank": 5, "conv_kernel": 3, "use_conv_bias": False, "rms_norm": True}
+    | {"metaplasticity": True, "time_step_limit": [0.0, float("inf")]},
 }
 
 
@@ -491,7 +515,7 @@ def make_config(kind: str, **changes: Any) -> Config:
         "tie_word_embeddings": False,
         "transformers_version": "4.53.0",
     }
-    if kind != "mamba2":
+    if kind not in BACKBONE:
         common |= {"hidden_act": "swish", "attn": None, "attn_mode": "chunk"}
         common |= {"intermediate_size": None, "max_position_embeddings": 2048}
     return {k: x for k, x in (common | _SIZES[kind] | changes).items() if x is not ...}
@@ -697,6 +721,9 @@ REFUSED: dict[str, tuple[str, Config, str]] = {
         {"model_type": "log_linear_mamba2", "architectures": ["LogLinearMamba2ForCausalLM"]},
         "'log_linear_mamba2' of flash-linear-attention cannot be imported: it has a memory for",
     ),
+    "wide output": ("mamba3", {"is_mimo": True}, "is_mimo is True, accepted is False"),
+    "shared-key attention": ("rodimus", {"block_type": ...}, "is 'rodimus_plus', accepted is"),
+    "no metaplasticity": ("palimpsa", {"metaplasticity": False}, "is False, accepted is True"),
     "correction": ("comba", {"use_output_correction": False}, "is False, accepted is True"),
     "solver": ("mesa_net", {"max_cg_step_training": 5}, "training is 5, accepted is 30"),
     "quantised": ("gla", {"quantization_config": {"bits": 4}}, "is quantised; import"),

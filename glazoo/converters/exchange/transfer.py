@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from glazoo.converters.exchange.maps import KINDS, Entry, KeyMap, Live, Options, read
 from glazoo.errors import ConversionError
 from glazoo.layers import GatedLinearAttention
-from glazoo.layers.parts import TokenShift
+from glazoo.layers.parts import TokenShift, rotated_size
 from glazoo.spec import Spec
 from glazoo.zoo import load as load_spec
 
@@ -131,6 +131,8 @@ def translated(
         if not wanted:
             raise ConversionError(f"{kind}: nothing for our {', '.join(absent)}")
         raise ConversionError(f"{kind}: {where}{wanted[0].theirs} is missing")
+    for name in m.table.get("pairs", "").split():
+        found[name] = _in_halves(found[name], name, layer)
     return joined(layer, found)
 
 
@@ -148,6 +150,8 @@ def dump(layer: GatedLinearAttention, kind: str) -> dict[str, Tensor]:
         ConversionError: a tensor of ours has no place on the other side.
     """
     m = _map(kind)
+    if "pairs" in m.table or any(e.flat or e.map for e in m.entries):
+        raise ConversionError(f"{kind}: tensors of ours cannot be given back in its layout")
     ours = apart(layer)
     unmapped = sorted(set(ours) - {key for e in m.entries for key in e.ours})
     if unmapped:
@@ -172,6 +176,16 @@ def _map(kind: str) -> KeyMap:
     return KINDS[kind]
 
 
+def _in_halves(x: Tensor, name: str, layer: GatedLinearAttention) -> Tensor:
+    """Moves rotated key channels from neighbouring pairs to half a rotation apart."""
+    size, axis = layer.keys, 0 if name.endswith("proj.weight") else -1
+    turned = rotated_size(layer.spec.layer.q, size)
+    order = [*range(0, turned, 2), *range(1, turned, 2), *range(turned, size)]
+    parts = x.unflatten(axis, (-1, size))
+    at = torch.tensor(order, device=x.device)
+    return parts.index_select(axis + 1 if axis == 0 else -1, at).reshape(x.shape)
+
+
 def _log_minus_log(decay: Tensor) -> Tensor:
     # In float64, and away from 0 and 1, whose logarithms would be infinite.
     exact = decay.double().clamp(min=1e-30, max=1 - 2**-25)
@@ -191,9 +205,6 @@ def _groups(entry: Entry, layer: GatedLinearAttention) -> int:
 def _stack(entry: Entry, parts: list[Tensor], layer: GatedLinearAttention) -> Tensor:
     n = _groups(entry, layer)
     stacked = torch.cat([p.unflatten(0, (n, -1)) for p in parts], 1).flatten(0, 1)
-    if entry.flat and entry.transposed:
-        stacked = stacked.flatten(0, 1)
-    stacked = stacked.mT if entry.transposed else stacked
     return stacked if entry.shape is None else stacked.reshape(entry.shape)
 
 

@@ -16,17 +16,21 @@ from converters.fla_mixers import (
     GatedDeltaNet,
     GatedDeltaProduct,
     GatedOutputDeltaNet,
+    Gdn2,
     Gla,
     Hgrn2,
     Kda,
     LightNet,
     LinearAttention,
     MesaNet,
+    MetaMamba2,
     Mixer,
+    Palimpsa,
     PrecondGatedDeltaNet,
     PrecondKda,
     ReluLinearAttention,
     Retention,
+    Rodimus,
     SafeKda,
 )
 from torch import Tensor, nn
@@ -105,6 +109,10 @@ FLA: dict[str, tuple[str, Callable[[], Mixer]]] = {
     "precond_kda": ("fla.precond_kda", PrecondKda),
     "lightnet": ("fla.lightnet", LightNet),
     "mesa_net": ("fla.mesa_net", MesaNet),
+    "gdn2": ("fla.gdn2", Gdn2),
+    "rodimus": ("fla.rodimus", Rodimus),
+    "palimpsa": ("fla.palimpsa", Palimpsa),
+    "metamamba2": ("fla.metamamba2", MetaMamba2),
 }
 TRANSFORMERS = [kind for kind in exchange.KINDS if kind.startswith("transformers.")]
 
@@ -118,8 +126,8 @@ def fla_mixer(name: str) -> Mixer:
 
 def test_every_map_is_tested() -> None:
     tested = {kind for kind, _ in FLA.values()} | set(TRANSFORMERS) | {"fla.mamba2"}
-    # Those in whole models: tests/converters/test_rwkv.py.
-    whole = {f"fla.rwkv{v}" for v in (6, 7)}
+    # Those in whole models: test_rwkv.py and test_fla.py.
+    whole = {f"fla.rwkv{v}" for v in (6, 7)} | {"fla.mamba3"}
     whole |= {f"{form}.rwkv{v}" for form in ("pth", "bin") for v in (5, 6, 7)}
     assert tested | whole == set(exchange.KINDS)
 
