@@ -11,7 +11,7 @@ import torch
 from glazoo.engines import reference
 from glazoo.engines.call import Call, Result
 
-__all__ = ["Engine", "available", "pick"]
+__all__ = ["ENGINES", "Engine", "available", "pick"]
 
 Engine = Callable[[Call], Result]
 
@@ -35,6 +35,10 @@ _ENGINES: dict[str, Engine] = {
     "chunked": _chunked,
     "triton": _triton,
 }
+
+
+ENGINES = tuple(_ENGINES)
+"""All engines by name."""
 
 
 def available() -> tuple[str, ...]:

@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import torch
 
 from glazoo.engines import lowered
 from glazoo.engines.call import Call, Result
 
-__all__ = ["run", "runnable"]
+__all__ = ["interpret", "run", "runnable"]
 
 
 def runnable() -> bool:
     """Return whether kernels can run here: on a GPU, or on a CPU in Triton's interpreter."""
     return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def interpret() -> None:
+    """Runs the kernels of this process in Triton's interpreter where there is no GPU.
+
+    Raises:
+        ValueError: Triton was imported before, as its compiler.
+    """
+    if runnable():
+        return
+    if "triton" in sys.modules:
+        raise ValueError(
+            "impl='triton': there is no GPU, and Triton was imported as a compiler already; set "
+            "TRITON_INTERPRET=1 before Python starts"
+        )
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def run(call: Call) -> Result:

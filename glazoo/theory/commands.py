@@ -21,10 +21,17 @@ def verify(
     ] = None,
     *,
     examples: Annotated[int, typer.Option(min=1, help="Instances per statement and variant.")] = 3,
-    dtype: Annotated[Literal["float64", "float32"], typer.Option(help="Of all operands.")] = (
-        "float64"
-    ),
-    impl: Annotated[str | None, typer.Option(help="One engine. Default: all of them.")] = None,
+    dtype: Annotated[
+        Literal["float64", "float32"] | None,
+        typer.Option(help="Of all operands. Default: float64, of triton float32."),
+    ] = None,
+    impl: Annotated[
+        str | None,
+        typer.Option(
+            help="One engine: reference, chunked or triton (on a GPU, or in Triton's interpreter, "
+            "which takes its time). Default: the first two."
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Decides all instances.")] = 0,
     as_json: AsJson = False,
 ) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from glazoo.api import attention
-from glazoo.engines import available
+from glazoo.engines import ENGINES, available, triton
 from glazoo.spec import Spec, SpecError
 from glazoo.theory.catalogue import ENTRIES
 from glazoo.theory.entry import Domain, Entry, Finding, Kind, Op
@@ -33,7 +35,7 @@ def run(
     names: Sequence[str | Path | Spec] | None = None,
     *,
     examples: int = 3,
-    dtype: str = "float64",
+    dtype: str | None = None,
     impl: str | None = None,
     seed: int = 0,
     op: Op | None = None,
@@ -47,8 +49,9 @@ def run(
         names: identifiers of statements, and names or files of variants (or specs); of each sort,
             default: all.
         examples: instances per statement and spec; some statements add one that crosses chunks.
-        dtype: "float64" or "float32"; limits need float64.
-        impl: an engine; default: all of this installation.
+        dtype: "float64" or "float32"; limits need float64. Default: float64, of `triton` float32.
+        impl: an engine; default: all that run everywhere. `triton` runs on a GPU, or in Triton's
+            interpreter.
         seed: decides all instances.
         op: an implementation with the signature of `glazoo.attention`, instead of engines; where a
             statement compares a spec with another one, the reference runs the other.
@@ -65,10 +68,16 @@ def run(
     """
     if examples < 1:
         raise ValueError(f"examples: got {examples}, accepted are numbers from 1")
+    if dtype is None:
+        dtype = "float32" if impl == "triton" else "float64"
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, accepted are {', '.join(DTYPES)}")
-    if impl is not None and impl not in available():
-        raise ValueError(f"impl: got {impl!r}, accepted are {', '.join(available())}")
+    if impl is not None and impl not in ENGINES:
+        raise ValueError(f"impl: got {impl!r}, accepted are {', '.join(ENGINES)}")
+    if impl == "triton":
+        if dtype != "float32":
+            raise ValueError(f"dtype: got {dtype!r}, but impl='triton' verifies in float32 only")
+        triton.interpret()
     entries, subjects = _select(names, only_source)
     results: list[Result] = []
     ops: dict[str, Op] = {}
@@ -76,9 +85,12 @@ def run(
         ops["op"] = op
     else:
         for name in available() if impl is None else (impl,):
-            reason = _unavailable(name)
+            engine = functools.partial(attention, impl=name)
+            if name == "triton" and torch.cuda.is_available():
+                engine = functools.partial(_elsewhere, engine, torch.device("cuda"))
+            reason = _unavailable(engine, getattr(torch, dtype))
             if reason is None:
-                ops[name] = functools.partial(attention, impl=name)
+                ops[name] = engine
             else:
                 results.append(Result("-", "engine", "-", "-", name, dtype, "skipped", what=reason))
     work = [
@@ -145,12 +157,22 @@ def _select(
     return tuple(entries) or ENTRIES, forms(variants or None, metaplastic=not only_source)
 
 
-def _unavailable(name: str) -> str | None:
+def _elsewhere(op: Op, device: torch.device, *operands: Any, **options: Any) -> Any:
+    """Calls an implementation on another device than where operands and results are."""
+
+    def to(device: torch.device) -> Callable[[Any], Any]:
+        return lambda x: x.to(device) if isinstance(x, Tensor) else x
+
+    operands, options = tree_map(to(device), (operands, options))
+    return tree_map(to(torch.device("cpu")), op(*operands, **options))
+
+
+def _unavailable(op: Op, dtype: torch.dtype) -> str | None:
     """Says why an engine cannot run here, or gives None."""
     spec = load("linear_attention")
-    ops = Instance().operands(spec)
+    ops = Instance().operands(spec, dtype)
     try:
-        attention(spec, ops["q"], ops["k"], ops["v"], impl=name)
+        op(spec, ops["q"], ops["k"], ops["v"])
     except (ImportError, NotImplementedError, RuntimeError) as e:
         return f"cannot run here: {e}"
     except ValueError as e:

@@ -2,7 +2,9 @@
 
 import functools
 import json
+import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -40,6 +42,29 @@ def test_every_engine_passes_a_few_statements(impl: str) -> None:
     assert passed(results), "\n".join(failures(results))
     engine = {r.id for r in results} & {"engine-is-reference"}
     assert bool(engine) == (impl != "reference")
+
+
+def test_kernels_are_verified_in_float32() -> None:
+    results = verify.run(["full-step-recalls", "deltanet"], impl="triton", examples=1)
+    assert [(r.impl, r.dtype, r.verdict) for r in results] == [
+        ("triton", "float32", "passed")
+    ] * len(results)
+    assert results
+    with pytest.raises(ValueError, match="verifies in float32 only"):
+        verify.run(["full-step-recalls"], impl="triton", dtype="float64")
+
+
+def test_kernels_compiled_for_no_device_are_refused() -> None:
+    program = (
+        "import triton\nfrom glazoo.theory import verify\n"
+        "try:\n    verify.run(['full-step-recalls'], impl='triton')\n"
+        "except ValueError as e:\n    print(e)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    said = subprocess.run(
+        [sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert "set TRITON_INTERPRET=1 before" in said.stdout, said.stderr
 
 
 def test_float32_passes_and_leaves_out_limits() -> None:
