@@ -129,6 +129,10 @@ def gate_grid(program: Program, pairs: int) -> list[Gates]:
     # The prior acts alone only where no gate scales what is counted.
     alone = imp is not None and "prior" in roles and not roles & {"importance", "write"}
     priors = [0.01, 0.1, 1.0, 10.0] if alone else [1.0]
+    if imp is not None and imp.prior.shape == "relative":
+        # In proportion to what is counted: no gate can take its place, and the write gate has no
+        # say in it.
+        priors, writes = [imp.prior.init], [1.0]
     erases = [0.1, 0.2, 0.4, 0.7, 1.0] if "erase" in roles else [1.0]
     if erases[1:] and "write" in roles:
         writes = [1.0]

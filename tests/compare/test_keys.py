@@ -124,6 +124,12 @@ def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
         recorded(str(tmp_path / "absent.npz"))
 
 
+def test_keys_that_come_with_the_package() -> None:
+    found = recorded("trained")
+    assert found.keys.shape == (12, 512, 32)
+    assert 4 < found.directions < 6
+
+
 def test_more_pairs_than_a_text_has_are_refused(file: str) -> None:
     plan = CapacityPlan(load("gla"), "gla", file, 0, 4, (101,), 1, 0, 0.25, "auto")
     with pytest.raises(CompareError, match="100 keys in a row"):

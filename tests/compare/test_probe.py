@@ -95,6 +95,13 @@ def test_the_error_does_not_depend_on_the_output_scale_and_bounds_hold() -> None
     assert float(retrieval_error(-v[:, :, None], v).min()) == 1.0
 
 
+def test_a_share_of_the_matrix_is_what_the_spec_says() -> None:
+    grid = gate_grid(glazoo.lower(load("gka")), 8)
+    assert {g.prior for g in grid} == {0.02}
+    assert {g.write for g in grid} == {1.0}
+    assert {g.prior for g in gate_grid(glazoo.lower(load("mesanet")), 8)} == {1.0}
+
+
 def test_the_crossing_is_interpolated_in_the_logarithm() -> None:
     assert crossing([4, 16], [0.0, 0.5], 0.25) == pytest.approx(8.0)
     assert crossing([4, 16], [0.5, 0.9], 0.25) == pytest.approx(2.0)
