@@ -187,7 +187,7 @@ def symbol_tokenizer(characters: str | None = None, **special: str) -> PreTraine
     level["trim_offsets"] = True
     split, join = (level, level) if characters is None else (None, {"type": "Fuse"})
     vocabulary = {c: i for i, c in enumerate(symbols if characters is None else characters)}
-    data = {
+    data: dict[str, Any] = {
         "version": "1.0",
         "added_tokens": [],
         "pre_tokenizer": split,

@@ -183,7 +183,8 @@ def _in_halves(x: Tensor, name: str, layer: GatedLinearAttention) -> Tensor:
     order = [*range(0, turned, 2), *range(1, turned, 2), *range(turned, size)]
     parts = x.unflatten(axis, (-1, size))
     at = torch.tensor(order, device=x.device)
-    return parts.index_select(axis + 1 if axis == 0 else -1, at).reshape(x.shape)
+    turned_parts: Tensor = parts.index_select(axis + 1 if axis == 0 else -1, at)
+    return turned_parts.reshape(x.shape)
 
 
 def _log_minus_log(decay: Tensor) -> Tensor:

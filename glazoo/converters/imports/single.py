@@ -35,7 +35,8 @@ def _plain(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 def _q5_1(blocks: Tensor) -> Tensor:
     """x = d q + m, with the low four bits of q in nibbles, of the first half first, and the fifth
     in a word of its own."""
-    d, m = blocks[:, :4].contiguous().view(torch.float16).float().split(1, 1)
+    scales: Tensor = blocks[:, :4].contiguous().view(torch.float16).float()
+    d, m = scales[:, :1], scales[:, 1:]
     place = torch.arange(32, dtype=torch.int64)
     word = blocks[:, 4:8].to(torch.int64) << torch.tensor([0, 8, 16, 24])
     fifth = (word.sum(1, keepdim=True) >> place) & 1
@@ -45,7 +46,7 @@ def _q5_1(blocks: Tensor) -> Tensor:
 
 def _q8_0(blocks: Tensor) -> Tensor:
     """x = d q."""
-    d = blocks[:, :2].contiguous().view(torch.float16).float()
+    d: Tensor = blocks[:, :2].contiguous().view(torch.float16).float()
     return d * blocks[:, 2:].contiguous().view(torch.int8).float()
 
 
