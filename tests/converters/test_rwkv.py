@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 
 from glazoo.converters import ConversionError, import_original
 from glazoo.converters.commands import convert, tune
-from glazoo.models import GlazooForCausalLM
+from glazoo.models import GlazooConfig, GlazooForCausalLM
+from glazoo.models.cache import CACHE
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "published"
 IDS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
@@ -40,8 +41,8 @@ def logits(folder: Path, ids: list[int] = IDS) -> Tensor:
         out: Tensor = model(tokens).logits[0]
         steps, cache = [], None
         for i in range(len(ids)):
-            step = model(tokens[:, i : i + 1], past_key_values=cache, use_cache=True)
-            cache = step.past_key_values if hasattr(step, "past_key_values") else step.cache
+            step = model(tokens[:, i : i + 1], **{CACHE: cache}, use_cache=True)
+            cache = step[CACHE]
             steps.append(step.logits[0, 0])
         mask = torch.tensor([[0, 1, 1, 0, *[1] * (len(ids) - 2)]])
         padded = torch.zeros_like(mask)
@@ -103,6 +104,43 @@ def refused(path: Path, message: str, **options: Any) -> None:
     assert not list(path.parent.glob(".i*"))
 
 
+def test_a_cache_goes_back_over_channel_mixing(tmp_path: Path) -> None:
+    torch.save(make(6), tmp_path / "m.pth")
+    import_original(tmp_path / "m.pth", tmp_path / "i")
+    model = GlazooForCausalLM.from_pretrained(tmp_path / "i", dtype=torch.float64).double().eval()
+    ids = torch.tensor([IDS])
+    with torch.no_grad():
+        cache = model(ids[:, :3], use_cache=True)[CACHE]
+        cache.activate_past_recording()
+        model(torch.cat([ids[:, 3:6], ids[:, :3]], 1), **{CACHE: cache})
+        cache.crop(-3)
+        again = model(ids[:, 6:], **{CACHE: cache}).logits
+        assert (again - model(ids).logits[:, 6:]).abs().max() < 1e-11
+
+
+def test_fresh_models_of_these_parts_start_finite_and_refuse_what_they_have_not() -> None:
+    given: dict[str, Any] = {
+        "hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 7, "num_heads": 2, "head_k_dim": 8,
+        "head_v_dim": 8,
+    }  # fmt: skip
+    parts: dict[str, Any] = {
+        "norm": "layer", "feed_forward": "gated_channel_mix", "embedding_norm": True,
+        "head_bias": True,
+    }  # fmt: skip
+    for pattern in ("rwkv5", "rwkv6", "rwkv7"):
+        model = GlazooForCausalLM(GlazooConfig(pattern=pattern, **given, **parts))
+        loss = model(torch.tensor([[1, 2, 3, 4]]), labels=torch.tensor([[1, 2, 3, 4]])).loss
+        loss.backward()
+        assert loss.isfinite()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    with pytest.raises(ValueError, match="norm: got 'batch', accepted are rms, layer"):
+        GlazooConfig(pattern="rwkv7", norm="batch", **given)
+    with pytest.raises(
+        ValueError, match="feed_forward: got 'channel_mix', accepted beside softmax"
+    ):
+        GlazooConfig(pattern=["rwkv7", "attention"], feed_forward="channel_mix", **given)
+
+
 def test_files_that_are_cut_off_are_refused_by_name(tmp_path: Path) -> None:
     w = make(7)
     torch.save(w, tmp_path / "m.pth")
@@ -128,9 +166,9 @@ def test_files_of_others_are_refused_by_name(
     path = tmp_path / "m.pth"
     path.write_text("weights")
     refused(path, r"m.pth is neither a PyTorch checkpoint nor a file of rwkv.cpp: it begins")
-    for thing in (Harmful(), {"model": nn.Linear(2, 2)}):
+    for thing, name in ((Harmful(), ""), ({"model": nn.Linear(2, 2)}, "Linear")):
         torch.save(thing, path)
-        refused(path, r"m.pth.* other objects than tensors.*may run code.*state_dict")
+        refused(path, rf"m.pth.* other objects than tensors.*{name}.*may run code.*state_dict")
     assert not (tmp_path / "harm").exists()
     torch.save([torch.zeros(1)], path)
     refused(path, "m.pth holds list, expected a state dict")

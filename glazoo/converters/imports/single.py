@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import pickle
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -91,26 +93,22 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     Raises:
         ConversionError: it is cut off or damaged, or holds something else than tensors.
     """
-    import pickle
-
     try:
         # Mapped: memory does not hold a copy. The form before zip files cannot be.
         with path.open("rb") as f:
             mapped = f.read(2) == b"PK"
         state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as e:
-        first = str(e).strip().splitlines()[0] if "Unsupported" not in str(e) else str(e)
-        asked = next((s for s in first.split(". ") if "GLOBAL" in s), "")
-        detail = f" ({' '.join(asked.split())})" if asked else ""
+        named = re.search(r"GLOBAL (\S+)", str(e))
         raise ConversionError(
-            f"cannot read {path.name}: it is damaged, or holds other objects than tensors{detail}, "
-            "which are not loaded because they may run code. Accepted is a state dict: "
-            "torch.save(model.state_dict(), FILE)"
+            f"cannot read {path.name}: it is damaged, or holds other objects than tensors"
+            f"{f' ({named[1]})' if named else ''}, which are not loaded because they may run code. "
+            "Accepted is a state dict: torch.save(model.state_dict(), FILE)"
         ) from e
     except Exception as e:
         raise ConversionError(
-            f"cannot read {path.name}: {' '.join(str(e).split())}. It is cut off or damaged: fetch "
-            "it again"
+            f"cannot read {path.name}: it is cut off or damaged, fetch it again "
+            f"({' '.join(str(e).split())})"
         ) from e
     if not isinstance(state, dict):
         raise ConversionError(
