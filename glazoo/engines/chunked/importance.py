@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -181,6 +182,7 @@ def importance(
     *,
     initial_state: Float[Tensor, "N HV K"] | None = None,
     cu_seqlens: Int[Tensor, " N+1"] | None = None,
+    operator: Callable[..., Any] = _importance,
 ) -> tuple[Float[Tensor, "B T HV K"], Float[Tensor, "N HV K"]]:
     """Importance above the prior, per key, for a head-shaped importance gate.
 
@@ -195,6 +197,7 @@ def importance(
         g: natural log of the decay, <= 0, -inf allowed; None is no decay.
         initial_state: J_0; None is zeros.
         cu_seqlens: borders of packed sequences (then B = 1); empty sequences are allowed.
+        operator: what computes it, given the record of the operation; default: this engine's.
 
     Returns:
         J after every token and after the last one, both in float32 (float64 for float64 operands):
@@ -216,5 +219,5 @@ def importance(
     checks.shape("initial_state", initial_state, (count, b.shape[2], k.shape[3]))
     if k.shape[1] == 1 and cu_seqlens is None:
         return loops.importance(k, b, g, initial_state=initial_state)
-    value, final = _importance(k, b, g, initial_state, cu_seqlens)
+    value, final = operator(k, b, g, initial_state, cu_seqlens)
     return value, final

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -215,6 +215,7 @@ def riccati(
     *,
     initial_state: Float[Tensor, "N HV K"] | None = None,
     cu_seqlens: Int[Tensor, " N+1"] | None = None,
+    operator: Callable[..., Any] = _riccati,
 ) -> tuple[Float[Tensor, "B T HV K"], Float[Tensor, "N HV K"]]:
     """A scan of fractions over keys, the scalar Riccati recursion of a Kalman filter.
 
@@ -231,6 +232,7 @@ def riccati(
         u: what a token adds, >= 0.
         initial_state: z_0 >= 0; None is zeros.
         cu_seqlens: borders of packed sequences (then B = 1); empty sequences are allowed.
+        operator: what computes it, given the record of the operation; default: this engine's.
 
     Returns:
         z after every token and after the last one, both in float32 (float64 for float64 operands):
@@ -251,5 +253,5 @@ def riccati(
     checks.shape("initial_state", initial_state, (sequences(cu_seqlens, lead[0]), *u.shape[2:]))
     if u.shape[1] == 1 and cu_seqlens is None:
         return loops.riccati(a, c, d, u, initial_state=initial_state)
-    value, final = _riccati(a, c, d, u, initial_state, cu_seqlens)
+    value, final = operator(a, c, d, u, initial_state, cu_seqlens)
     return value, final

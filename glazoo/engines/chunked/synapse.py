@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -472,6 +472,7 @@ def synapse(
     read: str = "post",
     uncertainty: bool = False,
     cu_seqlens: Int[Tensor, " N+1"] | None = None,
+    operator: Callable[..., Any] = _synapse,
 ) -> tuple[
     Float[Tensor, "B T HV V"],
     tuple[Float[Tensor, "N HV K V"], Float[Tensor, "N HV K V"]],
@@ -511,6 +512,7 @@ def synapse(
         read: "post" reads after the write of the token, "pre" before its decay and write.
         uncertainty: also return sum_k q_k^2 / (J_t + I_p)_k.
         cu_seqlens: borders of packed sequences (then B = 1); empty sequences are allowed.
+        operator: what computes it, given the record of the operation; default: this engine's.
 
     Returns:
         o in the dtype of w, the final (h, J) in float32 (float64 for float64 operands), and the
@@ -548,5 +550,5 @@ def synapse(
     if prior.dim() == 1:
         prior = prior.unsqueeze(-1)
     h, j = initial_state or (None, None)
-    out, h, j, doubt = _synapse(q, k, w, b, g, prior, h, j, cu_seqlens, read, uncertainty, True)
+    out, h, j, doubt = operator(q, k, w, b, g, prior, h, j, cu_seqlens, read, uncertainty, True)
     return out, (h, j), doubt if uncertainty else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -535,6 +535,7 @@ def synapse_delta(
     base: str = "decayed",
     uncertainty: bool = False,
     cu_seqlens: Int[Tensor, " N+1"] | None = None,
+    operator: Callable[..., Any] = _synapse_delta,
 ) -> tuple[
     Float[Tensor, "B T HV V"],
     tuple[Float[Tensor, "N HV K V"], Float[Tensor, "N HV K V"]],
@@ -588,6 +589,7 @@ def synapse_delta(
         base: the state that is corrected, "decayed" or "prev".
         uncertainty: also return sum_k q_k^2 / I_t,k.
         cu_seqlens: borders of packed sequences (then B = 1); empty sequences are allowed.
+        operator: what computes it, given the record of the operation; default: this engine's.
 
     Returns:
         o in the dtype of v, the final (mu, J) in float32 (float64 for float64 operands), and the
@@ -644,7 +646,7 @@ def synapse_delta(
     b = b.expand(v.shape)
     if prior.dim() == 1:
         prior = prior.unsqueeze(-1)
-    out, mu, j, doubt = _synapse_delta(
+    out, mu, j, doubt = operator(
         q,
         k,
         v,
