@@ -154,7 +154,9 @@ def attention(
         cu_seqlens: [N + 1], int: packed sequences, B = 1; sequence n has tokens cu_seqlens[n] to
             cu_seqlens[n + 1] - 1 and may be empty.
         impl: "reference" (token by token, the definition), "chunked" (matrix products, any device),
-            "triton" (GPU kernels), or "auto": chunked, which serves every spec and device.
+            "compiled" (a CPU with numba, `pip install 'glazoo[cpu]'`: chunked, with compiled loops
+            for what no matrix product expresses), "triton" (GPU kernels), or "auto": compiled
+            where it runs, else chunked, which serves every spec and device.
 
     Returns:
         `Output(output, final_state)`, with a third field `uncertainty` if asked for. Arithmetic and

@@ -25,6 +25,7 @@ _PACKAGES = (
     "einops",
     "jaxtyping",
     "numpy",
+    "numba",
     "scipy",
     "rich",
     "typer",

@@ -1,8 +1,9 @@
-"""Engines that run a program: `reference`, `chunked`, `triton`."""
+"""Engines that run a program: `reference`, `chunked`, `compiled`, `triton`."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import logging
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ import torch
 from glazoo.engines import reference
 from glazoo.engines.call import Call, Result
 
-__all__ = ["ENGINES", "Engine", "available", "pick"]
+__all__ = ["ENGINES", "Engine", "automatic", "available", "pick"]
 
 Engine = Callable[[Call], Result]
 
@@ -24,6 +25,23 @@ def _chunked(call: Call) -> Result:
     return lowered.run(call, chunked)
 
 
+def _compiled(call: Call) -> Result:
+    device = call.operands["q"].device.type
+    if device != "cpu":
+        raise ValueError(
+            f"impl='compiled': the operands are on {device}; accepted are CPU tensors "
+            "(impl='chunked' runs on any device)"
+        )
+    if not _has_numba():
+        raise ValueError(
+            "impl='compiled': numba is not installed; pip install 'glazoo[cpu]', or "
+            "impl='chunked', which needs nothing"
+        )
+    from glazoo.engines import compiled, lowered
+
+    return lowered.run(call, compiled)
+
+
 def _triton(call: Call) -> Result:
     from glazoo.engines import triton
 
@@ -33,20 +51,31 @@ def _triton(call: Call) -> Result:
 _ENGINES: dict[str, Engine] = {
     "reference": reference.run,
     "chunked": _chunked,
+    "compiled": _compiled,
     "triton": _triton,
 }
-
 
 ENGINES = tuple(_ENGINES)
 """All engines by name."""
 
 
-def available() -> tuple[str, ...]:
-    """Return the names of the engines that run everywhere and in every precision.
+@functools.cache
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
 
-    `triton` needs a GPU, or its interpreter, and has no float64.
+
+def available() -> tuple[str, ...]:
+    """Return the names of the engines that run on a CPU here, in every precision.
+
+    `triton` needs a GPU, or its interpreter, and has no float64; `compiled` needs numba.
     """
-    return tuple(name for name in _ENGINES if name != "triton")
+    missing = {"triton"} if _has_numba() else {"triton", "compiled"}
+    return tuple(name for name in _ENGINES if name not in missing)
+
+
+def automatic(device: str) -> str:
+    """Return the name of the engine that `impl="auto"` is on a device."""
+    return "compiled" if device == "cpu" and _has_numba() else "chunked"
 
 
 @functools.cache
@@ -56,15 +85,16 @@ def _say(name: str, device: str) -> None:
 
 def pick(impl: str, call: Call) -> Engine:
     """Return the engine that `impl` names; `auto` is the chunked engine, which serves every program
-    and device.
+    and device, on a CPU with numba the compiled one, which is as general there.
 
     Raises:
         ValueError: there is no such engine.
     """
     if impl == "auto":
-        impl = "chunked"
+        device = call.operands["q"].device.type
+        impl = automatic(device)
         if not torch.compiler.is_compiling():
-            _say(impl, call.operands["q"].device.type)
+            _say(impl, device)
     if impl not in _ENGINES:
         raise ValueError(f"impl: got {impl!r}, accepted are {', '.join(('auto', *_ENGINES))}")
     return _ENGINES[impl]

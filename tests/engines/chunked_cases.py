@@ -7,12 +7,21 @@ from dataclasses import dataclass, field, replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from budget import assert_within_budget, witnesses
 from hypothesis import strategies as st
 from torch import Tensor
 
+from glazoo.engines import available, chunked
+
 OPERATIONS = ("linear", "delta", "importance", "synapse", "synapse_delta", "solve", "riccati")
+# Modules of core operations, and the operations that each has of its own.
+CORES: list[tuple[ModuleType, str]] = [(chunked, name) for name in OPERATIONS]
+if "compiled" in available():
+    from glazoo.engines import compiled
+
+    CORES += [(compiled, x) for x in ("importance", "riccati", "synapse", "synapse_delta")]
 POSITIONAL = {
     "linear": ("q", "k", "w", "g"),
     "delta": ("q", "e", "k", "w", "g"),
@@ -56,6 +65,13 @@ OPTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 # What stays in float32 when queries, keys and values are in a 16-bit dtype.
 GATES = ("g", "b", "beta", "prior", "a", "c", "d", "u", "s", "h", "j", "m")
+
+
+def each_core(*operations: str) -> pytest.MarkDecorator:
+    """Run a test of `core` and `operation` for every engine that has an operation of its own."""
+    pairs = [x for x in CORES if x[1] in (operations or OPERATIONS)]
+    names = [f"{core.__name__.rpartition('.')[2]}-{name}" for core, name in pairs]
+    return pytest.mark.parametrize(("core", "operation"), pairs, ids=names)
 
 
 @dataclass

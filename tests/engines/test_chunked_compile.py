@@ -1,18 +1,19 @@
 """torch.compile traces the core operations without graph breaks, forward and backward."""
 
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
-from chunked_cases import OPERATIONS, Case, call, make, with_gradients
+from chunked_cases import Case, call, each_core, make, with_gradients
 from torch import Tensor
 
 from glazoo.engines import chunked
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_full_graph(operation: str, tokens: int) -> None:
+@each_core()
+def test_full_graph(core: ModuleType, operation: str, tokens: int) -> None:
     """Compiled values and gradients are those of eager mode; a graph break would raise."""
     torch._dynamo.reset()
     case = make(operation, tokens=tokens, states=1, share=2, keys=2, values=2)
@@ -20,7 +21,7 @@ def test_full_graph(operation: str, tokens: int) -> None:
 
     def function(*operands: Tensor) -> tuple[Tensor, ...]:
         made = dict(zip(names, operands, strict=True))
-        return tuple(call(chunked, replace(case, operands=made)).values())
+        return tuple(call(core, replace(case, operands=made)).values())
 
     # The graph that dynamo and the autograd tracer make is what is tested, not a code generator.
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
@@ -51,8 +52,8 @@ def test_full_graph_of_a_pack(operation: str) -> None:
         assert torch.equal(compiled(q, part), function(q, part))
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_registration(operation: str) -> None:
+@each_core()
+def test_registration(core: ModuleType, operation: str) -> None:
     """Schemas, fake implementations and autograd formulas are consistent with the real ones."""
     seen: list[tuple[str, tuple[object, ...]]] = []
 
@@ -64,7 +65,7 @@ def test_registration(operation: str) -> None:
 
     case = make(operation, tokens=3, states=1, gate="head")
     with Spy():
-        with_gradients(chunked, case)
+        with_gradients(core, case)
     names = {str(func) for func, _ in seen}
     assert any("backward" in name for name in names)
     assert any("backward" not in name for name in names)

@@ -1,11 +1,12 @@
 """Extreme gates, keys and importances: finite results and gradients that match the loop."""
 
 import sys
+from types import ModuleType
 
 import pytest
 import torch
 from budget import unit
-from chunked_cases import OPERATIONS, Case, compare, make, with_gradients
+from chunked_cases import CORES, Case, compare, each_core, make, with_gradients
 from torch import Tensor
 
 from glazoo.engines import chunked
@@ -13,10 +14,10 @@ from glazoo.kernels import loops
 
 DTYPES = (torch.float64, torch.float32)
 # Those whose tokens come with a key and a log decay.
-KEYED = [operation for operation in OPERATIONS if operation != "riccati"]
+KEYED = [(core, operation) for core, operation in CORES if operation != "riccati"]
 GATED = [
-    (operation, gate)
-    for operation in KEYED
+    pytest.param(core, operation, gate, id=f"{core.__name__}-{operation}-{gate}")
+    for core, operation in KEYED
     for gate in ("head", "key")
     if (operation, gate) != ("solve", "key")
 ]
@@ -43,33 +44,35 @@ def pattern(case: Case, kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["none", "all", "strong", "mixed", "burst"])
-@pytest.mark.parametrize(("operation", "gate"), GATED)
-def test_decays(operation: str, gate: str, kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("core", "operation", "gate"), GATED)
+def test_decays(core: ModuleType, operation: str, gate: str, kind: str, dtype: torch.dtype) -> None:
     case = make(operation, tokens=80, keys=3, values=2, share=2, gate=gate, states=1)
     pattern(case, kind)
     case = case.cast(dtype)
-    found = with_gradients(chunked, case)
+    found = with_gradients(core, case)
     compare(found, loops, case, dtype)
     forgotten = torch.isinf(case.operands["g"])
     assert (found["dg"][forgotten] == 0).all()
 
 
-@pytest.mark.parametrize(("operation", "gate"), GATED)
-def test_strong_decays_have_small_gradients(operation: str, gate: str) -> None:
+@pytest.mark.parametrize(("core", "operation", "gate"), GATED)
+def test_strong_decays_have_small_gradients(core: ModuleType, operation: str, gate: str) -> None:
     """A gradient that is tiny because its decay is tiny is not drowned in rounding noise."""
     case = make(operation, tokens=80, keys=3, values=2, gate=gate)
     case.operands["g"].fill_(-60.0)
     case = case.cast(torch.float32)
     truth = with_gradients(loops, case.double())["dg"]
-    found = with_gradients(chunked, case)["dg"].double()
+    found = with_gradients(core, case)["dg"].double()
     assert float(truth.abs().max()) < 1e-20
     assert float((found - truth).abs().max()) <= 1e-3 * float(truth.abs().max())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("norm", [1e-6, 1e3])
-@pytest.mark.parametrize("operation", KEYED)
-def test_keys_of_any_norm(operation: str, norm: float, dtype: torch.dtype) -> None:
+@each_core(*sorted({operation for _, operation in KEYED}))
+def test_keys_of_any_norm(
+    core: ModuleType, operation: str, norm: float, dtype: torch.dtype
+) -> None:
     """With write gates that keep the recurrence stable: the erase key carries 1 / norm^2."""
     case = make(operation, tokens=80, keys=4, values=2, share=2, states=1, gate="head")
     case.operands["k"] *= norm
@@ -78,15 +81,15 @@ def test_keys_of_any_norm(operation: str, norm: float, dtype: torch.dtype) -> No
     if operation == "synapse_delta":
         case.operands["beta"] /= max(norm, 1.0) ** 2
     case = case.cast(dtype)
-    compare(with_gradients(chunked, case), loops, case, dtype)
+    compare(with_gradients(core, case), loops, case, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("prior", [1e-6, 1.0, 1e6])
 @pytest.mark.parametrize("evidence", [0.0, 1e-6, 1e6])
-@pytest.mark.parametrize("operation", ["synapse", "synapse_delta"])
+@each_core("synapse", "synapse_delta")
 def test_importance_of_any_size(
-    operation: str, prior: float, evidence: float, dtype: torch.dtype
+    core: ModuleType, operation: str, prior: float, evidence: float, dtype: torch.dtype
 ) -> None:
     options = {"uncertainty": True}
     if operation == "synapse_delta":
@@ -97,7 +100,7 @@ def test_importance_of_any_size(
     case.operands["b"] *= evidence
     case.operands["j"] *= evidence
     case = case.cast(dtype)
-    compare(with_gradients(chunked, case), loops, case, dtype)
+    compare(with_gradients(core, case), loops, case, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,10 +2,19 @@
 
 import itertools
 from dataclasses import replace
+from types import ModuleType
 
-import pytest
 import torch
-from chunked_cases import OPERATIONS, STATES, Case, call, cases, compare, make, with_gradients
+from chunked_cases import (
+    STATES,
+    Case,
+    call,
+    cases,
+    compare,
+    each_core,
+    make,
+    with_gradients,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -57,10 +66,10 @@ class Unpacked:
         return run
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@each_core()
 @given(data=st.data())
 @settings(max_examples=10)
-def test_a_pack_is_its_sequences(operation: str, data: st.DataObject) -> None:
+def test_a_pack_is_its_sequences(core: ModuleType, operation: str, data: st.DataObject) -> None:
     """Values, gradients and states; sequences of no token keep their state."""
     case = data.draw(cases(operation, longest=90, packed=True))
     tokens = next(iter(case.operands.values())).shape[1]
@@ -81,12 +90,12 @@ def test_a_pack_is_its_sequences(operation: str, data: st.DataObject) -> None:
         case.operands.update({name: made.operands[name] for name in STATES[operation]})
     dtype = data.draw(st.sampled_from((torch.float64, torch.float32)))
     case = case.cast(dtype)
-    found = with_gradients(chunked, case, cu_seqlens=borders)
+    found = with_gradients(core, case, cu_seqlens=borders)
     compare(found, Unpacked(), case, dtype, cu_seqlens=borders)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_long_and_short_sequences_together(operation: str) -> None:
+@each_core()
+def test_long_and_short_sequences_together(core: ModuleType, operation: str) -> None:
     """Lengths that are views, that are gathered alone and that share a batch."""
     lengths = [700, 1, 0, 5, 6, 7, 70, 66, 1, 1, 0]
     if operation in ("synapse_delta", "solve"):
@@ -95,22 +104,24 @@ def test_long_and_short_sequences_together(operation: str) -> None:
     case = make(
         operation, tokens=sum(lengths), keys=2, values=2, share=2, states=len(lengths), gate="head"
     )
-    found = with_gradients(chunked, case, cu_seqlens=borders)
+    found = with_gradients(core, case, cu_seqlens=borders)
     compare(found, Unpacked(), case, torch.float64, cu_seqlens=borders)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_all_sequences_empty(operation: str) -> None:
+@each_core()
+def test_all_sequences_empty(core: ModuleType, operation: str) -> None:
     case = make(operation, tokens=0, states=3)
-    found = with_gradients(chunked, case, cu_seqlens=torch.tensor([0, 0, 0, 0]))
+    found = with_gradients(core, case, cu_seqlens=torch.tensor([0, 0, 0, 0]))
     for name in STATES[operation]:
         assert torch.equal(found[f"final {name}"], case.operands[name])
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@each_core()
 @given(cuts=st.lists(st.integers(0, 150), max_size=4), seed=st.integers(0, 99))
 @settings(max_examples=8)
-def test_segments_with_carried_states(operation: str, cuts: list[int], seed: int) -> None:
+def test_segments_with_carried_states(
+    core: ModuleType, operation: str, cuts: list[int], seed: int
+) -> None:
     """Cutting a sequence and carrying the state changes no value and no gradient."""
     case = make(operation, tokens=150, states=1, share=2, keys=3, gate="head", seed=seed)
 
@@ -119,14 +130,14 @@ def test_segments_with_carried_states(operation: str, cuts: list[int], seed: int
         state = {name: made.operands[name] for name in STATES[operation]}
         outs = []
         for start, stop in itertools.pairwise([0, *sorted(cuts), 150]):
-            found = call(chunked, cut(made, start, stop, state))
+            found = call(core, cut(made, start, stop, state))
             outs.append(found["out"])
             state = {name: found[f"final {name}"] for name in STATES[operation]}
         return [torch.cat(outs, dim=1), *state.values()]
 
     def whole(names: list[str], operands: list[Tensor]) -> list[Tensor]:
         made = replace(case, operands=dict(zip(names, operands, strict=True)))
-        return list(call(chunked, made).values())
+        return list(call(core, made).values())
 
     results = []
     for function in (segmented, whole):
@@ -140,12 +151,12 @@ def test_segments_with_carried_states(operation: str, cuts: list[int], seed: int
         assert float((x - y).detach().abs().max()) <= 150 * torch.finfo(torch.float64).eps * scale
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_sequences_do_not_see_each_other(operation: str) -> None:
+@each_core()
+def test_sequences_do_not_see_each_other(core: ModuleType, operation: str) -> None:
     """Another sequence of the pack, and a token after, change no bit."""
     borders = torch.tensor([0, 40, 40, 110])
     case = make(operation, tokens=110, share=2).cast(torch.float32)
-    before = call(chunked, case, cu_seqlens=borders)["out"]
+    before = call(core, case, cu_seqlens=borders)["out"]
     changed = {
         name: x.clone() if x is not None and name in TOKENWISE else x
         for name, x in case.operands.items()
@@ -153,7 +164,7 @@ def test_sequences_do_not_see_each_other(operation: str) -> None:
     for name in TOKENWISE:
         if changed.get(name) is not None:
             changed[name][:, 60:] *= 0.5
-    after = call(chunked, replace(case, operands=changed), cu_seqlens=borders)["out"]
+    after = call(core, replace(case, operands=changed), cu_seqlens=borders)["out"]
     assert torch.equal(before[:, :60], after[:, :60])
     assert not torch.equal(before[:, 60:], after[:, 60:])
 

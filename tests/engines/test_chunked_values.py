@@ -1,18 +1,18 @@
 """The chunked core operations against per-token loops in float64: values and gradients."""
 
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import chunked_cases
 import pytest
 import torch
 from chunked_cases import (
-    OPERATIONS,
     OPTIONS,
     Case,
     call,
     cases,
     compare,
     delta_at_once,
+    each_core,
     make,
     with_gradients,
 )
@@ -25,33 +25,33 @@ from glazoo.kernels import loops
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@each_core()
 @given(data=st.data())
 @settings(max_examples=16)
-def test_matches_the_loop(operation: str, data: st.DataObject) -> None:
+def test_matches_the_loop(core: ModuleType, operation: str, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(DTYPES))
     case = data.draw(cases(operation)).cast(dtype)
-    compare(with_gradients(chunked, case), loops, case, dtype)
+    compare(with_gradients(core, case), loops, case, dtype)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@each_core()
 @pytest.mark.parametrize("tokens", [0, 1, 300])
-def test_lengths(operation: str, tokens: int) -> None:
+def test_lengths(core: ModuleType, operation: str, tokens: int) -> None:
     case = make(operation, batch=2, tokens=tokens, share=2, gate="head", states=2)
-    compare(with_gradients(chunked, case), loops, case, torch.float64)
+    compare(with_gradients(core, case), loops, case, torch.float64)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_many_rows_are_split_into_tiles(operation: str) -> None:
+@each_core()
+def test_many_rows_are_split_into_tiles(core: ModuleType, operation: str) -> None:
     """More rows than one tile holds, over batch and over heads."""
     for batch, heads, share in ((40, 1, 1), (2, 3, 16)):
         case = make(operation, batch=batch, heads=heads, share=share, tokens=9, states=batch)
-        compare(with_gradients(chunked, case), loops, case, torch.float64)
+        compare(with_gradients(core, case), loops, case, torch.float64)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@each_core()
 @pytest.mark.parametrize("gate", ["head", "key"])
-def test_gradcheck(operation: str, gate: str) -> None:
+def test_gradcheck(core: ModuleType, operation: str, gate: str) -> None:
     if operation == "solve":
         gate = "head"
     case = make(operation, tokens=5, keys=2, values=2, share=2, gate=gate, states=1, eraser=True)
@@ -61,7 +61,7 @@ def test_gradcheck(operation: str, gate: str) -> None:
         made = dict(zip(names, operands, strict=True))
         if "m" in made:  # a precision matrix is symmetric
             made["m"] = (made["m"] + made["m"].mT) / 2
-        return tuple(call(chunked, Case(operation, made, case.options)).values())
+        return tuple(call(core, Case(operation, made, case.options)).values())
 
     given_operands = [case.operands[name].requires_grad_() for name in names]
     assert torch.autograd.gradcheck(function, given_operands)
@@ -104,11 +104,11 @@ def test_without_importance_a_rate_is_the_delta_rule_bit_for_bit(
         assert torch.equal(value, found[name]), name
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_layout_of_operands_does_not_matter(operation: str) -> None:
+@each_core()
+def test_layout_of_operands_does_not_matter(core: ModuleType, operation: str) -> None:
     """Head-first and interleaved memory gives the same bits as contiguous operands."""
     case = make(operation, batch=2, tokens=70, heads=2, share=2, states=2).cast(torch.float32)
-    contiguous = with_gradients(chunked, case)
+    contiguous = with_gradients(core, case)
 
     def scatter(x: torch.Tensor) -> torch.Tensor:
         wide = torch.empty(*x.shape, 2, dtype=x.dtype)
@@ -116,19 +116,19 @@ def test_layout_of_operands_does_not_matter(operation: str) -> None:
         return wide[..., 0].transpose(0, -1).contiguous().transpose(0, -1)
 
     moved = {name: None if x is None else scatter(x) for name, x in case.operands.items()}
-    strided = with_gradients(chunked, Case(operation, moved, case.options))
+    strided = with_gradients(core, Case(operation, moved, case.options))
     for name, value in contiguous.items():
         assert torch.equal(value, strided[name]), name
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_dtypes_of_results(operation: str) -> None:
+@each_core()
+def test_dtypes_of_results(core: ModuleType, operation: str) -> None:
     """Outputs have the dtype of the values, states float32 at least, gradients the operands'."""
     for dtype in DTYPES:
         wide = torch.promote_types(dtype, torch.float32)
         for tokens in (1, 3):
             case = make(operation, tokens=tokens, states=1, share=2).cast(dtype)
-            found = with_gradients(chunked, case)
+            found = with_gradients(core, case)
             for name, value in found.items():
                 state = operation in ("importance", "riccati", "solve") and name == "out"
                 if name.startswith("final") or state:
@@ -139,23 +139,23 @@ def test_dtypes_of_results(operation: str) -> None:
                     assert value.dtype == case.operands[name[1:]].dtype, name
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_autocast_does_not_lower_precision(operation: str) -> None:
+@each_core()
+def test_autocast_does_not_lower_precision(core: ModuleType, operation: str) -> None:
     for tokens in (1, 70):
         case = make(operation, tokens=tokens, states=1, share=2).cast(torch.float32)
-        plain = call(chunked, case)
+        plain = call(core, case)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            cast = call(chunked, case)
+            cast = call(core, case)
         for name, value in plain.items():
             assert torch.equal(value, cast[name]), name
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_inference_gives_the_bits_of_training(operation: str) -> None:
+@each_core()
+def test_inference_gives_the_bits_of_training(core: ModuleType, operation: str) -> None:
     case = make(operation, tokens=70, states=1, share=2).cast(torch.float32)
-    trained = with_gradients(chunked, case)
+    trained = with_gradients(core, case)
     with torch.no_grad():
-        for name, value in call(chunked, case).items():
+        for name, value in call(core, case).items():
             assert torch.equal(value, trained[name]), name
 
 
@@ -184,16 +184,16 @@ def test_frozen_importance_is_the_plain_delta_rule() -> None:
     compare(with_gradients(chunked, case), loops, case, torch.float64)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_wrong_shapes_are_named(operation: str) -> None:
+@each_core()
+def test_wrong_shapes_are_named(core: ModuleType, operation: str) -> None:
     for name in chunked_cases.POSITIONAL[operation]:
         case = make(operation, tokens=3, heads=2, keys=4, values=3, share=2)
         x = case.operands[name]
         case.operands[name] = torch.cat((x, x), dim=2)[:, :, :3]
         with pytest.raises(ValueError, match=rf"{name}|heads"):
-            call(chunked, case)
+            call(core, case)
     with pytest.raises(ValueError, match="cu_seqlens"):
-        call(chunked, make(operation, batch=2), cu_seqlens=torch.tensor([0, 8]))
+        call(core, make(operation, batch=2), cu_seqlens=torch.tensor([0, 8]))
 
 
 def test_unknown_options_are_named() -> None:

@@ -71,7 +71,7 @@ def bench(
     """
     engines = engine or [e for e in available() if e != "reference"]
     for e in engines:
-        known("engine", e, ("reference", "chunked", "triton"))
+        known("engine", e, ("reference", "chunked", "compiled", "triton"))
     for m in mode or ():
         known("mode", m, MODES)
     modes = [m for m in MODES if not mode or m in mode]

@@ -18,8 +18,10 @@ SMALL = 1 << 20
 
 
 def flat(x: Tensor | None, dtype: torch.dtype) -> Any:
-    """An operand as the loops take it; None stays None."""
-    return None if x is None else x.detach().to(dtype).contiguous().view(-1).numpy()
+    """An operand as the loops take it, empty for None."""
+    if x is None:
+        return torch.empty(0, dtype=dtype).numpy()
+    return x.detach().to(dtype).contiguous().view(-1).numpy()
 
 
 def room(*shape: int, dtype: torch.dtype) -> tuple[Tensor, Any]:

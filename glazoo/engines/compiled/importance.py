@@ -43,9 +43,7 @@ def _run(x: Importance, keep: bool) -> tuple[Tensor, Tensor]:
     parts = parts_of_heads(*final.shape[:2])
     made = (y.view(-1).numpy() for y in (final, out))
     given = _operands(x, out.dtype)
-    run(
-        loops.importance, final.shape[0] * parts, 1, out.numel(), *given, *made, _sizes(x), parts
-    )
+    run(loops.importance, final.shape[0] * parts, 1, out.numel(), *given, *made, _sizes(x), parts)
     return found
 
 

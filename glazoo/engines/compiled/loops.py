@@ -1,9 +1,10 @@
 """The compiled loops. One file: what is kept of a loop on disk is as old as the file that it is in.
 
 Operands are flat and contiguous: tokens of all sequences [T, heads, channels], states [N, HV, K, V]
-or [N, HV, K]; `cu` holds the borders of the sequences. A unit is one sequence's value head's block
-of VALUES values; its states stay in the caches. `shift` is 1 where a read sees the state before its
-own token: a step is then a token's write and the next token's read, and the first writes nothing.
+or [N, HV, K]; what a call is without is empty, and `cu` holds the borders of the sequences. A unit
+is one sequence's value head's block of VALUES values; its states stay in the caches. `shift` is 1
+where a read sees the state before its own token: a step is then a token's write and the next
+token's read, and the first writes nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _compiled(*fastmath: str) -> Callable[[Callable[..., Any]], Any]:
     no infinity or that everything is a number.
     """
 
-    def compile(function: Callable[..., Any]) -> Any:
+    def decorate(function: Callable[..., Any]) -> Any:
         options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
         options["fastmath"] = set(fastmath) if fastmath else False
         try:
@@ -44,7 +45,7 @@ def _compiled(*fastmath: str) -> Callable[[Callable[..., Any]], Any]:
         except RuntimeError:  # no folder can be written
             return numba.njit(**options)(function)
 
-    return compile
+    return decorate
 
 
 # Sums in any order, products fused with sums, and the sign of a zero not kept.
@@ -132,7 +133,9 @@ def _turn_back(
 
 
 @_loop
-def _state(state: Any, h: Any, j: Any, row: int, keys: int, low: int, size: int, load: bool) -> None:
+def _state(
+    state: Any, h: Any, j: Any, row: int, keys: int, low: int, size: int, load: bool
+) -> None:
     """Load a unit's two states, a key's side by side, or store them."""
     width, second = min(VALUES, size - low), state[VALUES:]
     if load:
@@ -152,7 +155,7 @@ def synapse(
     number, even = -(-size // VALUES), keys + keys % 2
     state = np.zeros(2 * even * VALUES, w.dtype)
     tokens = np.zeros(3 * BLOCK * VALUES, w.dtype)
-    spread = np.zeros(BLOCK * VALUES, w.dtype)
+    spread, importance = np.zeros(BLOCK * VALUES, w.dtype), np.zeros(VALUES, w.dtype)
     # Per key and step its decay, key and query; those of a key that is not there are no matter.
     scalars = np.ones(3 * even * BLOCK, w.dtype)
     floor = np.ones(even, w.dtype)
@@ -187,27 +190,36 @@ def synapse(
                 for c in range(STEPS):
                     for v in range(VALUES):
                         rows[3 * c * VALUES + v] = 0
+                if doubt.shape[0]:
+                    for i in range(keys):
+                        own = scalars[3 * (i * BLOCK + u) : 3 * (i * BLOCK + u + STEPS)]
+                        importance[:] = state[(2 * i + 1) * VALUES : 2 * (i + 1) * VALUES]
+                        for c in range(STEPS):
+                            decay, key, query, p = (
+                                own[3 * c],
+                                own[3 * c + 1],
+                                own[3 * c + 2],
+                                floor[i],
+                            )
+                            gate, row = rows[(3 * c + 2) * VALUES :], doubts[c * VALUES :]
+                            for v in range(VALUES):
+                                y = decay * importance[v] + key * key * gate[v]
+                                importance[v] = y
+                                row[v] += query * (query / (y + p))
                 # Two keys at a time, which share what they load of a step.
                 for i in range(0, even, 2):
                     own = scalars[3 * (i * BLOCK + u) : 3 * (i * BLOCK + u + STEPS)]
                     other = scalars[3 * ((i + 1) * BLOCK + u) : 3 * ((i + 1) * BLOCK + u + STEPS)]
                     p, r = floor[i], floor[i + 1]
                     pair = state[2 * i * VALUES : 2 * (i + 2) * VALUES]
-                    if doubt is not None:
-                        for v in range(VALUES):
-                            y, z = pair[VALUES + v], pair[3 * VALUES + v]
-                            for c in range(STEPS):
-                                gate = rows[(3 * c + 2) * VALUES + v]
-                                y = own[3 * c] * y + own[3 * c + 1] * own[3 * c + 1] * gate
-                                z = other[3 * c] * z + other[3 * c + 1] * other[3 * c + 1] * gate
-                                doubts[c * VALUES + v] += own[3 * c + 2] * (
-                                    own[3 * c + 2] / (y + p)
-                                ) + other[3 * c + 2] * (other[3 * c + 2] / (z + r))
                     for v in range(VALUES):
                         x, y = pair[v], pair[VALUES + v]
                         xx, yy = pair[2 * VALUES + v], pair[3 * VALUES + v]
                         for c in range(STEPS):
-                            value, gate = rows[(3 * c + 1) * VALUES + v], rows[(3 * c + 2) * VALUES + v]
+                            value, gate = (
+                                rows[(3 * c + 1) * VALUES + v],
+                                rows[(3 * c + 2) * VALUES + v],
+                            )
                             decay, key, query = own[3 * c], own[3 * c + 1], own[3 * c + 2]
                             x, y = decay * x + key * value, decay * y + key * key * gate
                             read = query * (x / (y + p))
@@ -218,8 +230,10 @@ def synapse(
                         pair[2 * VALUES + v], pair[3 * VALUES + v] = xx, yy
             r = start + s
             _scatter(out, tokens, r, start, stop, heads, head, low, size, width, 3 * VALUES, False)
-            if doubt is not None:
-                _scatter(doubt, spread, r, start, stop, heads, head, low, size, width, VALUES, False)
+            if doubt.shape[0]:
+                _scatter(
+                    doubt, spread, r, start, stop, heads, head, low, size, width, VALUES, False
+                )
         _state(state, h, j, (n * heads + head) * keys, keys, low, size, False)
 
 
@@ -263,7 +277,7 @@ def synapse_backward(
             _gather(ahead, b, t, start, stop, heads, head, low, size, width, wide)
             ahead = tokens[2 * VALUES :]
             _gather(ahead, dy, r, start, stop, heads, head, low, size, width, wide)
-            if du is not None:
+            if du.shape[0]:
                 ahead = tokens[5 * VALUES :]
                 _gather(ahead, du, r, start, stop, heads, head, low, size, width, wide)
             for u in range(KEPT):
@@ -293,8 +307,14 @@ def synapse_backward(
                     ai, ki, qi = rate[i * KEPT + u], key[i * KEPT + u], query[i * KEPT + u]
                     step = walk[2 * u * VALUES : 2 * (u + 2) * VALUES]
                     given = tokens[6 * u * VALUES : 6 * (u + 1) * VALUES]
-                    sum_q, sum_h, sum_j, sum_a, sum_p = ai * ZERO, ai * ZERO, ai * ZERO, ai * ZERO, ai * ZERO
-                    if du is not None:
+                    sum_q, sum_h, sum_j, sum_a, sum_p = (
+                        ai * ZERO,
+                        ai * ZERO,
+                        ai * ZERO,
+                        ai * ZERO,
+                        ai * ZERO,
+                    )
+                    if du.shape[0]:
                         for v in range(VALUES):
                             inverse = ONE / (step[3 * VALUES + v] + p)
                             owed = TWO * qi * given[5 * VALUES + v] * inverse
@@ -332,9 +352,35 @@ def synapse_backward(
             if gates:
                 _turn_back(da, drate, base * gates, t, start, stop, heads, head, gates, KEPT)
             ahead = tokens[3 * VALUES :]
-            _scatter(dw, ahead, t, start, min(stop, t + count), heads, head, low, size, width, wide, False)
+            _scatter(
+                dw,
+                ahead,
+                t,
+                start,
+                min(stop, t + count),
+                heads,
+                head,
+                low,
+                size,
+                width,
+                wide,
+                False,
+            )
             ahead = tokens[4 * VALUES :]
-            _scatter(db, ahead, t, start, min(stop, t + count), heads, head, low, size, width, wide, False)
+            _scatter(
+                db,
+                ahead,
+                t,
+                start,
+                min(stop, t + count),
+                heads,
+                head,
+                low,
+                size,
+                width,
+                wide,
+                False,
+            )
         _state(grad, dh, dj, (n * heads + head) * keys, keys, low, size, False)
 
 
@@ -450,7 +496,9 @@ def synapse_delta(
             _broadcast(write, beta, t, start, stop, heads, head, low, rates, width, VALUES)
             _gather(query, q, t, start, stop, heads_q, head * heads_q // heads, 0, keys, keys, keys)
             _gather(key, k, t, start, stop, heads_k, head * heads_k // heads, 0, keys, keys, keys)
-            _gather(eraser, e, t, start, stop, heads_e, head * heads_e // heads, 0, keys, keys, keys)
+            _gather(
+                eraser, e, t, start, stop, heads_e, head * heads_e // heads, 0, keys, keys, keys
+            )
             _gather(seen, s, t, start, stop, heads_s, head * heads_s // heads, 0, keys, keys, keys)
             if gates:
                 _broadcast(rate, a, t, start, stop, heads, head, 0, gates, keys, keys)
@@ -468,13 +516,15 @@ def synapse_delta(
                     pair, qi = state[2 * i * VALUES : 2 * (i + 1) * VALUES], reader[i]
                     for c in range(VALUES):
                         row[c] += qi * pair[c]
-                    if doubt is not None:
+                    if doubt.shape[0]:
                         p = floor[i]
                         for c in range(VALUES):
                             doubts[c] += qi * qi / (pair[VALUES + c] + p)
             _scatter(out, read, t, start, stop, heads, head, low, size, width, VALUES, False)
-            if doubt is not None:
-                _scatter(doubt, spread, t, start, stop, heads, head, low, size, width, VALUES, False)
+            if doubt.shape[0]:
+                _scatter(
+                    doubt, spread, t, start, stop, heads, head, low, size, width, VALUES, False
+                )
         _state(state, h, j, (n * heads + head) * keys, keys, low, size, False)
 
 
@@ -483,7 +533,7 @@ def _retreat(
     walk: Any, grad: Any, floor: Any, a: Any, rest: Any, q: Any, k: Any, e: Any, s: Any, v: Any,
     beta: Any, b: Any, dy: Any, du: Any, error: Any, strength: Any, found: Any, square: Any,
     dq: Any, dk: Any, de: Any, ds: Any, dv: Any, dbeta: Any, db: Any, da: Any, dprior: Any,
-    rooms: Any, rule: int, previous: bool, gates: int,
+    rooms: Any, rule: int, previous: bool, gates: int, doubted: bool,
 ) -> None:  # fmt: skip
     """One token of the class synapse_delta backward; the letters are those of its docstring.
 
@@ -491,7 +541,11 @@ def _retreat(
     """
     keys = floor.shape[0]
     new = walk[2 * keys * VALUES :]
-    along, weighted, missed = rooms[:VALUES], rooms[VALUES : 2 * VALUES], rooms[2 * VALUES : 3 * VALUES]
+    along, weighted, missed = (
+        rooms[:VALUES],
+        rooms[VALUES : 2 * VALUES],
+        rooms[2 * VALUES : 3 * VALUES],
+    )
     dsum, dsquare = rooms[3 * VALUES : 4 * VALUES], rooms[4 * VALUES : 5 * VALUES]
     # Per key: mu', I' and 1 / I or 1 / I', and the gradients of mu', I and I'.
     own = rooms[5 * VALUES : 11 * VALUES]
@@ -500,7 +554,10 @@ def _retreat(
     for turn in range(2):
         for i in range(keys):
             p, ki, qi, ai = floor[i], k[i], q[i], a[i]
-            pair, after = walk[2 * i * VALUES : 2 * (i + 1) * VALUES], new[2 * i * VALUES : 2 * (i + 1) * VALUES]
+            pair, after = (
+                walk[2 * i * VALUES : 2 * (i + 1) * VALUES],
+                new[2 * i * VALUES : 2 * (i + 1) * VALUES],
+            )
             mine = grad[2 * i * VALUES : 2 * (i + 1) * VALUES]
             if gates:
                 for c in range(VALUES):
@@ -532,7 +589,13 @@ def _retreat(
                     for c in range(VALUES):
                         along[c] += ki * (mine[c] * own[2 * VALUES + c])
                 continue
-            sum_k, sum_q, sum_p, sum_s, sum_a = ai * ZERO, ai * ZERO, ai * ZERO, ai * ZERO, ai * ZERO
+            sum_k, sum_q, sum_p, sum_s, sum_a = (
+                ai * ZERO,
+                ai * ZERO,
+                ai * ZERO,
+                ai * ZERO,
+                ai * ZERO,
+            )
             # Of mu', of I after the token and of I' before it.
             if rule == DIAGONAL:
                 for c in range(VALUES):
@@ -561,7 +624,7 @@ def _retreat(
                     inverse = own[2 * VALUES + c]
                     sum_k += TWO * ki * (dsum[c] * inverse + dsquare[c])
                     own[5 * VALUES + c] -= inverse * inverse * (ki * ki) * dsum[c]
-            if du is not None:
+            if doubted:
                 for c in range(VALUES):
                     inverse = ONE / (after[VALUES + c] + p)
                     sum_q += TWO * qi * (du[c] * inverse)
@@ -676,11 +739,13 @@ def synapse_delta_backward(
             _broadcast(rows[1], beta, t, start, stop, heads, head, low, rates, width, VALUES)
             _gather(rows[2], b, t, start, stop, heads, head, low, size, width, VALUES)
             _gather(rows[3], dy, t, start, stop, heads, head, low, size, width, VALUES)
-            if du is not None:
+            if du.shape[0]:
                 _gather(rows[4], du, t, start, stop, heads, head, low, size, width, VALUES)
             _gather(query, q, t, start, stop, heads_q, head * heads_q // heads, 0, keys, keys, keys)
             _gather(key, k, t, start, stop, heads_k, head * heads_k // heads, 0, keys, keys, keys)
-            _gather(eraser, e, t, start, stop, heads_e, head * heads_e // heads, 0, keys, keys, keys)
+            _gather(
+                eraser, e, t, start, stop, heads_e, head * heads_e // heads, 0, keys, keys, keys
+            )
             _gather(seen, s, t, start, stop, heads_s, head * heads_s // heads, 0, keys, keys, keys)
             if gates:
                 _broadcast(rate, a, t, start, stop, heads, head, 0, gates, keys, keys)
@@ -688,7 +753,10 @@ def synapse_delta_backward(
             count = min(KEPT, stop - t)
             for u in range(count):
                 at, to = slice(u * keys, (u + 1) * keys), slice(u * VALUES, (u + 1) * VALUES)
-                before, after = walk[u * cell : (u + 1) * cell], walk[(u + 1) * cell : (u + 2) * cell]
+                before, after = (
+                    walk[u * cell : (u + 1) * cell],
+                    walk[(u + 1) * cell : (u + 2) * cell],
+                )
                 if u % BLOCK == 0:
                     _flush(before)
                 for c in range(cell):
@@ -703,15 +771,15 @@ def synapse_delta_backward(
                 at, to = slice(u * keys, (u + 1) * keys), slice(u * VALUES, (u + 1) * VALUES)
                 base = (part * total + t + u) * heads + head
                 own = slice(base * keys, (base + 1) * keys)
-                doubts = None if du is None else rows[4, to]
                 if u % BLOCK == 0:
                     _flush(grad)
                 _retreat(
                     walk[u * cell : (u + 2) * cell], grad, floor, rate[at], lost[at], query[at],
                     key[at], eraser[at], seen[at], rows[0, to], rows[1, to], rows[2, to],
-                    rows[3, to], doubts, rows[5, to], rows[6, to], rows[7, to], rows[8, to], dq[own],
-                    dk[own], de[own], ds[own], rows[9, to], rows[10, to], rows[11, to],
+                    rows[3, to], rows[4, to], rows[5, to], rows[6, to], rows[7, to], rows[8, to],
+                    dq[own], dk[own], de[own], ds[own], rows[9, to], rows[10, to], rows[11, to],
                     da[base * gates : (base + 1) * gates], dfloor, rooms, rule, previous, gates,
+                    du.shape[0] > 0,
                 )  # fmt: skip
                 if rates == 1:
                     for c in range(width):
@@ -719,7 +787,9 @@ def synapse_delta_backward(
             _scatter(dv, rows[9], t, start, stop, heads, head, low, size, width, VALUES, False)
             _scatter(db, rows[11], t, start, stop, heads, head, low, size, width, VALUES, False)
             if rates > 1:
-                _scatter(dbeta, rows[10], t, start, stop, heads, head, low, size, width, VALUES, False)
+                _scatter(
+                    dbeta, rows[10], t, start, stop, heads, head, low, size, width, VALUES, False
+                )
         _state(grad, dh, dj, (n * heads + head) * keys, keys, low, size, False)
 
 
@@ -783,7 +853,10 @@ def importance_backward(
                     if t > cu[n]:
                         old = value[(at - heads) * keys : (at - heads + 1) * keys]
                     if gates > 1:
-                        decay, rate = a[at * keys : (at + 1) * keys], da[at * keys : (at + 1) * keys]
+                        decay, rate = (
+                            a[at * keys : (at + 1) * keys],
+                            da[at * keys : (at + 1) * keys],
+                        )
                         for i in range(keys):
                             own[i] *= decay[i]
                             rate[i] = own[i] * old[i]

@@ -1,4 +1,5 @@
-"""The scan of fractions as a compiled loop; `glazoo.engines.chunked.riccati` says what it computes."""
+"""The scan of fractions as a compiled loop; `glazoo.engines.chunked.riccati` says what it
+computes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The synapse class as a compiled loop; `glazoo.engines.chunked.synapse` says what it computes.
 
-A block of 64 values of all keys stays in a core's first caches, two keys and four tokens are worked on
-between a load and a store of a synapse, and a division per synapse and token is most of the time.
+A block of 64 values of all keys stays in a core's first caches. Two keys and four tokens are worked
+on between a load and a store of a synapse; a division per synapse and token is most of the time.
 
 Memory: training keeps 2 K V / 64 numbers per token and head besides the operands.
 """
@@ -58,8 +58,7 @@ def _run(x: Synapse, keep: bool) -> tuple[Tensor, ...]:
         x.w.numel() * x.k.shape[3],
         *_operands(x, dtype),
         *(y.view(-1).numpy() for y in (h, j, *kept)),
-        rooms[0][1],
-        rooms[1][1] if x.uncertainty else None,
+        *(y for _, y in rooms),
         _sizes(x),
         int(x.read == "pre"),
         keep,

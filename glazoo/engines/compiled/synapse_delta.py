@@ -73,8 +73,7 @@ def _run(x: SynapseDelta, keep: bool) -> tuple[Tensor, ...]:
         *given,
         prior,
         *(y.view(-1).numpy() for y in (mu, j, *kept)),
-        rooms[0][1],
-        rooms[1][1] if x.uncertainty else None,
+        *(y for _, y in rooms),
         _sizes(x),
         *_rule(x),
         keep,
@@ -100,9 +99,7 @@ def _gradients(
         begin(made, start)
     lead = batch, tokens, heads
     dq, dk = (room(parts, *lead, keys, dtype=dtype) for _ in range(2))
-    de, ds = (
-        dk if y is None else room(parts, *lead, keys, dtype=dtype) for y in (x.e, x.evidence)
-    )
+    de, ds = (dk if y is None else room(parts, *lead, keys, dtype=dtype) for y in (x.e, x.evidence))
     dv, db = (room(1, *lead, size, dtype=dtype) for _ in range(2))
     dbeta = room(parts if rates == 1 else 1, *lead, rates, dtype=dtype)
     dg = room(parts, *lead, gates, dtype=dtype)
