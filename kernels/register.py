@@ -53,6 +53,15 @@ def _transformed() -> bool:
     )
 
 
+def _plain(inputs: Iterable[object]) -> bool:
+    """Return whether nothing looks at the operators that run, nor stands in for a tensor."""
+    return (
+        not _transformed()
+        and not torch._C._len_torch_dispatch_stack()
+        and all(type(x) in (Tensor, torch.nn.Parameter) for x in inputs if isinstance(x, Tensor))
+    )
+
+
 def _requires_grad(tensors: Iterable[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
@@ -347,7 +356,8 @@ def register_step(
 
         return called
 
-    op = torch.library.custom_op(f"glazoo::{name}", of(step), mutates_args=updates, schema=schema)
+    direct = of(step)
+    op = torch.library.custom_op(f"glazoo::{name}", direct, mutates_args=updates, schema=schema)
     op.register_fake(of(allocate))
 
     def call(*inputs: Any) -> Any:
@@ -356,6 +366,9 @@ def register_step(
                 f"{name}: an operand carries a tangent, and a step of decoding has no derivatives; "
                 f"call the operation that takes any number of tokens"
             )
+        if not updates and _plain(inputs):
+            # What a token of decoding costs is its calls, and the dispatcher's are most of them.
+            return direct(*inputs)
         return op(*inputs)
 
     return call

@@ -1,9 +1,10 @@
 """The compiled engine: the chunked one, with loops compiled by numba for what matrix products do
 not express, on a CPU."""
 
-from glazoo.engines.chunked import covariance, delta, linear, posterior_step, solve
+from glazoo.engines.chunked import covariance, solve
 from glazoo.engines.compiled.importance import importance
 from glazoo.engines.compiled.riccati import riccati
+from glazoo.engines.compiled.step import delta, linear, posterior_step
 from glazoo.engines.compiled.synapse import synapse
 from glazoo.engines.compiled.synapse_delta import synapse_delta
 

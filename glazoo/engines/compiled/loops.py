@@ -923,3 +923,101 @@ def riccati_backward(
                     x = x * old[i]
                     drest[i * step_d] -= x
                     drate[i * step_c] -= x * old[i]
+
+
+@_literal
+def step(
+    q: Any, k: Any, e: Any, v: Any, beta: Any, b: Any, a: Any, prior: Any, memory: Any, j: Any,
+    out: Any, doubt: Any, new: Any, new_j: Any, sizes: Any, kind: int, exact: int, pre: int,
+    previous: int, own: int,
+) -> None:  # fmt: skip
+    """One token of linear (kind 0), delta (1) and the diagonal correction (2), and the importance
+    over keys, if there is a b, that preconditions them.
+
+    exact: the gain, 0 the first order, 1 exact, 2 exact where beta is a rate. Without an importance
+    every number is that of importance 1, to the last bit.
+    """
+    heads, heads_q, heads_k, heads_e, keys, size, gates, rates, priors = sizes
+    error, spread = np.empty(size, v.dtype), np.empty(keys, v.dtype)
+    factor, gain = np.empty(keys, v.dtype), np.empty(keys, v.dtype)
+    reader, eraser = np.empty(keys, v.dtype), np.empty(keys, v.dtype)
+    for row in range(v.shape[0] // size):
+        n, head = row // heads, row % heads
+        key = k[(n * heads_k + head * heads_k // heads) * keys :]
+        query = q[(n * heads_q + head * heads_q // heads) * keys :]
+        erase = e[(n * heads_e + head * heads_e // heads) * keys :]
+        value, result = v[row * size : (row + 1) * size], out[row * size : (row + 1) * size]
+        rate = beta[row * rates : (row + 1) * rates]
+        found, square, total = v[0] * ZERO, v[0] * ZERO, v[0] * ZERO
+        strength = v[0] * ZERO + ONE
+        if rates == 1:
+            strength = rate[0]
+        for i in range(keys):
+            decay = a[row * gates + (i if gates > 1 else 0)] if gates else v[0] * ZERO + ONE
+            factor[i], gain[i], reader[i], eraser[i] = decay, key[i], query[i], erase[i]
+            if b.shape[0]:
+                p = prior[head * priors + (i if priors > 1 else 0)]
+                old = j[row * keys + i]
+                kept = decay * old
+                after = kept + b[row] * (key[i] * key[i])
+                new_j[row * keys + i] = after
+                seen = old + p if pre else after + p
+                spread[i] = query[i] * query[i] / seen
+                if kind:
+                    factor[i] = decay * (old + p) / (kept + p)
+                    gain[i] = key[i] / (kept + p if exact else after + p)
+                else:
+                    reader[i] = query[i] / seen
+            found += key[i] * gain[i]
+            square += key[i] * key[i]
+        if b.shape[0]:
+            for i in range(keys):
+                total += spread[i]
+            doubt[row] = total
+        if exact:
+            given = strength
+            if exact == 1:
+                strength = given / (ONE + given * found)
+            else:
+                reached = given * square
+                most = max(reached, ONE)
+                strength = given / ((most - reached + given * found) / most)
+        for c in range(size):
+            result[c] = 0
+            error[c] = value[c] * (rate[c] if rates > 1 and not (kind and not own) else strength)
+        if kind == 1:
+            if rates <= 1 and not own:
+                for i in range(keys):
+                    eraser[i] = strength * erase[i]
+            if rates > 1 and not own:
+                for c in range(size):
+                    error[c] = value[c]
+            for i in range(keys):
+                cells, part = memory[(row * keys + i) * size :], eraser[i]
+                if not previous:
+                    for c in range(size):
+                        error[c] -= part * (factor[i] * cells[c])
+                else:
+                    for c in range(size):
+                        error[c] -= part * cells[c]
+            if rates > 1 and not own:
+                for c in range(size):
+                    error[c] *= rate[c]
+        for i in range(keys):
+            cells = memory[(row * keys + i) * size : (row * keys + i + 1) * size]
+            into = new[(row * keys + i) * size : (row * keys + i + 1) * size]
+            if kind == 2:
+                step_size = gain[i] * strength
+                for c in range(size):
+                    into[c] = (
+                        factor[i] * cells[c] * (ONE - key[i] * step_size) + step_size * value[c]
+                    )
+            else:
+                for c in range(size):
+                    into[c] = factor[i] * cells[c] + gain[i] * error[c]
+            if pre:
+                for c in range(size):
+                    result[c] += reader[i] * cells[c]
+            else:
+                for c in range(size):
+                    result[c] += reader[i] * into[c]
