@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import warnings
@@ -191,7 +192,7 @@ def attention(
         "mix": mix,
         "center": center,
     }
-    call = _validated(program, given, scale, initial_state, cu_seqlens, output_uncertainty)
+    call = _call(program, given, scale, initial_state, cu_seqlens, output_uncertainty)
     engine: Engine = pick(impl, call)
     result = engine(call)
     output = result.output.to(v.dtype)
@@ -207,8 +208,9 @@ def attention(
 _PROGRAMS: list[Program] = []
 
 
-def _warn_of_layout(function: Operation) -> Operation:
-    """Return the operation with a warning where operands look as if heads came before tokens.
+def _for_people(function: Operation) -> Operation:
+    """Return the operation with a look at what only people get wrong, and layers do not: gates out
+    of their domain, and a layout with heads before tokens, of which it warns.
 
     Both layouts have four axes, and gates may follow the same mistake, so that nothing else shows
     it. A few tokens and many heads are no mistake, though: layers, which know their layout, call
@@ -229,12 +231,18 @@ def _warn_of_layout(function: Operation) -> Operation:
                 "transpose(1, 2) every operand",
                 stacklevel=2,
             )
+        spec = args[0] if args else kwargs.get("spec")
+        if spec is not None and not torch.compiler.is_compiling():
+            for operand in lower(load(spec)).operands:
+                x = kwargs.get(operand.name)
+                if isinstance(x, Tensor) and x.is_floating_point():
+                    _check_domain(operand, x)
         return function(*args, **kwargs)
 
     return cast(Operation, call)
 
 
-warned = _warn_of_layout(attention)
+warned = _for_people(attention)
 """What `glazoo.attention` is."""
 
 
@@ -335,11 +343,7 @@ def _validated(
             x = operands.get(operand.name)
             if x is None:
                 x = _default(operand, spec, sizes).to(q.device, compute_dtype)
-            # A number per head, and on the right whatever broadcasts over channels.
-            axes = 2 if operand.role == "prior" else len(operand.shapes[-1])
-            trailing = axes - x.ndim
-            x = x.reshape(*x.shape, *[1] * trailing)
-            operands[operand.name] = x.expand(sizes[operand.shapes[-1][0]], *x.shape[1:])
+            operands[operand.name] = _per_head(operand, x, sizes[operand.shapes[-1][0]])
     if uncertainty and not spec.has_variance:
         raise ValueError(
             f"output_uncertainty: {spec.name!r} uses importance to rescale its write key, "
@@ -358,6 +362,81 @@ def _validated(
     )
 
 
+def _per_head(operand: Operand, x: Tensor, heads: int) -> Tensor:
+    """A number per head, and on the right whatever broadcasts over channels."""
+    trailing = (2 if operand.role == "prior" else len(operand.shapes[-1])) - x.ndim
+    if trailing:
+        x = x.reshape(*x.shape, *[1] * trailing)
+    return x if x.shape[0] == heads else x.expand(heads, *x.shape[1:])
+
+
+# Calls that were valid, by all that validity depends on: a token of decoding is the call before it.
+_VALID: dict[tuple[Any, ...], Call] = {}
+_MOST = 256
+
+
+def _call(
+    program: Program,
+    given: Mapping[str, Tensor | float | None],
+    scale: float | None,
+    initial_state: State | None,
+    cu_seqlens: Tensor | None,
+    uncertainty: bool,
+) -> Call:
+    """Validate a call, or find that one like it was valid."""
+    key = _like(program, given, scale, initial_state, uncertainty)
+    if key is None or cu_seqlens is not None or torch.compiler.is_compiling():
+        return _validated(program, given, scale, initial_state, cu_seqlens, uncertainty)
+    known = _VALID.get(key)
+    if known is None:
+        call = _validated(program, given, scale, initial_state, cu_seqlens, uncertainty)
+        if len(_VALID) >= _MOST:
+            _VALID.clear()
+        # Of its tensors only defaults, which are as small as heads are many, outlive the call.
+        defaults = {n: x for n, x in call.operands.items() if given[n] is None}
+        _VALID[key] = dataclasses.replace(call, operands=defaults, initial_state=None)
+        return call
+    operands: dict[str, Tensor] = {}
+    for operand in program.operands:
+        x = given[operand.name]
+        if x is None:
+            if operand.name in known.operands:
+                operands[operand.name] = known.operands[operand.name]
+        else:
+            assert isinstance(x, Tensor)
+            if not operand.per_token:
+                heads = cast(Tensor, given["v" if operand.shapes[-1][0] == "HV" else "q"])
+                x = _per_head(operand, x, heads.shape[2])
+            operands[operand.name] = x
+    return Call(
+        program, operands, known.scale, initial_state, None, uncertainty, known.compute_dtype
+    )
+
+
+def _like(
+    program: Program,
+    given: Mapping[str, Tensor | float | None],
+    scale: float | None,
+    state: State | None,
+    uncertainty: bool,
+) -> tuple[Any, ...] | None:
+    """Return what the validity of a call depends on besides values, None where it is too much."""
+    parts: list[Any] = [id(program), scale, uncertainty]
+    for name, x in given.items():
+        if x is not None:
+            if not isinstance(x, Tensor):
+                return None
+            parts.append((name, x.shape, x.dtype, x.device))
+    if state is not None:
+        if not isinstance(state, State):
+            return None
+        for part in state:
+            if part is not None and not isinstance(part, Tensor):
+                return None
+            parts.append(None if part is None else (part.shape, part.dtype, part.device))
+    return tuple(parts)
+
+
 def _default(operand: Operand, spec: Spec, sizes: Mapping[str, int]) -> Tensor:
     if operand.default == "schedule":
         return schedule(spec.decay, sizes["HV"])
@@ -373,6 +452,7 @@ def _checked(operand: Operand, x: Tensor | float, sizes: Mapping[str, int], q: T
         x = torch.tensor(
             float(x), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device
         )
+        _check_domain(operand, x)
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, accepted is a torch.Tensor")
     if not x.is_floating_point():
@@ -385,7 +465,6 @@ def _checked(operand: Operand, x: Tensor | float, sizes: Mapping[str, int], q: T
             f"{name}: got shape {list(x.shape)}, accepted is {operand.shown()} = "
             + " or ".join(str(list(w)) for w in wanted)
         )
-    _check_domain(operand, x)
     return x
 
 
@@ -399,6 +478,8 @@ def _check_domain(operand: Operand, x: Tensor) -> None:
     if not bounded or x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling():
         return
     if operand.role == "basis":
+        if x.ndim != 3 or x.shape[1] != x.shape[2]:
+            return  # which is another error
         turn = x.detach().double()
         far = (turn.mT @ turn - torch.eye(x.shape[-1], dtype=turn.dtype)).abs().max().item()
         if not far < _ORTHOGONAL:

@@ -53,7 +53,7 @@ def _transformed() -> bool:
     )
 
 
-def _plain(inputs: Iterable[object]) -> bool:
+def plain(inputs: Iterable[object]) -> bool:
     """Return whether nothing looks at the operators that run, nor stands in for a tensor."""
     return (
         not _transformed()
@@ -366,7 +366,7 @@ def register_step(
                 f"{name}: an operand carries a tangent, and a step of decoding has no derivatives; "
                 f"call the operation that takes any number of tokens"
             )
-        if not updates and _plain(inputs):
+        if not updates and plain(inputs):
             # What a token of decoding costs is its calls, and the dispatcher's are most of them.
             return direct(*inputs)
         return op(*inputs)

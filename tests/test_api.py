@@ -89,7 +89,7 @@ def test_bad_operands(change, error, message) -> None:
         (
             {"impl": "fast"},
             ValueError,
-            r"impl: got 'fast', accepted are auto, reference, chunked, triton",
+            r"impl: got 'fast', accepted are auto, reference, chunked, compiled, triton",
         ),
         ({"scale": float("nan")}, ValueError, r"scale: got nan, accepted is a finite number"),
         (
@@ -209,7 +209,31 @@ def test_auto_says_what_it_picked(caplog) -> None:
     engines._say.cache_clear()
     with caplog.at_level(logging.INFO, logger="glazoo"):
         run(options={"impl": "auto"})
-    assert "impl='auto' runs the chunked engine on cpu" in caplog.text
+    picked = "compiled" if "compiled" in engines.available() else "chunked"
+    assert f"impl='auto' runs the {picked} engine on cpu" in caplog.text
+
+
+def test_without_numba_auto_is_chunked_and_compiled_says_what_to_install(monkeypatch) -> None:
+    from glazoo import engines
+
+    monkeypatch.setattr(engines, "_has_numba", lambda: False)
+    assert engines.automatic("cpu") == engines.automatic("cuda") == "chunked"
+    assert engines.available() == ("reference", "chunked")
+    with pytest.raises(ValueError, match=r"numba is not installed; pip install 'glazoo\[cpu\]'"):
+        run(options={"impl": "compiled"})
+
+
+def test_a_call_like_one_that_was_valid_is_still_looked_at() -> None:
+    """What is remembered of a call is its shapes and dtypes, never what was in it."""
+    x = {"q": torch.randn(1, 3, 2, 4), "beta": torch.rand(1, 3, 2)}
+    for _ in range(2):
+        glazoo.attention("deltanet", x["q"], x["q"], x["q"], beta=x["beta"])
+        with pytest.raises(ValueError, match="beta: got values from"):
+            glazoo.attention("deltanet", x["q"], x["q"], x["q"], beta=-x["beta"])
+        with pytest.raises(ValueError, match="beta: got shape"):
+            glazoo.attention("deltanet", x["q"], x["q"], x["q"], beta=x["beta"][:, :2])
+        with pytest.raises(ValueError, match="g: 'deltanet' does not take it"):
+            glazoo.attention("deltanet", x["q"], x["q"], x["q"], beta=x["beta"], g=-x["beta"])
 
 
 def test_heads_before_tokens_are_warned_of():

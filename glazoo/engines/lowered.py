@@ -40,10 +40,12 @@ def run(call: Call, core: Core, dtype: torch.dtype | None = None) -> Result:
     narrow = wide if dtype is None else dtype
     x = {}
     for operand in call.program.operands:
-        given = call.operands[operand.name]
-        x[operand.name] = given.to(wide if operand.wide else narrow)
+        given, dtype = call.operands[operand.name], wide if operand.wide else narrow
+        # What a token of decoding costs is its calls.
+        x[operand.name] = given if given.dtype == dtype else given.to(dtype)
     with without_autocast(x["q"]):
-        x["q"] = x["q"] * call.scale
+        if call.scale != 1:
+            x["q"] = x["q"] * call.scale
         if "g" in x and x["g"].ndim == 1:
             x["g"] = x["g"].expand(*x["q"].shape[:2], -1)
         if call.initial_state is not None:

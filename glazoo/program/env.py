@@ -55,7 +55,8 @@ class Env:
 
     def token(self, name: str) -> Tensor:
         """Return a tensor in the dtype of tokens."""
-        return self.x[name].to(self.narrow)
+        x = self.x[name]
+        return x if x.dtype == self.narrow else x.to(self.narrow)
 
     @staticmethod
     def spread(x: Float[Tensor, "B T H D"], heads: int) -> Float[Tensor, "B T HV D"]:

@@ -535,7 +535,7 @@ def synapse(
     checks.shape("prior", prior, (heads,), (heads, keys))
     for i, x in enumerate(initial_state or ()):
         checks.state(f"initial_state[{i}]", x, cu_seqlens, w, keys, w.shape[3])
-    if w.shape[1] == 1 and cu_seqlens is None:
+    if w.shape[1] == 1 and cu_seqlens is None and operator is _synapse:
         return loops.synapse(
             q,
             k,

@@ -1021,3 +1021,32 @@ def step(
             else:
                 for c in range(size):
                     result[c] += reader[i] * into[c]
+
+
+@_loop
+def synapse_step(
+    q: Any, k: Any, w: Any, b: Any, a: Any, prior: Any, h: Any, j: Any, out: Any, doubt: Any,
+    sizes: Any, pre: int,
+) -> None:  # fmt: skip
+    """One token of the class synapse; h and j are updated where they are."""
+    heads, heads_q, heads_k, keys, size, gates = sizes
+    for row in range(w.shape[0] // size):
+        n, head = row // heads, row % heads
+        key = k[(n * heads_k + head * heads_k // heads) * keys :]
+        query = q[(n * heads_q + head * heads_q // heads) * keys :]
+        value, gate = w[row * size : (row + 1) * size], b[row * size : (row + 1) * size]
+        result, spread = out[row * size : (row + 1) * size], doubt[row * size : (row + 1) * size]
+        for i in range(keys):
+            x, y = h[(row * keys + i) * size :], j[(row * keys + i) * size :]
+            decay = a[row * gates + (i if gates > 1 else 0)] if gates else key[i] * ZERO + ONE
+            p, squared, part = prior[head * keys + i], key[i] * key[i], query[i]
+            for turn in range(2):
+                if turn == pre:
+                    for c in range(size):
+                        x[c] = decay * x[c] + key[i] * value[c]
+                        y[c] = decay * y[c] + squared * gate[c]
+                    continue
+                for c in range(size):
+                    result[c] += part * (x[c] / (y[c] + p))
+                for c in range(spread.shape[0]):
+                    spread[c] += part * (part / (y[c] + p))
