@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from glazoo.converters.exchange.maps import KINDS, Entry, KeyMap, Live, Options, read
 from glazoo.errors import ConversionError
 from glazoo.layers import GatedLinearAttention
-from glazoo.layers.parts import TokenShift, rotated_size
+from glazoo.layers.parts import TokenShift, rotated_size, wide_dtype
 from glazoo.spec import Spec
 from glazoo.zoo import load as load_spec
 
@@ -194,7 +194,8 @@ def _log_minus_log(decay: Tensor) -> Tensor:
 
 
 _MAPS: dict[str, Callable[[Tensor], Tensor]] = {
-    "one_minus": lambda x: 1 - x,
+    # In float32 or wider, as those weights are kept.
+    "one_minus": lambda x: 1 - x.to(wide_dtype(x)),
     "log_minus_log": _log_minus_log,
 }
 
