@@ -489,7 +489,7 @@ _SIZES: dict[str, Config] = {
     | {"use_output_gate": True, "max_cg_step_training": 30},
     "gdn2": _HEADS | {"allow_neg_eigval": True, "use_gate": True},
     "rodimus": {"block_type": "rodimus", "expand_ratio": 6, "input_gate_low_rank": "auto"}
-    | {"conv_size": 3, "hidden_ratio": 4 / 3, "ska_attn": None},
+    | {"conv_size": 3, "hidden_ratio": 4 / 3, "ska_attn": None, "intermediate_size": 40},
     "mamba3": _STATES | {"A_floor": 1e-3, "rope_fraction": 0.5, "norm_eps": 1e-5, "is_mimo": False},
     "palimpsa": _HEADS | {"beta_step_rank": 5, "expand_k": 1, "metaplasticity": True},
     "metamamba2": _STATES

@@ -179,6 +179,8 @@ def test_files_of_others_are_refused_by_name(
     w = make(7)
     torch.save(w | {"blocks.1.att.s_emb": torch.zeros(2)}, path)
     refused(path, r"m.pth: pth.rwkv7: no place for blocks.1.att.s_emb")
+    torch.save(w | {"blocks.1.ffn.s_emb": torch.zeros(2)}, path)
+    refused(path, r"m.pth: blocks.1.ffn.s_emb has no place in the model$")
     torch.save(w | {"blocks.1.att.w2": torch.zeros(3, 3)}, path)
     refused(path, r"blocks.1.att.w2 has shape \[3, 3\], expected \[5, 32\]")
     torch.save({k: x for k, x in w.items() if k != "blocks.2.att.k_a"}, path)

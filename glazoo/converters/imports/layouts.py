@@ -162,7 +162,8 @@ def _renamed(
             parts = dict(zip((_GATE, _UP), value.chunk(2), strict=True))
         for name, part in parts.items():
             if name not in rows:
-                raise ConversionError(f"{key} has no place in the model that config.json describes")
+                described = " that config.json describes" if "model" in m.table else ""
+                raise ConversionError(f"{key} has no place in the model{described}")
             entry = rows[name]
             place = tuple(x.replace(".N.", f".{index}.") for x in entry.ours)
             if entry.flat:
