@@ -216,7 +216,7 @@ def test_auto_says_what_it_picked(caplog) -> None:
 def test_without_numba_auto_is_chunked_and_compiled_says_what_to_install(monkeypatch) -> None:
     from glazoo import engines
 
-    monkeypatch.setattr(engines, "_has_numba", lambda: False)
+    monkeypatch.setattr(engines, "_HAS_NUMBA", False)
     assert engines.automatic("cpu") == engines.automatic("cuda") == "chunked"
     assert engines.available() == ("reference", "chunked")
     with pytest.raises(ValueError, match=r"numba is not installed; pip install 'glazoo\[cpu\]'"):

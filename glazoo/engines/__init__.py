@@ -32,7 +32,7 @@ def _compiled(call: Call) -> Result:
             f"impl='compiled': the operands are on {device}; accepted are CPU tensors "
             "(impl='chunked' runs on any device)"
         )
-    if not _has_numba():
+    if not _HAS_NUMBA:
         raise ValueError(
             "impl='compiled': numba is not installed; pip install 'glazoo[cpu]', or "
             "impl='chunked', which needs nothing"
@@ -59,9 +59,8 @@ ENGINES = tuple(_ENGINES)
 """All engines by name."""
 
 
-@functools.cache
-def _has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
+# Asked once: a compiler that captures a call cannot look for packages.
+_HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 
 def available() -> tuple[str, ...]:
@@ -69,13 +68,13 @@ def available() -> tuple[str, ...]:
 
     `triton` needs a GPU, or its interpreter, and has no float64; `compiled` needs numba.
     """
-    missing = {"triton"} if _has_numba() else {"triton", "compiled"}
+    missing = {"triton"} if _HAS_NUMBA else {"triton", "compiled"}
     return tuple(name for name in _ENGINES if name not in missing)
 
 
 def automatic(device: str) -> str:
     """Return the name of the engine that `impl="auto"` is on a device."""
-    return "compiled" if device == "cpu" and _has_numba() else "chunked"
+    return "compiled" if device == "cpu" and _HAS_NUMBA else "chunked"
 
 
 @functools.cache
