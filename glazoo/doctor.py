@@ -115,8 +115,11 @@ def _interpreting() -> bool:
 def _devices() -> list[dict[str, str]]:
     import torch
 
-    cpu = platform.processor() or platform.machine()
-    devices = [{"device": "cpu", "name": f"{cpu}, {torch.get_num_threads()} threads"}]
+    from glazoo.engines import automatic
+
+    cpu, threads = platform.processor() or platform.machine(), torch.get_num_threads()
+    name = f"{cpu}, {threads} threads, impl='auto' is {automatic('cpu')}"
+    devices = [{"device": "cpu", "name": name}]
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         devices.append({"device": f"cuda:{i}", "name": f"{p.name}, {p.total_memory >> 20} MiB"})
@@ -154,6 +157,15 @@ def judge(versions: dict[str, str | None], *, gpu: bool, interpreting: bool) -> 
         out.append(
             Finding(
                 level, "triton is not installed: the GPU kernels cannot run", "pip install triton"
+            )
+        )
+    if versions.get("numba") is None:
+        out.append(
+            Finding(
+                "warning",
+                "numba is not installed: on CPUs, impl='auto' is 'chunked', which takes several "
+                "times as long with one importance per synapse",
+                "pip install 'glazoo[cpu]'",
             )
         )
     if versions.get("transformers") is None:

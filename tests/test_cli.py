@@ -160,13 +160,20 @@ def test_version() -> None:
     assert run("--version").stdout.strip() == glazoo.__version__
 
 
-HEALTHY = {"python": "3.12.0", "torch": "2.13.0+cpu", "triton": "3.9.0", "transformers": "5.24.0"}
+HEALTHY = {
+    "python": "3.12.0",
+    "torch": "2.13.0+cpu",
+    "triton": "3.9.0",
+    "transformers": "5.24.0",
+    "numba": "0.68.1",
+}
 
 
 @pytest.mark.parametrize(
     ("change", "options", "level", "words"),
     [
         ({"torch": "2.9.1"}, {}, "error", "torch 2.9.1 is older than 2.11"),
+        ({"numba": None}, {}, "warning", "numba is not installed: on CPUs, impl='auto'"),
         (
             {"transformers": "5.31.0"},
             {},

@@ -7,6 +7,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Literal, get_args
 
@@ -89,25 +90,42 @@ class Cast:
             ConversionError: a number is too large for the dtype.
         """
         f.write(self.header(shard))
-        for key, info, block in _blocks(shard):
-            code = self.targets[key]
-            if code == info.dtype:
-                f.write(block)
-                continue
-            old = _read(block, info.dtype)
-            new = old.to(_TORCH[code])
-            wide = old.double()
-            change = (new.double() - wide).abs()
-            # Infinities and NaN stay what they are; what was finite has to stay so.
-            lost = wide.isfinite() & ~new.isfinite()
-            if bool(lost.any()):
-                worst = float(wide[lost].abs().max())
-                raise ConversionError(
-                    f"{key} holds {worst:.4g}, which {self.dtype} cannot hold: the largest is "
-                    f"{torch.finfo(_TORCH[code]).max:.4g}"
-                )
-            self.largest = max(self.largest, float(change.nan_to_num(0.0, 0.0, 0.0).max()))
-            f.write(new.view(torch.uint8).numpy().tobytes())
+        with _one_thread():
+            for key, info, block in _blocks(shard):
+                code = self.targets[key]
+                if code == info.dtype:
+                    f.write(block)
+                    continue
+                old = _read(block, info.dtype)
+                new = old.to(_TORCH[code])
+                # In which both are exact, and so is what a number lost by rounding.
+                wide = torch.promote_types(torch.promote_types(old.dtype, new.dtype), torch.float32)
+                change = (new.to(wide) - old.to(wide)).abs_()
+                worst_change = float(change.max()) if change.numel() else 0.0
+                if not math.isfinite(worst_change):
+                    # Infinities and NaN stay what they are; what was finite has to stay so.
+                    lost = old.isfinite() & ~new.isfinite()
+                    worst_change = float(change.nan_to_num_(0.0, 0.0, 0.0).max())
+                    if bool(lost.any()):
+                        worst = float(old[lost].double().abs().max())
+                        raise ConversionError(
+                            f"{key} holds {worst:.4g}, which {self.dtype} cannot hold: the "
+                            f"largest is {torch.finfo(_TORCH[code]).max:.4g}"
+                        )
+                self.largest = max(self.largest, worst_change)
+                f.write(new.view(torch.uint8).numpy().tobytes())
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """On cores that other work has, threads that wait for each other take several times as long as
+    one, which keeps up with the disk."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _blocks(shard: Shard) -> Iterator[tuple[str, TensorInfo, bytes]]:
