@@ -42,7 +42,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 from glazoo import attention, load, metaplasticize
 from glazoo.compare.machine import machine
 from glazoo.compare.timing import in_turns, spread
-from glazoo.engines import chunked
+from glazoo.engines import available, chunked
 from glazoo.versions import stated
 
 RESULTS = Path(__file__).parent / "results"
@@ -58,6 +58,9 @@ GOALS = (
     ("metaplastic deltanet", "deltanet", "cost", 1.3),
     ("metaplastic gated_deltanet", "gated_deltanet", "cost", 1.3),
     ("synapse", "linear", "cost", 8.0),
+    ("synapse, compiled", "synapse", "speed-up", 4.0),
+    ("synapse_delta, compiled", "synapse_delta", "speed-up", 4.0),
+    ("importance, compiled", "importance", "speed-up", 2.0),
     ("mamba2, full precision", "delta", "cost", 6.0),
     ("gated_deltanet, full precision", "delta", "cost", 6.0),
 )
@@ -140,9 +143,12 @@ def contenders(x: dict[str, Tensor], size: Size) -> dict[str, Callable[[], Tenso
     def delta(decay: Tensor) -> Tensor:
         return chunked.delta(q * scale, gated(k), k, gated(v), decay)[0]
 
-    def synapse() -> Tensor:
+    def synapse(core: Any) -> Tensor:
         values = v * (-g).unsqueeze(-1)
-        return chunked.synapse(q, k, values, x["b_value"], g, prior=x["prior"])[0]
+        return core.synapse(q, k, values, x["b_value"], g, prior=x["prior"])[0]
+
+    def synapse_delta(core: Any) -> Tensor:
+        return core.synapse_delta(q, k, v, beta, x["b_value"], g, prior=x["prior"])[0]
 
     def variant(name: str, metaplastic: bool, **form: Any) -> Callable[[], Tensor]:
         spec = load(name)
@@ -160,8 +166,16 @@ def contenders(x: dict[str, Tensor], size: Size) -> dict[str, Callable[[], Tenso
         "torch_chunk_gated_delta_rule": lambda: delta_rule(q, k, v, g, beta)[0],
         "delta": lambda: delta(g),
         "delta, decay per key": lambda: delta(x["g_key"]),
-        "synapse": synapse,
     }
+    cores = {"": chunked}
+    if "compiled" in available():
+        from glazoo.engines import compiled
+
+        cores[", compiled"] = compiled
+    for suffix, core in cores.items():
+        found[f"synapse{suffix}"] = partial(synapse, core)
+        found[f"synapse_delta{suffix}"] = partial(synapse_delta, core)
+        found[f"importance{suffix}"] = lambda core=core: core.importance(k, x["b"], g)[0]
     for name in ("mamba2", "deltanet", "gated_deltanet"):
         found[name] = variant(name, metaplastic=False)
         found[f"metaplastic {name}"] = variant(name, metaplastic=True)
