@@ -156,7 +156,8 @@ def attention(
             cu_seqlens[n + 1] - 1 and may be empty.
         impl: "reference" (token by token, the definition), "chunked" (matrix products, any device),
             "compiled" (a CPU with numba, `pip install 'glazoo[cpu]'`: chunked, with compiled loops
-            for what no matrix product expresses), "triton" (GPU kernels), or "auto": compiled
+            for what no matrix product expresses), "triton" (GPU kernels), "fla" (the
+            kernels of flash-linear-attention, for the recurrences that it has), or "auto": compiled
             where it runs, else chunked, which serves every spec and device.
 
     Returns:

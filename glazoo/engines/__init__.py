@@ -1,4 +1,4 @@
-"""Engines that run a program: `reference`, `chunked`, `compiled`, `triton`."""
+"""Engines that run a program: `reference`, `chunked`, `compiled`, `triton`, `fla`."""
 
 from __future__ import annotations
 
@@ -48,11 +48,18 @@ def _triton(call: Call) -> Result:
     return triton.run(call)
 
 
+def _fla(call: Call) -> Result:
+    from glazoo.engines import fla
+
+    return fla.run(call)
+
+
 _ENGINES: dict[str, Engine] = {
     "reference": reference.run,
     "chunked": _chunked,
     "compiled": _compiled,
     "triton": _triton,
+    "fla": _fla,
 }
 
 ENGINES = tuple(_ENGINES)
@@ -66,9 +73,10 @@ _HAS_NUMBA = importlib.util.find_spec("numba") is not None
 def available() -> tuple[str, ...]:
     """Return the names of the engines that run on a CPU here, in every precision.
 
-    `triton` needs a GPU, or its interpreter, and has no float64; `compiled` needs numba.
+    `triton` and `fla` need a GPU, or Triton's interpreter, and have no float64; `compiled` needs
+    numba.
     """
-    missing = {"triton"} if _HAS_NUMBA else {"triton", "compiled"}
+    missing = {"triton", "fla"} if _HAS_NUMBA else {"triton", "fla", "compiled"}
     return tuple(name for name in _ENGINES if name not in missing)
 
 
