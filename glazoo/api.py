@@ -418,7 +418,7 @@ def _like(
     program: Program,
     given: Mapping[str, Tensor | float | None],
     scale: float | None,
-    state: State | None,
+    state: Any,
     uncertainty: bool,
 ) -> tuple[Any, ...] | None:
     """Return what the validity of a call depends on besides values, None where it is too much."""
@@ -431,7 +431,8 @@ def _like(
     if state is not None:
         if not isinstance(state, State):
             return None
-        for part in state:
+        given_parts: tuple[Any, ...] = tuple(state)
+        for part in given_parts:
             if part is not None and not isinstance(part, Tensor):
                 return None
             parts.append(None if part is None else (part.shape, part.dtype, part.device))

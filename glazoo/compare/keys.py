@@ -59,7 +59,8 @@ def draw_keys(
 def principal_axes(keys: Float[Tensor, "... T K"]) -> Float[Tensor, "... K K"]:
     """Return the eigenvectors of E[k k^T], columns, the largest eigenvalue first."""
     x = keys.double()
-    return torch.linalg.eigh(x.mT @ x).eigenvectors.flip(-1).float()
+    vectors: Tensor = torch.linalg.eigh(x.mT @ x).eigenvectors
+    return vectors.flip(-1).float()
 
 
 @dataclass(frozen=True, eq=False)

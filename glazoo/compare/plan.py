@@ -78,6 +78,9 @@ _RECORDS = {
 }
 
 
+_PAPERS_RATES = tuple(10 ** (-3 + i / 3) for i in range(4))
+
+
 def _paper(
     description: str,
     sizes: tuple[int, int, int],
@@ -85,7 +88,7 @@ def _paper(
     theirs: ModelConfig,
     ours: ModelConfig,
     seeds: int,
-    rates: tuple[float, ...] = tuple(10 ** (-3 + i / 3) for i in range(4)),
+    rates: tuple[float, ...] = _PAPERS_RATES,
 ) -> Preset:
     """Return the paper's protocol: all variants at its width, every rate on the reported seeds; and
     beside it at equal bytes, where the plasticity starts from nothing. Sizes are vocabulary, length
@@ -155,7 +158,7 @@ PRESETS: dict[str, Preset] = {
         ModelConfig(width=64, heads=2, key_size=4, value_size=32),
         ModelConfig(width=64, heads=2, value_size=32, state_bytes=1056),
         seeds=3,
-        rates=(10 ** (-8 / 3), 10 ** (-7 / 3)),
+        rates=_PAPERS_RATES[1:3],
     ),
 }
 

@@ -96,7 +96,8 @@ def save_keys(model: nn.Module, ids: Int[Tensor, "T"], file: Path) -> None:
     temporary = file.with_name(f"{file.name}.tmp")
     try:
         with temporary.open("wb") as handle:
-            np.savez_compressed(handle, **{n: torch.cat(x).numpy() for n, x in found.items()})
+            arrays: dict[str, Any] = {n: torch.cat(x).numpy() for n, x in found.items()}
+            np.savez_compressed(handle, **arrays)
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)

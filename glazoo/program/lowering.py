@@ -337,6 +337,7 @@ def _matrix(spec: Spec, g: str | None, beta: str | None, e: str) -> Iterator[Ste
             yield step.Times("rest", "b", "k")
             yield step.Solve("rest", "rest", b, g, "decayed")
             yield step.Solve("e", e, b, g, "previous")
+            assert g is not None
             yield step.Less("e", "e", g, "rest")
     if imp.prior.shape == "relative":
         yield step.SolveRelative(b, g, imp.prior.floor)
