@@ -44,7 +44,7 @@ test: $(READY) ## the tests that run in minutes on two CPU cores (no slow, no GP
 ECOSYSTEM := .venv/.glazoo-ecosystem
 $(ECOSYSTEM): $(READY)
 	@echo "== setup: the packages that test-all tries converted models with"
-	@$(PIP) --no-build-isolation --editable '.[ecosystem]'
+	@$(PIP) --no-build-isolation --editable '.[ecosystem,cpu]'
 	@touch $@
 
 test-all: $(ECOSYSTEM) ## every test that needs no GPU
