@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 READY := .venv/.glazoo-ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-newest lint gpu bench clean
+.PHONY: help setup demo test test-all test-newest lint docs gpu bench clean
 
 help: ## list the targets
 	@echo "make targets (each installs what it needs into .venv first, except gpu and clean):"
@@ -72,6 +72,19 @@ lint: $(READY) build/tree ## ruff (lint and format) and mypy --strict
 	$(BIN)/ruff format --check .
 	@! grep -rn make_block_ptr --include='*.py' kernels glazoo || { echo "block pointers no longer compile: use pointers and masks"; exit 1; }
 	cd build/tree && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p glazoo
+
+SITE := .venv/.glazoo-docs
+$(SITE): $(READY)
+	@echo "== setup: the packages that docs builds the site with"
+	@$(PIP) --no-build-isolation --editable '.[docs]'
+	@touch $@
+
+docs: $(SITE) ## the documentation site, into build/docs/site; warnings are errors
+	@echo "== docs: pages from docs/, the specs, the theory and the command line; then the site"
+	$(BIN)/python docs/generate.py build/docs/pages
+	$(BIN)/zensical build --clean --strict > build/docs/log 2>&1 || { cat build/docs/log; exit 1; }
+	@# Of docstrings it warns without counting them.
+	@! grep -E '^(griffe|mkdocs)' build/docs/log
 
 gpu: build/gpu ## kernel tests and timings on this machine's GPU, with GPU_PYTHON's own torch and triton
 	@echo "== gpu: nothing is installed; $(GPU_PYTHON) must have torch, triton and pytest; at most $(GPU_MINUTES) minutes"
