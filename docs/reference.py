@@ -378,20 +378,35 @@ def api() -> str:
     text = ["# Python"]
     for module, about in _API.items():
         text.append(f"## {module}\n\n{about}")
-        text += (f"::: {module}.{name}" for name in _public(module))
+        text += (f"::: {name}" for name in _public(module))
     return "\n\n".join(text) + "\n"
 
 
-def _public(module: str) -> list[str]:
-    """Return the names that a module offers, without importing what it needs."""
+def _public(module: str) -> Iterator[str]:
+    """Yield where what a module offers has its docstring, without importing what it needs."""
+    tree = _tree(module)
+    homes = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for name in node.names:
+                # A wrapper offered under the name of what it wraps: that has the docstring.
+                if name.asname and name.asname in _functions(node.module):
+                    homes[name.asname] = node.module
+    for part in tree.body:
+        if isinstance(part, ast.Assign) and ast.unparse(part.targets[0]) == "__all__":
+            for offered in ast.literal_eval(part.value):
+                yield f"{homes.get(offered, module)}.{offered}"
+
+
+def _functions(module: str) -> set[str]:
+    return {x.name for x in _tree(module).body if isinstance(x, ast.FunctionDef)}
+
+
+def _tree(module: str) -> ast.Module:
     spec = find_spec(module)
     assert spec is not None
     assert spec.origin is not None
-    for node in ast.parse(Path(spec.origin).read_text("utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            names: list[str] = ast.literal_eval(node.value)
-            return names
-    raise ValueError(f"{module} has no __all__")
+    return ast.parse(Path(spec.origin).read_text("utf-8"))
 
 
 def fields() -> str:

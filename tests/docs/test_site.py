@@ -94,6 +94,11 @@ def test_what_is_no_formula_is_an_error(text: str) -> None:
         typeset.formula(text)
 
 
+def test_every_public_name_is_documented(site: generate.Site) -> None:
+    names = re.findall(r"^::: [\w.]+\.(\w+)$", site.pages["api.md"], re.M)
+    assert set(glazoo.__all__) <= set(names)
+
+
 def test_commands_that_pages_show_exist(site: generate.Site) -> None:
     known = set(re.findall(r"^## glazoo (\S+)$", site.pages["cli.md"], re.M))
     shown = "\n".join([*site.pages.values(), (ROOT / "README.md").read_text("utf-8")])
