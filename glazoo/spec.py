@@ -143,8 +143,8 @@ class Gate(_Data):
     sigmoid(exp(A_log) (x + dt_bias)); lower_bounded_sigmoid = log(l + (1 - l) sigmoid(x)) with a
     learned, layer-cumulative l; negative_exp = -exp(x); negative_sigmoid = -divisor sigmoid(x);
     softplus_temperature = -softplus(x) sigmoid(x_tau). Other gates give the value: sigmoid = factor
-    sigmoid(x); sigmoid_squared = factor sigmoid(x)^2; softplus; reciprocal_softplus = 1 / (floor +
-    softplus(x)); softplus_power = softplus(x) ** sigmoid(x_tau); softcap_exp = exp(cap
+    sigmoid(x); sigmoid_squared = factor (floor + sigmoid(x))^2; softplus; reciprocal_softplus = 1 /
+    (floor + softplus(x)); softplus_power = softplus(x) ** sigmoid(x_tau); softcap_exp = exp(cap
     tanh(x / cap))."""
     tie: Literal["none", "step", "write", "precision", "decay", "one_minus_decay"] = "none"
     """step: the discretisation step softplus(x + dt_bias) of the decay; write: the formula's value
@@ -172,7 +172,8 @@ class Gate(_Data):
     bound: float | None = None
     """Lower bound of bounded_sigmoid (negative)."""
     floor: float = 0.0
-    """Smallest softplus(x_A) of softplus_product, or what reciprocal_softplus adds."""
+    """Smallest softplus(x_A) of softplus_product, or what reciprocal_softplus and
+    sigmoid_squared add."""
     a_init: Init | None = None
     """Start of A_log."""
     bias_init: Init | None = None

@@ -676,7 +676,7 @@ def gka(x: Head) -> None:
         w, al, q = np.sqrt(x.beta[t]), x.al[t], x.sq[t]
         k, v = w * x.k[t], w * x.v[t]
         U, H = al * U + outer(v, k), al * H + outer(k, k)
-        solved = np.linalg.solve(H + (x.prior[0] * np.linalg.norm(H) + 1e-6) * eye, q)
+        solved = np.linalg.solve(H + (x.prior[0] * np.linalg.norm(H) + 1e-18) * eye, q)
         x.y[t] = U @ (q + x.mix[t] * (solved - q))
         x.unc[t] = q @ solved
     x.S, x.J = U, H

@@ -142,7 +142,7 @@ class GateModule(KeepsWide):
             case "sigmoid":
                 return GateValue(gate.factor * torch.sigmoid(z))
             case "sigmoid_squared":
-                return GateValue(gate.factor * torch.sigmoid(z).square())
+                return GateValue(gate.factor * (gate.floor + torch.sigmoid(z)).square())
             case "softplus":
                 return GateValue(F.softplus(z))
             case "reciprocal_softplus":

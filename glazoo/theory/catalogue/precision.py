@@ -421,10 +421,13 @@ def _exponential(t: Trial) -> Found:
 
 def _no_units(t: Trial) -> Found:
     assert t.spec.importance is not None
-    prior = t.spec.importance.prior.model_copy(update={"floor": 1e-18})
+    floor = t.spec.importance.prior.floor
+    prior = t.spec.importance.prior.model_copy(update={"floor": 1e-12 * floor})
     floorless = changed(t.spec, importance=t.spec.importance.model_copy(update={"prior": prior}))
     ops = t.operands()
     ops["mix"] = torch.ones_like(ops["mix"])
+    # In units of the floor, so that it is seen.
+    ops["beta"] = 1e6 * floor * ops["beta"]
     limit = t.run(floorless, ops).output
     yield curve(
         "output against x",
