@@ -248,8 +248,9 @@ class ImportanceGate(KeepsWide):
             if not p.is_meta:
                 fill(p, self.start(name))
 
-    def start(self, name: str) -> Tensor:
-        """Return the start of one of the module's own parameters, float32, on the CPU."""
+    def start(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the start of one of the module's own parameters, on the CPU; a constant in the
+        given dtype, what is drawn in float32."""
         spec, shape = self.spec, tuple(self.get_parameter(name).shape)
         if name in ("b_down", "b_up"):
             init = spec.gate.weight_init if name == "b_up" else None
@@ -275,7 +276,7 @@ class ImportanceGate(KeepsWide):
         elif name == "center":
             assert spec.preconditioner is not None
             value = spec.preconditioner.center_init
-        return torch.full(shape, value, dtype=torch.float32, device="cpu")
+        return torch.full(shape, value, dtype=dtype, device="cpu")
 
     def forward(
         self, x: Float[Tensor, "B T D"], write: Float[Tensor, "B nT HV *V"] | None

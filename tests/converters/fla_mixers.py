@@ -80,6 +80,8 @@ class Mixer(nn.Module):
     use_short_conv, conv_size, conv_bias = False, 3, False
     allow_neg_eigval, use_gate, use_beta = False, True, True
     hidden_size, layer_idx = HIDDEN, 1
+    options: tuple[str, ...] = ()
+    """What a configuration sets."""
 
     def projections(self, q: int, k: int, v: int, *, conv: bool) -> None:
         self.q_proj, self.k_proj = linear(HIDDEN, q), linear(HIDDEN, k)
@@ -486,6 +488,175 @@ class MesaNet(Mixer):
         o = rms(torch.stack(out, 1), self.o_norm.weight, self.eps) * F.silu(
             heads(self.g_proj(x), 4)
         )
+        y: Tensor = self.o_proj(o.flatten(2))
+        return y
+
+
+class Kdn(Mixer):
+    """What both Kalman Delta Networks share; their gains below."""
+
+    head_dim, conv_size = 4, 3
+    omega_min, r_min = 0.0, 0.02
+    info_scale: float | None = None
+    options = ("info_scale", "r_min")
+
+    def __init__(self) -> None:
+        super().__init__()
+        keys, width = self.num_heads * self.head_k_dim, self.num_v_heads * self.head_v_dim
+        low, gates = self.head_v_dim, self.num_v_heads * self.head_k_dim
+        self.projections(keys, keys, width, conv=True)
+        self.f_proj = nn.Sequential(linear(HIDDEN, low), linear(low, gates))
+        self.A_log = nn.Parameter(torch.zeros(self.num_v_heads))
+        self.dt_bias = nn.Parameter(torch.zeros(gates))
+        self.initial_precision_param = nn.Parameter(torch.zeros(self.num_v_heads))
+        self.g_proj = nn.Sequential(linear(HIDDEN, low), linear(low, width, bias=True))
+        self.o_norm, self.o_proj = Norm(self.head_v_dim, self.eps), linear(width, HIDDEN)
+
+    def noises(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What is left to softplus: of the process, and of the observation."""
+        raise NotImplementedError
+
+    def gain(self, c: Tensor, k: Tensor, a: Tensor, w: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gain [B, H, K] and the next precision, of the precision c."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x)
+        group = self.num_v_heads // self.num_heads
+        q, k = l2(heads(q, self.head_k_dim, group)), l2(heads(k, self.head_k_dim, group))
+        v = heads(v, self.head_v_dim)
+        z = heads(self.f_proj(x) + self.dt_bias, self.head_k_dim)
+        a = (-self.A_log.exp()[:, None] * F.softplus(z)).exp()
+        w, r = (F.softplus(noise) for noise in self.noises(x))
+        c = (0.1 + F.softplus(self.initial_precision_param)).expand(x.shape[0], -1)
+        state = x.new_zeros(*c.shape, self.head_k_dim, self.head_v_dim)
+        out = []
+        for t in range(x.shape[1]):
+            gain, c = self.gain(c, k[:, t], a[:, t], self.omega_min + w[:, t], self.r_min + r[:, t])
+            state = a[:, t, :, :, None] * state
+            error = v[:, t] - (state * k[:, t, ..., None]).sum(2)
+            state = state + gain[..., None] * error[:, :, None]
+            out.append((q[:, t, ..., None] * state).sum(2) * self.head_k_dim**-0.5)
+        o = rms(torch.stack(out, 1), self.o_norm.weight, self.eps)
+        o = o * torch.sigmoid(heads(self.g_proj(x), self.head_v_dim))
+        y: Tensor = self.o_proj(o.flatten(2))
+        return y
+
+
+class IsoKdn(Kdn):
+    num_heads = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.omega_proj, self.r_proj = linear(HIDDEN, 4), linear(HIDDEN, 4)
+        self.omega_bias = nn.Parameter(torch.zeros(4))
+        self.r_bias = nn.Parameter(torch.zeros(4))
+
+    def noises(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.omega_proj(x) + self.omega_bias, self.r_proj(x) + self.r_bias
+
+    def gain(self, c: Tensor, k: Tensor, a: Tensor, w: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        # As the package's loop over tokens has it; its kernels take the length of keys as 1.
+        size = k.shape[-1]
+        length, scale = k.square().sum(-1), self.info_scale or size
+        p = a.square().mean(-1) / c + w
+        return (p / (r + p * length))[..., None] * k, 1 / p + scale * length / (size * r)
+
+
+class DiagKdn(Kdn):
+    def __init__(self) -> None:
+        super().__init__()
+        keys = self.num_heads * self.head_k_dim
+        self.omega_proj = nn.Sequential(linear(HIDDEN, 6), linear(6, keys, bias=True))
+        self.r_proj = linear(HIDDEN, self.num_heads, bias=True)
+
+    def noises(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return heads(self.omega_proj(x), self.head_k_dim), self.r_proj(x)
+
+    def gain(self, c: Tensor, k: Tensor, a: Tensor, w: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        p = a.square() / (c if c.ndim == 3 else c[..., None]) + w
+        r, scale = r[..., None], self.info_scale or k.shape[-1]
+        gain = p * k / (r + (p * k.square()).sum(-1, keepdim=True))
+        return gain, 1 / p + scale * k.square() / r
+
+
+def chebyshev(h: Tensor, q: Tensor, share: float, steps: int) -> Tensor:
+    """The iteration for (h + share |h|) x = q, a spectrum from share |h| to that and |h|."""
+    norm = torch.linalg.matrix_norm(h)[..., None]
+    ridge, size = share * norm, 2 / (2 * share * norm + norm)
+    quarter = (norm * size / 4).square()
+    before, x, w = torch.zeros_like(q), size * q, 2 * torch.ones_like(size)
+    for _ in range(steps):
+        w = 1 / (1 - quarter * w)
+        left = (h @ x[..., None])[..., 0] + ridge * x - q
+        before, x = x, w * (x - size * left) + (1 - w) * before
+    return x
+
+
+class Gka(Mixer):
+    head_dim, conv_size = 4, 3
+    num_heads = 2
+    num_v_heads: int | None = 4  # type: ignore[assignment]
+    num_kv_heads: int | None = None  # type: ignore[assignment]
+    use_beta_gate = use_alpha_connection = use_v_conv = True
+    use_forgetting_gate = use_forgetting_gate_kk = gla_rescale = True
+    ridge_ratio, num_iter = 0.05, 30
+    options = (
+        *("num_heads", "num_v_heads", "num_kv_heads", "use_beta_gate", "use_alpha_connection"),
+        *("use_v_conv", "use_forgetting_gate", "gla_rescale", "ridge_ratio", "use_gate"),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_k_heads = self.num_kv_heads or self.num_heads
+        self.num_v_heads = self.num_kv_heads or self.num_v_heads or self.num_heads
+        self.num_expanded_heads = n = max(self.num_heads, self.num_v_heads)
+        sizes = self.num_heads * 4, self.num_k_heads * 4, self.num_v_heads * 6
+        self.projections(*sizes, conv=True)
+        if not self.use_v_conv:
+            del self.v_conv1d
+        if self.use_beta_gate:
+            self.b_proj = linear(HIDDEN, n, bias=True)
+        if self.use_alpha_connection:
+            self.alpha_proj = linear(HIDDEN, n, bias=True)
+        if self.use_forgetting_gate:
+            self.a_proj = linear(HIDDEN, n)
+            self.A_log, self.dt_bias = (nn.Parameter(torch.zeros(n)) for _ in range(2))
+        if self.use_gate:
+            self.g_proj = linear(HIDDEN, n * 6)
+        self.o_norm, self.o_proj = Norm(6, self.eps), linear(n * 6, HIDDEN)
+
+    def solved(self, h: Tensor, q: Tensor) -> Tensor:
+        share = self.ridge_ratio * torch.linalg.matrix_norm(h)[..., None, None]
+        eye = torch.eye(4, dtype=h.dtype)
+        x: Tensor = torch.linalg.solve(h + share * eye, q[..., None])[..., 0]
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, v = self.num_expanded_heads, self.v_proj(x)
+        v = self.v_conv1d(v) if self.use_v_conv else v
+        q, k = self.q_conv1d(self.q_proj(x)), self.k_conv1d(self.k_proj(x))
+        q, k, v = (heads(y, size, n * size // y.shape[-1]) for y, size in ((q, 4), (k, 4), (v, 6)))
+        q, k = l2(q), l2(k)
+        if self.use_beta_gate:
+            beta = self.b_proj(x).sigmoid()[..., None] + 1e-6
+            k, v = beta * k, beta * v
+        a = x.new_ones(*x.shape[:2], n)
+        if self.use_forgetting_gate:
+            a = (-self.A_log.exp() * F.softplus(self.a_proj(x) + self.dt_bias)).exp()
+        h, u = x.new_zeros(x.shape[0], n, 4, 4), x.new_zeros(x.shape[0], n, 4, 6)
+        out = []
+        for t in range(x.shape[1]):
+            h = a[:, t, :, None, None] * h + k[:, t, :, :, None] * k[:, t, :, None]
+            u = a[:, t, :, None, None] * u + k[:, t, :, :, None] * v[:, t, :, None]
+            z = self.solved(h, q[:, t])
+            if self.use_alpha_connection:
+                alpha = self.alpha_proj(x[:, t]).sigmoid()[..., None]
+                z = q[:, t] + alpha * (z - q[:, t])
+            out.append((z[..., None] * u).sum(2) * (0.5 if self.gla_rescale else 1.0))
+        o = rms(torch.stack(out, 1), self.o_norm.weight, self.eps)
+        if self.use_gate:
+            o = o * F.silu(heads(self.g_proj(x), 6))
         y: Tensor = self.o_proj(o.flatten(2))
         return y
 

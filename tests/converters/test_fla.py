@@ -7,6 +7,7 @@ layouts. What they compute is restated here, one token after the other, in float
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,9 @@ RESTATED: dict[str, type[fla_mixers.Mixer]] = {
     "lightnet": fla_mixers.LightNet,
     "mesa_net": fla_mixers.MesaNet,
     "gdn2": fla_mixers.Gdn2,
+    "iso_kdn": fla_mixers.IsoKdn,
+    "diag_kdn": fla_mixers.DiagKdn,
+    "gka": fla_mixers.Gka,
     "rodimus": fla_mixers.Rodimus,
     "mamba3": fla_mixers.Mamba3,
     "palimpsa": fla_mixers.Palimpsa,
@@ -292,10 +296,15 @@ RESTATED: dict[str, type[fla_mixers.Mixer]] = {
 BACKBONE = ("mamba2", "mamba3", "metamamba2")
 
 
+def restated(c: Config) -> fla_mixers.Mixer:
+    base = RESTATED[c["model_type"]]
+    return type(base.__name__, (base,), {k: c[k] for k in base.options if k in c})()
+
+
 def mix(c: Config, w: Weights, x: Tensor, bound: Tensor | None) -> Tensor:
     if (kind := c["model_type"]) in FORWARD:
         return FORWARD[kind](c, w, x, bound=bound)
-    mixer = RESTATED[kind]().double()
+    mixer = restated(c).double()
     mixer.load_state_dict(w)
     y: Tensor = mixer(x)
     return y
@@ -337,7 +346,7 @@ def mixer_shapes(c: Config) -> dict[str, tuple[int, ...]]:
     """Names and shapes of one mixer's tensors, as that package has them."""
     kind, n = c["model_type"], c.get("num_heads", 0)
     if kind in RESTATED:
-        return {name: tuple(x.shape) for name, x in RESTATED[kind]().state_dict().items()}
+        return {name: tuple(x.shape) for name, x in restated(c).state_dict().items()}
     taps = 4
     if kind == "mamba2":
         inner, keys = 2 * HIDDEN, c["n_groups"] * c["state_size"]
@@ -460,6 +469,9 @@ ARCHITECTURES = {
     "lightnet": "LightNetForCausalLM",
     "mesa_net": "MesaNetForCausalLM",
     "gdn2": "GDN2ForCausalLM",
+    "iso_kdn": "IsoKDNForCausalLM",
+    "diag_kdn": "DiagKDNForCausalLM",
+    "gka": "GKAForCausalLM",
     "rodimus": "RodimusForCausalLM",
     "mamba3": "Mamba3ForCausalLM",
     "palimpsa": "PalimpsaForCausalLM",
@@ -487,6 +499,9 @@ _SIZES: dict[str, Config] = {
     "lightnet": {"expand_ratio": 4, "num_heads": 4, "gate_low_rank_dim": 5},
     "mesa_net": {"num_heads": 4, "head_dim": 4, "conv_size": 3, "lambda_lower_bound": 0.4}
     | {"use_output_gate": True, "max_cg_step_training": 30},
+    "iso_kdn": _HEADS | {"num_heads": 2, "num_v_heads": 4, "omega_min": 0.0, "r_min": 0.02},
+    "diag_kdn": _HEADS | {"omega_min": 0.0, "r_min": 0.02, "info_scale": None},
+    "gka": _HEADS | {"num_heads": 2, "num_v_heads": 4, "ridge_ratio": 0.05, "num_iter": 30},
     "gdn2": _HEADS | {"allow_neg_eigval": True, "use_gate": True},
     "rodimus": {"block_type": "rodimus", "expand_ratio": 6, "input_gate_low_rank": "auto"}
     | {"conv_size": 3, "hidden_ratio": 4 / 3, "ska_attn": None, "intermediate_size": 40},
@@ -580,6 +595,14 @@ CASES: dict[str, tuple[str, Config]] = {
     "gated_deltanet-plain": ("gated_deltanet", {"use_short_conv": False, "use_gate": False}),
     "kda-bounded": ("kda", {"safe_gate": True, "lower_bound": -5.0, "num_v_heads": 4}),
     "kda-plain": ("kda", {"use_short_conv": False, "allow_neg_eigval": True}),
+    "iso_kdn-scaled": ("iso_kdn", {"info_scale": 2.5, "r_min": 0.3}),
+    "diag_kdn-scaled": ("diag_kdn", {"info_scale": 2.5, "r_min": 0.3}),
+    "gka-shared-heads": ("gka", {"num_heads": 4, "num_v_heads": None, "num_kv_heads": 2}),
+    "gka-plain": (
+        "gka",
+        {"use_beta_gate": False, "use_alpha_connection": False, "use_forgetting_gate": False}
+        | {"use_v_conv": False, "gla_rescale": False, "use_gate": False},
+    ),
     "gla-hybrid": ("gla", {"attn": {"layers": [1], "num_heads": 2, "num_kv_heads": 1}}),
     "gated_deltanet-hybrid": (
         "gated_deltanet",
@@ -656,6 +679,19 @@ def test_convert_verify_save_reload_generate(kind: str, tmp_path: Path) -> None:
     assert tokens.shape == (2, TOKENS + 3)
 
 
+def test_the_iteration_of_gka_stops_near_the_solution() -> None:
+    torch.manual_seed(0)
+    mixer, x = fla_mixers.Gka(), torch.randn(50, 6, 4, dtype=torch.float64)
+    mixer.ridge_ratio = 0.02
+    h, q = x.mT @ x, l2(torch.randn(50, 4, dtype=torch.float64))
+    exact = mixer.solved(h, q)
+    error = fla_mixers.chebyshev(h, q, 0.02, 30) - exact
+    # One over the 31st Chebyshev polynomial where it is outside of the spectrum.
+    bound = 1 / math.cosh(31 * math.acosh(1.04))
+    assert bound < 3.3e-4
+    assert bool((error.norm(dim=-1) <= bound * exact.norm(dim=-1)).all())
+
+
 REFUSED: dict[str, tuple[str, Config, str]] = {
     "window": (
         "gla",
@@ -726,6 +762,10 @@ REFUSED: dict[str, tuple[str, Config, str]] = {
     "no metaplasticity": ("palimpsa", {"metaplasticity": False}, "is False, accepted is True"),
     "correction": ("comba", {"use_output_correction": False}, "is False, accepted is True"),
     "solver": ("mesa_net", {"max_cg_step_training": 5}, "training is 5, accepted is 30"),
+    "process noise": ("iso_kdn", {"omega_min": 0.1}, "omega_min is 0.1, accepted is 0.0"),
+    "shared keys": ("diag_kdn", {"num_v_heads": 8}, "num_v_heads is 8, accepted is 4"),
+    "two decays": ("gka", {"use_forgetting_gate_kk": False}, "_kk is False, accepted is True"),
+    "iterations": ("gka", {"num_iter": 5}, "num_iter is 5, accepted is 30"),
     "quantised": ("gla", {"quantization_config": {"bits": 4}}, "is quantised; import"),
 }
 

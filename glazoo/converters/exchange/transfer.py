@@ -126,6 +126,7 @@ def translated(
             found |= split(entry, state[entry.theirs], ours, f"{kind}: {where}", n)
         elif not entry.optional:
             raise ConversionError(f"{kind}: {where}{entry.theirs} is missing")
+    found |= _starts(m, layer, wide_dtype(*state.values()))
     if absent := sorted(set(ours) - set(found)):
         wanted = [e for e in m.entries if set(e.ours) & set(absent)]
         if not wanted:
@@ -153,6 +154,9 @@ def dump(layer: GatedLinearAttention, kind: str) -> dict[str, Tensor]:
     if "pairs" in m.table or any(e.flat or e.map for e in m.entries):
         raise ConversionError(f"{kind}: tensors of ours cannot be given back in its layout")
     ours = apart(layer)
+    for key, start in _starts(m, layer, torch.float64).items():
+        if torch.equal(ours[key], start.to(ours[key])):
+            del ours[key]
     unmapped = sorted(set(ours) - {key for e in m.entries for key in e.ours})
     if unmapped:
         raise ConversionError(f"{kind}: no place for our {', '.join(unmapped)}")
@@ -174,6 +178,14 @@ def _map(kind: str) -> KeyMap:
     if kind not in KINDS:
         raise ConversionError(f"kind: got {kind!r}, accepted are {', '.join(KINDS)}")
     return KINDS[kind]
+
+
+def _starts(m: KeyMap, layer: GatedLinearAttention, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return what is an option on their side, which the spec has taken, as our tensors."""
+    gate, names = layer.metaplastic, m.table.get("starts", "").split()
+    if gate is None:
+        return {}
+    return {name: gate.start(name.rpartition(".")[2], dtype) for name in names}
 
 
 def _in_halves(x: Tensor, name: str, layer: GatedLinearAttention) -> Tensor:
