@@ -82,8 +82,14 @@ def test_fla_folders_compute_what_is_published(version: int, tmp_path: Path) -> 
     assert near(logits(tmp_path / "i"), forward(version, w, IDS, eps))
 
 
-@pytest.mark.parametrize("version", [5, 6, 7])
-@pytest.mark.parametrize("form", list(rwkv.FORMS))
+@pytest.mark.parametrize(
+    ("version", "form"),
+    [
+        pytest.param(v, f, marks=[pytest.mark.slow] * (v < 7 and f != "float32"))
+        for v in (5, 6, 7)
+        for f in rwkv.FORMS
+    ],
+)
 def test_bin_files_compute_what_is_published(version: int, form: str, tmp_path: Path) -> None:
     w = {k: x.float().double() for k, x in make(version).items()}
     stands = write_bin(tmp_path / "m.bin", version, w, form)

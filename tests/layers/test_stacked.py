@@ -20,7 +20,10 @@ from glazoo.layers import GatedLinearAttention
 LAYERS, TOKENS = 5, 24
 
 
-@pytest.mark.parametrize("name", ["gka", "metaplastic_gated_deltanet_full"])
+@pytest.mark.parametrize(
+    "name",
+    ["gka", pytest.param("metaplastic_gated_deltanet_full", marks=pytest.mark.slow)],
+)
 def test_gradients_through_five_solves(name: str) -> None:
     spec = glazoo.load(name)
     torch.manual_seed(0)
