@@ -12,7 +12,7 @@ import torch
 from glazoo.engines import reference
 from glazoo.engines.call import Call, Result
 
-__all__ = ["ENGINES", "Engine", "automatic", "available", "pick"]
+__all__ = ["Engine", "automatic", "available", "pick"]
 
 Engine = Callable[[Call], Result]
 
@@ -61,9 +61,6 @@ _ENGINES: dict[str, Engine] = {
     "triton": _triton,
     "fla": _fla,
 }
-
-ENGINES = tuple(_ENGINES)
-"""All engines by name."""
 
 
 # Asked once: a compiler that captures a call cannot look for packages.

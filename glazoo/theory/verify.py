@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from glazoo.api import attention
-from glazoo.engines import ENGINES, available, triton
+from glazoo.engines import available, triton
 from glazoo.spec import Spec, SpecError
 from glazoo.theory.catalogue import ENTRIES
 from glazoo.theory.entry import Domain, Entry, Finding, Kind, Op
@@ -72,7 +72,7 @@ def run(
         dtype = "float32" if impl == "triton" else "float64"
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, accepted are {', '.join(DTYPES)}")
-    accepted = [name for name in ENGINES if name in available() or name == "triton"]
+    accepted = [*available(), "triton"]
     if impl is not None and impl not in accepted:
         raise ValueError(f"impl: got {impl!r}, accepted are {', '.join(accepted)}")
     if impl == "triton":

@@ -654,7 +654,7 @@ ENTRIES: tuple[Entry, ...] = (
         "its error before the write",
         "ours",
         _contraction,
-        corrected("exact"),
+        where(corrected("exact"), lambda s: s.steps.count == 1),
         kind=Kind.INEQUALITY,
         domain=Domain(tokens=(1, 1)),
     ),
@@ -665,7 +665,7 @@ ENTRIES: tuple[Entry, ...] = (
         "its error before the write, times the source's factor",
         "ours",
         _beyond_one,
-        rate,
+        where(rate, lambda s: s.steps.count == 1),
         domain=Domain(tokens=(1, 1)),
     ),
     Entry(

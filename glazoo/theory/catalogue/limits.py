@@ -157,6 +157,8 @@ ENTRIES: tuple[Entry, ...] = (
         where(
             frozen,
             default_erase,
+            # What erases first is nothing without its correction.
+            lambda s: s.steps.source != "erase_then_write",
             lambda s: (
                 corrected("first_order")(s)
                 or corrected("exact")(s)
