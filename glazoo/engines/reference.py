@@ -341,9 +341,10 @@ class _Sequence:
         forget = w.decay
         if imp.forgetting == "diffuse":
             keep = a.square()
-            if axes and keep.shape[2] > 1:
+            if axes and self.spec.decay.shape == "key":
+                # Of a write that decays nothing, too: its one is a sum of an axis' squares.
                 turn = self.ops["basis"].square().repeat_interleave(self.call.groups, 0)
-                keep = turn.mT @ keep
+                keep = turn.mT @ keep.expand(-1, -1, turn.shape[1], -1)
             if p.precision == "isotropic":
                 keep = keep.mean(2, keepdim=True)
             if w.noise is None:

@@ -568,7 +568,7 @@ ENTRIES: tuple[Entry, ...] = (
         "its source (Gated DeltaNet)",
         "arXiv:2605.31163",
         _reset,
-        where(noisy, rate, without(full)),
+        where(noisy, rate, without(full), lambda s: s.steps.count == 1),
         condition="I_p = 1",
         domain=Domain(start=False),
     ),
