@@ -14,6 +14,7 @@ from glazoo.engines.lowered import token_dtype
 from glazoo.engines.triton import runnable
 from glazoo.errors import extra
 from glazoo.program import Kernel
+from glazoo.spec import Erase
 from glazoo.state import State
 
 __all__ = ["run"]
@@ -52,7 +53,7 @@ def _found(call: Call) -> _Function:
         and spec.posterior.gain == "first_order"
         and (spec.read.when, spec.read.normalizer, spec.steps.count) == ("post", "none", 1)
         and spec.key == "operand"
-        and spec.erase == type(spec.erase)()
+        and spec.erase == Erase()
         and (kernel is Kernel.LINEAR or spec.write.shape == "head")
     )
     found = _FUNCTIONS.get((kernel, spec.decay.shape)) if plain else None

@@ -144,6 +144,8 @@ def check_spec(spec: Spec) -> None:
         "decay": spec.decay,
         "write": spec.write,
         "erase.gate": spec.erase.gate,
+        "read.mix": spec.read.mix,
+        "layer.erase_mix": layer.erase_mix,
         "layer.q.gate": layer.q.gate,
         "layer.k.gate": layer.k.gate,
         "layer.v.gate": layer.v.gate,

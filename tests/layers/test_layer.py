@@ -289,6 +289,13 @@ IMPOSSIBLE = [
     ("mamba3", {"decay": {"shape": "none"}, "write": {"shape": "none"}}, "discretisation step"),
     ("retnet", {"layer": {"skip": "branch"}}, "needs layer.local.at"),
     ("comba", {"layer": {"erase_key": "none"}}, "erase.key = free and layer.erase_key"),
+    ("qdelta", {"layer": {"erase_mix": {"shape": "none"}}}, "query_added and a head-shaped"),
+    (
+        "qdelta",
+        {"layer": {"erase_mix": {"shape": "head", "input": "shift"}}},
+        "layer.erase_mix.input = shift",
+    ),
+    ("gka", {"read": {"mix": {"shape": "head", "input": "branch"}}}, "read.mix.input = branch"),
     ("gla", {"decay": {"input": "shift"}}, "needs layer.local.kind = token_shift"),
 ]
 
