@@ -20,6 +20,7 @@ from glazoo.terminal import AsJson, console, print_json, refusals
 __all__ = ["app", "main"]
 
 _ELSEWHERE = {
+    "advise": "glazoo.advise",
     "convert": "glazoo.converters.commands",
     "tune": "glazoo.converters.commands",
     "inspect": "glazoo.converters.commands",

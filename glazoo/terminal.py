@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -23,7 +23,7 @@ with extra("cli"):
     )
     from rich.text import Text
 
-__all__ = ["AsJson", "console", "markdown_table", "print_json", "progress", "refusals"]
+__all__ = ["AsJson", "console", "heat_map", "markdown_table", "print_json", "progress", "refusals"]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
 
@@ -80,3 +80,23 @@ def progress(*, quiet: bool, of_bytes: bool = False) -> Iterator[Callable[[str, 
         yield lambda what, done, total: bars.update(
             task, description=what, completed=done, total=total
         )
+
+
+_SHADES = " .:-=+*#%@"
+
+
+def heat_map(title: str, rows: Mapping[int, Sequence[float]], top: float) -> Text:
+    """Draw layers by heads; shades as well as colours, for terminals and files without them."""
+    text = Text(
+        f"{title}: layers down, heads across, {_SHADES[1]} little to {_SHADES[-1]} {top:g}\n"
+    )
+    for layer, values in rows.items():
+        text.append(f"{layer:5d} ")
+        for value in values:
+            share = min(1.0, max(0.0, value / top))
+            shade = _SHADES[0 if share == 0 else 1 + round(share * (len(_SHADES) - 2))]
+            text.append(
+                shade * 2, style=f"rgb({int(40 + 215 * share)},60,{int(220 - 180 * share)})"
+            )
+        text.append("\n")
+    return text

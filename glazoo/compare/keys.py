@@ -65,29 +65,30 @@ def principal_axes(keys: Float[Tensor, "... T K"]) -> Float[Tensor, "... K K"]:
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """Keys of the heads of a trained model, in the order of a text.
+    """Keys of the heads of a trained model, in the order of texts.
 
     Every head's are scaled so that their mean square is one.
     """
 
-    keys: Float[Tensor, "L T K"]
+    keys: Float[Tensor, "L C T K"]
+    """C contexts of T tokens; of a single text, its two halves."""
     axes: Float[Tensor, "L K K"]
-    """Principal axes of every head's keys in the first half of the text."""
+    """Principal axes of every head's keys in the first half of the contexts."""
 
     @property
     def longest(self) -> int:
-        """How many keys in a row a half of the text has."""
-        return self.keys.shape[1] // 2
+        """How many keys in a row a context has."""
+        return self.keys.shape[2]
 
     @property
     def size(self) -> int:
         """Key channels."""
-        return self.keys.shape[2]
+        return self.keys.shape[3]
 
     @property
     def directions(self) -> float:
         """Participation ratio (tr M)^2 / |M|^2 of M = E[k k^T], mean over heads."""
-        x = self.keys.double()
+        x = self.keys.double().flatten(1, 2)
         moment = x.mT @ x
         trace = moment.diagonal(dim1=-2, dim2=-1).sum(-1)
         return float((trace.square() / moment.square().sum((-2, -1))).mean())
@@ -99,14 +100,19 @@ class Recorded:
         axes."""
         heads = torch.randint(len(self.keys), (seeds,), generator=generator)
         first = torch.randint(self.longest - pairs + 1, (seeds,), generator=generator)
-        at = (stream * self.longest + first)[:, None] + torch.arange(pairs)
-        keys = self.keys[heads[:, None], at]
+        half = self.keys.shape[1] // 2
+        context = torch.full_like(heads, stream * half)
+        if half > 1:
+            context += torch.randint(half, (seeds,), generator=generator)
+        at = first[:, None] + torch.arange(pairs)
+        keys = self.keys[heads[:, None], context[:, None], at]
         return keys @ self.axes[heads] if rotated else keys
 
 
 @functools.lru_cache(maxsize=4)
 def recorded(name: str) -> Recorded:
-    """Reads keys that `glazoo inspect --save-keys` wrote.
+    """Reads keys that `glazoo inspect --save-keys` wrote, `layer_N`, [T, H, K]; or those of C >= 2
+    texts, which start anew, [C, T, H, K].
 
     Args:
         name: a file, or `trained`, the keys that come with the package: of the Gated DeltaNet that
@@ -127,19 +133,27 @@ def recorded(name: str) -> Recorded:
         ) from e
     except (ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as e:
         raise CompareError(f"keys: {name} is no file of `glazoo inspect --save-keys`: {e}") from e
-    shapes = {x.shape[0::2] for x in layers if x.dim() == 3}
-    if len(shapes) != 1 or not all(x.dim() == 3 and x.numel() for x in layers):
+    found = [_in_contexts(x) for x in layers]
+    shapes = {None if x is None else (*x.shape[:2], x.shape[3]) for x in found}
+    if len(shapes) != 1 or None in shapes:
         got = ", ".join(str(list(x.shape)) for x in layers) or "nothing"
         raise CompareError(
             f"keys: {name} holds {got}; accepted are keys [T, H, K] of every layer, with one T and "
-            "one K"
+            "one K, or those of several texts, [C, T, H, K]"
         )
-    keys = torch.cat([x.transpose(0, 1) for x in layers])
+    keys = torch.cat([x.permute(2, 0, 1, 3) for x in found if x is not None])
     if not bool(torch.isfinite(keys).all()):
         raise CompareError(f"keys: {name} holds numbers that are not finite")
-    scale = keys.square().sum(-1).mean(-1).clamp(min=1e-30).rsqrt()
-    keys = keys * scale[:, None, None]
-    return Recorded(keys, principal_axes(keys[:, : keys.shape[1] // 2]))
+    scale = keys.square().sum(-1).mean((1, 2)).clamp(min=1e-30).rsqrt()
+    keys = keys * scale[:, None, None, None]
+    return Recorded(keys, principal_axes(keys[:, : keys.shape[1] // 2].flatten(1, 2)))
+
+
+def _in_contexts(x: Tensor) -> Float[Tensor, "C T H K"] | None:
+    """Return a layer's keys by contexts, the halves of a single text; None if these are no keys."""
+    if x.dim() == 3:
+        x = x[: len(x) // 2 * 2].unflatten(0, (2, -1)) if len(x) > 1 else x[None]
+    return x if x.dim() == 4 and x.numel() and len(x) > 1 else None
 
 
 def take_keys(

@@ -18,7 +18,7 @@ from glazoo.layers import ImportanceGate
 from glazoo.layers.conversion import metaplastic_layers
 from glazoo.layers.plasticity import Observation
 
-__all__ = ["Axes", "calibrate", "key_moments", "observed", "save_keys"]
+__all__ = ["Axes", "calibrate", "key_moments", "observed", "save_keys", "turn"]
 
 LENGTH = 512
 """Tokens that a model reads at once."""
@@ -145,12 +145,26 @@ def calibrate(
 
 
 @torch.no_grad()
-def _turned(gate: ImportanceGate, moment: Tensor, held_out: Tensor) -> Axes:
+def turn(gate: ImportanceGate, moment: Float[Tensor, "H K K"]) -> Float[Tensor, "H K K"]:
+    """Turns the axes of a rotated importance to the eigenvectors of a moment of its keys, in place.
+
+    Args:
+        gate: of a layer with `basis = "rotated"`.
+        moment: E[k k^T] of every key head.
+
+    Returns:
+        The axes, columns, the largest eigenvalue first.
+    """
     assert gate.axes is not None
     assert gate.turn is not None
-    basis = torch.linalg.eigh(moment).eigenvectors.flip(-1)
+    basis: Tensor = torch.linalg.eigh(moment).eigenvectors.flip(-1)
     gate.axes.copy_(basis)
     gate.turn.zero_()
+    return basis
+
+
+def _turned(gate: ImportanceGate, moment: Tensor, held_out: Tensor) -> Axes:
+    basis = turn(gate, moment).cpu()
     whole = held_out.square().sum((-2, -1))
     directions = held_out.diagonal(dim1=-2, dim2=-1).sum(-1).square() / whole
     return Axes(

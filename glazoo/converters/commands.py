@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,7 +15,7 @@ from rich.text import Text
 
 from glazoo.converters.report import Report
 from glazoo.errors import ConversionError
-from glazoo.terminal import AsJson, console, print_json, progress
+from glazoo.terminal import AsJson, console, heat_map, print_json, progress
 
 __all__ = ["convert", "inspect", "tune"]
 
@@ -410,26 +409,6 @@ def inspect(
         shares = {u.layer: u.consolidated for u in result.use}
         maps.append(("share of synapses above the prior", shares, 1.0))
     for title, rows, top in maps:
-        out.print(_heat_map(title, rows, top))
+        out.print(heat_map(title, rows, top))
     if plot is not None:
         out.print(Text(f"heat maps: {plot}, their numbers: {table}"))
-
-
-_SHADES = " .:-=+*#%@"
-
-
-def _heat_map(title: str, rows: Mapping[int, Sequence[float]], top: float) -> Text:
-    """Draws layers by heads; shades as well as colours, for terminals and files without them."""
-    text = Text(
-        f"{title}: layers down, heads across, {_SHADES[1]} little to {_SHADES[-1]} {top:g}\n"
-    )
-    for layer, values in rows.items():
-        text.append(f"{layer:5d} ")
-        for value in values:
-            share = min(1.0, max(0.0, value / top))
-            shade = _SHADES[0 if share == 0 else 1 + round(share * (len(_SHADES) - 2))]
-            text.append(
-                shade * 2, style=f"rgb({int(40 + 215 * share)},60,{int(220 - 180 * share)})"
-            )
-        text.append("\n")
-    return text

@@ -7,9 +7,8 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from glazoo.converters.files import Progress, Staging, leftover_warnings
 from glazoo.converters.folders import (
     check_apart,
 )
-from glazoo.converters.loading import load_model
+from glazoo.converters.loading import load_to_observe
 from glazoo.converters.rehearsal import rehearse
 from glazoo.converters.report import AddedTensor, ConversionReport, FileRecord
 from glazoo.converters.source import Checkpoint, inspect_checkpoint
@@ -209,18 +208,14 @@ def _calibrated(
     if not texts:
         return {}, ()
     from glazoo.converters.texts import read_tokens
-    from glazoo.models.metaplastic import convert_in_place
 
-    family, architecture = checkpoint.family, checkpoint.architecture
-    model = load_model(family.source_model(architecture), checkpoint.folder, torch.float32)
-    config: Any = model.config
     ids = read_tokens(
         texts,
         tokenizer,
-        vocabulary=int(config.get_text_config().vocab_size),
+        vocabulary=int(checkpoint.config.get_text_config().vocab_size),
         limit=CALIBRATION_TOKENS,
     )[:CALIBRATION_TOKENS]
-    convert_in_place(model, family, replace(settings, plasticity=0.0), checkpoint.found)
+    model = load_to_observe(checkpoint, settings)
     turned = calibrate_model(model, torch.from_numpy(ids.astype("int64")), progress)
     axes = {gate.layer: gate.axes for _, gate, _ in metaplastic_layers(model)}
     return {layer: x.detach().clone() for layer, x in axes.items() if x is not None}, turned

@@ -14,12 +14,21 @@ from glazoo.converters.folders import (
     CONFIG,
     read_json,
 )
+from glazoo.converters.source import Checkpoint
 from glazoo.errors import ConversionError, extra
 from glazoo.families import Family, families, find_family
 from glazoo.families.settings import Settings
 from glazoo.layers import gates
+from glazoo.metaplastic import metaplasticize
 
-__all__ = ["load_converted", "load_metaplastic", "load_model", "quiet", "read_pair"]
+__all__ = [
+    "load_converted",
+    "load_metaplastic",
+    "load_model",
+    "load_to_observe",
+    "quiet",
+    "read_pair",
+]
 
 
 @contextlib.contextmanager
@@ -106,6 +115,23 @@ def load_metaplastic(
     from glazoo.models.metaplastic import model_class
 
     return load_model(model_class(family.source_model(architecture), family), folder, dtype)
+
+
+def load_to_observe(checkpoint: Checkpoint, settings: Settings) -> nn.Module:
+    """Loads a source and turns it, in memory, into a form at kappa = 0, whose layers can be
+    observed and compute what the source's do.
+
+    Raises:
+        ConversionError: it does not load, or lacks a tensor.
+    """
+    cls = checkpoint.family.source_model(checkpoint.architecture)
+    return metaplasticize(
+        load_model(cls, checkpoint.folder, torch.float32),
+        rank=settings.rank,
+        layers=settings.layers,
+        seed=settings.seed,
+        **settings.form,
+    )
 
 
 def load_converted(folder: str | Path, **options: Any) -> nn.Module:

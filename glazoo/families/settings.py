@@ -61,6 +61,17 @@ class Settings:
     """How a decay acts on importance."""
     format_version: int = FORMAT_VERSION
 
+    @property
+    def form(self) -> Counterpart:
+        """The form of the spec, as options of `glazoo.metaplasticize`."""
+        return {
+            "gate": self.gate,
+            "gain": self.gain,
+            "precision": self.precision,
+            "basis": self.basis,
+            "forgetting": self.forgetting,
+        }
+
     @classmethod
     def make(
         cls,

@@ -31,9 +31,9 @@ def file(tmp_path: Path) -> str:
 
 def test_a_recorded_text_is_read_in_its_halves(file: str) -> None:
     found = recorded(file)
-    assert found.keys.shape == (4, 200, 8)
-    assert torch.allclose(found.keys.square().sum(-1).mean(-1), torch.ones(4))
-    rows = {tuple(k): t for head in found.keys.tolist() for t, k in enumerate(head)}
+    assert found.keys.shape == (4, 2, 100, 8)
+    assert torch.allclose(found.keys.square().sum(-1).mean((1, 2)), torch.ones(4))
+    rows = {tuple(k): t for head in found.keys.flatten(1, 2).tolist() for t, k in enumerate(head)}
     for stream, places in ((SELECTION, range(100)), (EVALUATION, range(100, 200))):
         rng = torch.Generator().manual_seed(0)
         drawn = take_keys(file, 50, 30, 8, rng, stream=stream, rotated=False)
@@ -42,6 +42,26 @@ def test_a_recorded_text_is_read_in_its_halves(file: str) -> None:
         assert int(at.min()) in places
         assert int(at.max()) in places
         assert len(set(at[:, 0].tolist())) > 10
+
+
+def test_recorded_contexts_are_read_one_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "contexts.npz"
+    np.savez(path, layer_0=np.stack([narrow(s, tokens=40) for s in range(6)]))
+    found = recorded(str(path))
+    assert found.keys.shape == (2, 6, 40, 8)
+    rows = {
+        tuple(k): (c, t)
+        for head in found.keys.tolist()
+        for c, context in enumerate(head)
+        for t, k in enumerate(context)
+    }
+    for stream, contexts in ((SELECTION, {0, 1, 2}), (EVALUATION, {3, 4, 5})):
+        rng = torch.Generator().manual_seed(0)
+        drawn = take_keys(str(path), 50, 30, 8, rng, stream=stream, rotated=False)
+        at = [[rows[tuple(k)] for k in keys] for keys in drawn.tolist()]
+        assert all(len({c for c, _ in of}) == 1 for of in at)
+        assert {of[0][0] for of in at} == contexts
+        assert bool((torch.tensor([[t for _, t in of] for of in at]).diff(dim=1) == 1).all())
 
 
 def test_rotated_keys_are_the_same_along_axes_of_the_first_half(file: str) -> None:
@@ -55,7 +75,7 @@ def test_rotated_keys_are_the_same_along_axes_of_the_first_half(file: str) -> No
     # Products of 8 terms of keys that are at most a few times as long as one.
     slack = 8 * 8 * torch.finfo(torch.float32).eps * float(own.square().sum(-1).max())
     assert float((own @ own.mT - turned @ turned.mT).abs().max()) < slack
-    for keys, axes in zip(found.keys[:, :100], found.axes, strict=True):
+    for keys, axes in zip(found.keys[:, 0], found.axes, strict=True):
         moment = (keys @ axes).mT @ (keys @ axes)
         assert bool((moment.diagonal().diff() <= 0).all())
         away = moment - moment.diagonal().diag()
@@ -126,7 +146,7 @@ def test_what_is_no_archive_is_refused(tmp_path: Path) -> None:
 
 def test_keys_that_come_with_the_package() -> None:
     found = recorded("trained")
-    assert found.keys.shape == (12, 512, 32)
+    assert found.keys.shape == (12, 2, 256, 32)
     assert 4 < found.directions < 6
 
 

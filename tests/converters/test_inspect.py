@@ -169,7 +169,7 @@ def test_keys_over_a_text_are_saved_for_capacity(opened: Path, text: Path, tmp_p
         for layer, keys in seen.items():
             assert torch.equal(torch.from_numpy(data[f"layer_{layer}"]), keys.half())
     heads = sum(k.shape[1] for k in seen.values())
-    assert recorded(str(file)).keys.shape == (heads, 100, seen[0].shape[-1])
+    assert recorded(str(file)).keys.shape == (heads, 2, 50, seen[0].shape[-1])
 
 
 def test_keys_without_a_text_or_a_place_are_refused(

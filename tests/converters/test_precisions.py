@@ -17,6 +17,7 @@ from glazoo.converters.calibration import calibrate, key_moments
 from glazoo.converters.examine import measure_use
 from glazoo.errors import ConversionError
 from glazoo.layers import gates
+from glazoo.models import GlazooConfig, GlazooForCausalLM
 
 FORMS: list[dict[str, Any]] = [
     {"precision": "full"},
@@ -67,6 +68,22 @@ def test_axes_come_from_a_text_and_change_nothing(tmp_path: Path) -> None:
     assert contents(tmp_path / "back") == contents(source)
     with pytest.raises(ConversionError, match="calibrate: gives the axes of basis = 'rotated'"):
         convert_checkpoint(source, tmp_path / "no", calibrate=[given], basis="own")
+
+
+def test_axes_of_a_model_made_of_specs(tmp_path: Path) -> None:
+    # It had ended in an assertion: its mixers are turned into others in their own way.
+    config = GlazooConfig(
+        pattern="mamba2", vocab_size=260, hidden_size=16, num_hidden_layers=1, num_heads=2
+    )
+    GlazooForCausalLM(config).save_pretrained(tmp_path / "source")
+    given = text(tmp_path / "text.txt")
+    report = convert_checkpoint(
+        tmp_path / "source", tmp_path / "converted", calibrate=[given], tokenizer="bytes"
+    )
+    assert [(x.layer, x.keys) for x in report.axes] == [(0, report.mixers[0].key)]
+    assert verify_checkpoint(
+        tmp_path / "source", tmp_path / "converted", batch=2, tokens=21, new_tokens=5
+    ).passed
 
 
 def test_calibrated_axes_are_the_eigenvectors_of_the_keys() -> None:

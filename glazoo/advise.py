@@ -1,0 +1,540 @@
+"""`glazoo advise`: which conversion of a model pays, from the keys that it has on a text."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from jaxtyping import Float
+from rich.markdown import Markdown
+from torch import Tensor
+
+from glazoo.compare.capacity import CapacityPlan, capacity
+from glazoo.compare.keys import recorded
+from glazoo.converters.calibration import LENGTH, observed
+from glazoo.converters.loading import load_to_observe
+from glazoo.converters.report import Report
+from glazoo.converters.source import Checkpoint, inspect_checkpoint
+from glazoo.converters.texts import read_tokens
+from glazoo.errors import ConversionError
+from glazoo.layers.plasticity import Observation
+from glazoo.program import lower
+from glazoo.spec import Spec
+from glazoo.stats import Interval, interval
+from glazoo.terminal import AsJson, console, heat_map, markdown_table, print_json, progress
+from glazoo.versions import stated
+
+__all__ = [
+    "FORMS",
+    "AdviceReport",
+    "KeyUse",
+    "Prediction",
+    "advise",
+    "advise_checkpoint",
+    "key_use",
+    "predict",
+]
+
+FORMS: Mapping[str, dict[str, Any]] = {
+    "isotropic": {"precision": "isotropic"},
+    "per key": {},
+    "diffuse": {"forgetting": "diffuse"},
+    "rotated": {"basis": "rotated"},
+    "full": {"precision": "full"},
+    "per synapse": {"gate": "value"},
+}
+"""Conversions by name, as options of `glazoo.metaplasticize`."""
+
+LEAST = 0.05
+"""Share of values that a form must find more than its source, to be advised."""
+
+NEARLY = 0.8
+"""Share of the best form's gain that makes a form with less state as good as that one."""
+
+_VALUES = 64
+"""Value channels of the measurement at most: what is found hardly depends on more."""
+
+Told = Callable[[str, int, int], object]
+
+
+@dataclass(frozen=True, slots=True)
+class KeyUse:
+    """What the keys of one layer are like, head by head."""
+
+    layer: int
+    directions: tuple[float, ...]
+    """Participation ratio (tr M)^2 / |M|^2 of M = E[k k^T]: how many of the K directions they
+    live on."""
+    changing: tuple[float, ...]
+    """Share of the dominant directions of a context, as many as `directions`, that are not those of
+    all contexts."""
+    neglected: tuple[float, ...]
+    """Share of |M|^2 off the diagonal, which an importance per key neglects."""
+    neglected_rotated: tuple[float, ...]
+    """The same along the eigenvectors of other contexts."""
+    window: tuple[float, ...]
+    """Tokens that the memory keeps: 1 / (1 - a) of the mean decay a, at most a context."""
+
+    @property
+    def writes(self) -> tuple[float, ...]:
+        """Writes within the window per direction."""
+        pairs = zip(self.window, self.directions, strict=True)
+        return tuple(w / d for w, d in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a memory would hold of a model's keys, untrained."""
+
+    form: str
+    """`source`, or one of `FORMS`."""
+    found: Interval
+    """Share of values that are found again among all stored, at each memory's best constant gates,
+    mean over numbers of pairs."""
+    gain: Interval
+    """The same less the source's, draw by draw."""
+    state_bytes: int
+    """Of a sequence and all layers, float32."""
+    operations: float
+    """Times those of the source's recurrence, token by token."""
+    added_parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdviceReport(Report):
+    """What to convert a model to."""
+
+    folder: str
+    family: str
+    spec: str
+    keys: int
+    values: int
+    tokens: int
+    pairs: tuple[int, ...]
+    """Numbers of pairs in a memory that predictions are means over."""
+    use: tuple[KeyUse, ...]
+    predictions: tuple[Prediction, ...]
+    impossible: dict[str, str]
+    """Forms that the source does not have, with the reason."""
+    advice: str | None
+    """The form to convert to; None where no form is expected to help."""
+    seconds: float
+    versions: dict[str, str] = field(default_factory=lambda: stated("torch", "transformers"))
+
+    @property
+    def command(self) -> str | None:
+        """The command that follows the advice."""
+        if self.advice is None:
+            return None
+        options = "".join(f" --{n} {x}" for n, x in FORMS[self.advice].items())
+        more = " --calibrate TEXT" if self.advice == "rotated" else ""
+        return f"glazoo convert {self.folder} DST{options}{more}"
+
+    def to_markdown(self) -> str:
+        source = self.predictions[0]
+        rows = [
+            (
+                p.form,
+                p.found.times(100).text(1),
+                "" if p is source else p.gain.times(100).signed(),
+                f"{p.state_bytes:,} ({p.state_bytes / source.state_bytes:.2f})",
+                f"{p.operations:.2f}",
+                "" if p is source else f"{p.added_parameters:,}",
+            )
+            for p in self.predictions
+        ]
+        keys = [
+            (
+                f"{u.layer}",
+                *(
+                    f"{min(x):.2f} / {sum(x) / len(x):.2f} / {max(x):.2f}"
+                    for x in (u.directions, u.changing, u.neglected, u.neglected_rotated)
+                ),
+                " / ".join(f"{f(u.writes):.3g}" for f in (min, _mean, max)),
+            )
+            for u in self.use
+        ]
+        head = ("layer", "directions", "changing", "off the diagonal", "rotated", "writes")
+        lines = [
+            f"# {self.folder}",
+            "",
+            f"{self.family}, {self.spec}, {self.keys} keys and {self.values} values a head; "
+            f"{self.tokens:,} tokens.",
+            "",
+            self._verdict(),
+            "",
+            "## What each memory would find of this model's keys, untrained",
+            "",
+            *markdown_table(
+                (
+                    "memory",
+                    "found (%)",
+                    "to the source",
+                    "state (bytes, times)",
+                    "operations (times)",
+                    "new parameters",
+                ),
+                rows,
+                right=True,
+            ),
+            "",
+            f"Random values under this model's keys in the order of the text, "
+            f"{', '.join(map(str, self.pairs))} pairs in a memory, at the best constant gates of "
+            "each; 95 % intervals over draws. No loss of a language model.",
+            "",
+            *(f"- {form}: {reason}" for form, reason in self.impossible.items()),
+            "",
+            "## Keys (least / mean / most over heads)",
+            "",
+            *markdown_table(head, keys, right=True),
+            "",
+            f"Directions: how many of {self.keys} the keys live on. Changing: share of a context's "
+            "dominant directions that other contexts do not share. Off the diagonal: what an "
+            "importance per key neglects, along the keys' own axes and rotated ones. Writes: in "
+            "the memory's window, per direction.",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _verdict(self) -> str:
+        if self.advice is None:
+            return (
+                "**None would help**: no form is expected to find "
+                f"{100 * LEAST:.0f} % more than the source, with certainty."
+            )
+        found = {p.form: p for p in self.predictions}[self.advice]
+        cost = found.state_bytes / self.predictions[0].state_bytes
+        return (
+            f"**Convert to {self.advice}**: {found.gain.times(100).signed()} points more found, "
+            f"for {cost:.2f} times the state: `{self.command}`, then `glazoo tune --all`."
+        )
+
+
+def _mean(xs: Sequence[float]) -> float:
+    return sum(xs) / len(xs)
+
+
+@torch.no_grad()
+def key_use(
+    layer: int, keys: Float[Tensor, "C T H K"], g: Float[Tensor, "C T HV *K"] | None = None
+) -> KeyUse:
+    """Measure what the keys of a layer are like.
+
+    Args:
+        layer: its index.
+        keys: as the recurrence takes them, of at least two contexts.
+        g: log decays of the same tokens; unset for a memory that forgets nothing.
+
+    Returns:
+        The measurements; along rotated axes, which come from the first half of the contexts, on the
+        second half.
+    """
+    k = keys.double()
+    moments = torch.einsum("cthi,cthj->chij", k, k) / k.shape[1]
+    half = len(k) // 2
+    whole, first, second = moments.mean(0), moments[:half].mean(0), moments[half:].mean(0)
+    square = whole.square().sum((-2, -1)).clamp(min=1e-300)
+    directions = whole.diagonal(dim1=-2, dim2=-1).sum(-1).square() / square
+    heads = k.shape[2]
+    axes = torch.linalg.eigh(first).eigenvectors
+    changing = []
+    for h in range(heads):
+        rank = max(1, min(k.shape[3], round(float(directions[h]))))
+        shared = torch.linalg.eigh(whole[h]).eigenvectors[:, -rank:]
+        own = torch.linalg.eigh(moments[:, h]).eigenvectors[..., -rank:]
+        changing.append(float(1 - (shared.mT @ own).square().sum((-2, -1)).mean() / rank))
+    window = torch.full((heads,), float(k.shape[1]), dtype=torch.float64)
+    if g is not None:
+        g = g.double().mean((0, 1))
+        g = (g.mean(-1) if g.dim() == 2 else g).view(heads, -1).mean(-1)
+        window = window.minimum(1 / -torch.expm1(g.clamp(max=-1e-12)))
+    return KeyUse(
+        layer,
+        tuple(directions.tolist()),
+        tuple(changing),
+        tuple(_off_diagonal(whole).tolist()),
+        tuple(_off_diagonal(axes.mT @ second @ axes).tolist()),
+        tuple(window.tolist()),
+    )
+
+
+def _off_diagonal(moment: Tensor) -> Tensor:
+    kept = moment.diagonal(dim1=-2, dim2=-1).square().sum(-1)
+    return 1 - kept / moment.square().sum((-2, -1)).clamp(min=1e-300)
+
+
+def predict(
+    keys: str,
+    specs: Mapping[str, Spec],
+    *,
+    values: int = _VALUES,
+    pairs: Sequence[int] | None = None,
+    seeds: int = 12,
+    jobs: int = 1,
+    told: Told | None = None,
+) -> tuple[tuple[int, ...], dict[str, list[float]]]:
+    """Measure what each memory would find of recorded keys.
+
+    Args:
+        keys: what `glazoo.compare.keys.recorded` takes.
+        specs: memories by label.
+        values: value channels.
+        pairs: numbers of pairs. Default: half as many as key channels, as many, and twice as many,
+            of those that a context has.
+        seeds: independent draws.
+        jobs: processes.
+        told: called as `told(label, done, total)`.
+
+    Returns:
+        The numbers of pairs; and by label and draw the share of values found, mean over these.
+        Draws of one number are the same for all memories.
+    """
+    found = recorded(keys)
+    size = found.size
+    chosen = tuple(pairs or (n for n in (size // 2, size, 2 * size) if 2 <= n <= found.longest))
+    chosen = chosen or (found.longest,)
+    common = (0, values, chosen, seeds, 0, 0.25, "auto", "once", "values")
+    plans = [CapacityPlan(s, n, keys, *common) for n, s in specs.items()]  # type: ignore[arg-type]
+    shares: dict[str, list[float]] = {}
+    for curve in capacity(plans, jobs=jobs):
+        errors = torch.tensor(curve.errors)
+        shares[curve.label] = (1 - errors.mean(0)).tolist()
+        if told is not None:
+            told(f"memories: {curve.label}", len(shares), len(plans))
+    return chosen, {n: shares[n] for n in specs}
+
+
+def advise_checkpoint(
+    folder: str | Path,
+    texts: Sequence[str | Path],
+    *,
+    tokenizer: str | None = None,
+    tokens: int = 4096,
+    column: str = "text",
+    split: str | None = None,
+    seeds: int = 12,
+    jobs: int = 1,
+    device: str | torch.device = "cpu",
+    told: Told | None = None,
+) -> AdviceReport:
+    """Say which conversion of a model is expected to pay, from its keys on a text.
+
+        gain(form) = share of values that a memory of that form finds again under the model's own
+                     keys, less the share that the source's finds
+
+    Without training: values are random, and gates constant, each memory's best. What keys of a
+    context share, a vector or matrix of importances tells from what tells them apart; where keys
+    are unlike each other, nothing is gained.
+
+    Args:
+        folder: a folder that `convert_checkpoint` takes.
+        texts: UTF-8 text files, or one folder with a Hugging Face data set.
+        tokenizer: a folder with a tokenizer, or "bytes"; default the model's own.
+        tokens: how many tokens of the texts are read at most, 512 at a time, each piece a context.
+        column: the data set's column with the text.
+        split: the data set's split; default `train`, or the only one.
+        seeds: draws of the measurement.
+        jobs: processes of the measurement.
+        device: where the model runs.
+        told: called as `told(what, done, total)`.
+
+    Returns:
+        What the keys are like, what every form would hold, and the advice: the form with the least
+        state of those whose gain is at least four fifths of the best one's, if that is at least
+        five points and its interval excludes zero.
+
+    Raises:
+        ConversionError: the folder cannot be converted, or the text has fewer than two contexts.
+    """
+    begun = time.monotonic()
+    told = told or (lambda *_: None)
+    checkpoint = inspect_checkpoint(folder)
+    found = checkpoint.found
+    if checkpoint.quantised:
+        raise ConversionError(next(iter(checkpoint.quantised.values())))
+    specs, impossible = _forms(checkpoint)
+    ids = read_tokens(
+        texts,
+        tokenizer or str(folder),
+        vocabulary=int(checkpoint.config.get_text_config().vocab_size),
+        column=column,
+        split=split,
+        limit=tokens,
+    )[:tokens]
+    contexts = len(ids) // LENGTH
+    if contexts < 2:
+        raise ConversionError(
+            f"texts: got {len(ids)} tokens, expected at least two contexts of {LENGTH}"
+        )
+    ids = ids[: contexts * LENGTH].astype("int64")
+    model = load_to_observe(checkpoint, _settings(checkpoint)).to(device)
+    told("keys of the text", 0, contexts)
+    seen: dict[int, list[Observation]] = {}
+    for observation in observed(model, torch.from_numpy(ids)):
+        of = seen.setdefault(observation.layer, [])
+        of.append(observation._replace(keys=observation.keys.half().cpu(), g=observation.g.cpu()))
+        told("keys of the text", len(of), contexts)
+    del model
+    keys = {layer: torch.cat([x.keys for x in of]) for layer, of in sorted(seen.items())}
+    use = tuple(key_use(n, k.float(), _decays(seen[n], len(k))) for n, k in keys.items())
+    sizes = {n: (found[n].key, found[n].value) for n in keys}
+    # Layers of another size, which no family has so far, are described and not measured.
+    size = sizes[next(iter(sizes))]
+    with tempfile.TemporaryDirectory() as temporary:
+        file = Path(temporary) / "keys.npz"
+        arrays: Any = {f"layer_{n}": k.numpy() for n, k in keys.items() if sizes[n] == size}
+        np.savez(file, **arrays)
+        values = min(_VALUES, size[1])
+        pairs, shares = predict(str(file), specs, values=values, seeds=seeds, jobs=jobs, told=told)
+    predictions = _predictions(checkpoint, specs, shares)
+    return AdviceReport(
+        folder=str(folder),
+        family=checkpoint.config.model_type,
+        spec=specs["source"].name,
+        keys=size[0],
+        values=size[1],
+        tokens=len(ids),
+        pairs=pairs,
+        use=use,
+        predictions=predictions,
+        impossible=impossible,
+        advice=_advice(predictions),
+        seconds=time.monotonic() - begun,
+    )
+
+
+def _settings(checkpoint: Checkpoint, **form: Any) -> Any:
+    return checkpoint.family.settings(
+        checkpoint.config,
+        checkpoint.architecture,
+        checkpoint.found,
+        plasticity=0.0,
+        rank=None,
+        layers=None,
+        seed=0,
+        **form,
+    )
+
+
+def _forms(checkpoint: Checkpoint) -> tuple[dict[str, Spec], dict[str, str]]:
+    """Return the specs of the source and of its forms, and why it has not the others."""
+    source = checkpoint.family.source_spec(checkpoint.config, checkpoint.found)
+    specs, impossible = {"source": source}, {}
+    for name, form in FORMS.items():
+        try:
+            spec = _settings(checkpoint, **form).metaplastic_spec(source)
+        except ValueError as e:
+            impossible[name] = str(e)
+            continue
+        if spec in specs.values():
+            impossible[name] = "the same as another form here"
+        else:
+            specs[name] = spec
+    return specs, impossible
+
+
+def _decays(seen: Sequence[Observation], contexts: int) -> Tensor:
+    """Return log decays by context and token; of static ones the same for all."""
+    parts = [x.g if x.g.dim() > 2 else x.g.view(1, 1, -1) for x in seen]
+    g = torch.cat(parts)
+    return g if len(g) == contexts else g.expand(contexts, *g.shape[1:])
+
+
+def _predictions(
+    checkpoint: Checkpoint, specs: Mapping[str, Spec], shares: Mapping[str, Sequence[float]]
+) -> tuple[Prediction, ...]:
+    mixers = checkpoint.found.values()
+    one = next(iter(mixers))
+    plain = lower(specs["source"])
+    out = []
+    for form, spec in specs.items():
+        program = lower(spec)
+        added = 0
+        if form != "source":
+            with torch.device("meta"):
+                gates = [m.gate(spec, plasticity=0.0, seed=0) for m in mixers]
+            added = sum(p.numel() for gate in gates for p in gate.parameters())
+        pairs = zip(shares[form], shares["source"], strict=True)
+        out.append(
+            Prediction(
+                form,
+                interval(shares[form]),
+                interval([a - b for a, b in pairs]),
+                sum(4 * m.heads * program.state_floats(m.key, m.value) for m in mixers),
+                program.flops_per_token(one.key, one.value)
+                / plain.flops_per_token(one.key, one.value),
+                added,
+            )
+        )
+    return tuple(out)
+
+
+def _advice(predictions: Sequence[Prediction]) -> str | None:
+    forms = [p for p in predictions[1:] if p.gain.low > 0 and p.gain.mean >= LEAST]
+    if not forms:
+        return None
+    best = max(p.gain.mean for p in forms)
+    return min(
+        (p for p in forms if p.gain.mean >= NEARLY * best),
+        key=lambda p: (p.state_bytes, -p.gain.mean),
+    ).form
+
+
+def advise(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a model to convert.")],
+    texts: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="TEXT...",
+            help="UTF-8 text files, or one folder with a data set, to measure on.",
+        ),
+    ],
+    *,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder with a tokenizer, or bytes. Default: the model's.")
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of the texts that are read at most.")
+    ] = 4096,
+    column: Annotated[str, typer.Option(help="The data set's column with the text.")] = "text",
+    split: Annotated[
+        str | None, typer.Option(help="The data set's split. Default: train, or the only one.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=2, help="Independent draws.")] = 12,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write the report to this file: JSON, or Markdown if it ends in .md."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which conversion of a model pays, from its keys on a text, or that none would."""
+    with progress(quiet=as_json) as told:
+        result = advise_checkpoint(
+            folder,
+            texts,
+            tokenizer=tokenizer,
+            tokens=tokens,
+            column=column,
+            split=split,
+            seeds=seeds,
+            jobs=jobs,
+            told=told,
+        )
+    if report is not None:
+        result.write(report)
+    if as_json:
+        print_json(result.to_json())
+        return
+    out = console()
+    out.print(Markdown(result.to_markdown()))
+    keys = result.keys
+    out.print(heat_map("directions of keys", {u.layer: u.directions for u in result.use}, keys))
+    shares = {u.layer: u.changing for u in result.use}
+    out.print(heat_map("share that changes from context to context", shares, 1.0))
