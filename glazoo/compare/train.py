@@ -32,6 +32,8 @@ __all__ = [
     "Run",
     "Training",
     "evaluate",
+    "evaluate_batch",
+    "evaluation_data",
     "evaluation_points",
     "fit",
     "step_seconds",
@@ -133,7 +135,7 @@ def evaluation_points(task: Task) -> list[tuple[int, int]]:
     return sorted(set(points))
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=16)
 def evaluation_data(task: Task, examples: int) -> dict[tuple[int, int], Batch]:
     """Draws the examples of every evaluation point; they are the same for all runs."""
     return {
@@ -179,7 +181,7 @@ def _loss(model: nn.Module, batch: Batch, device: str) -> Tensor:
 
 
 @torch.no_grad()
-def _evaluate(model: nn.Module, batch: Batch, device: str, size: int = 64) -> dict[str, Any]:
+def evaluate_batch(model: nn.Module, batch: Batch, device: str, size: int = 64) -> dict[str, Any]:
     """Return loss, accuracy and, where the task has groups, the accuracy of each. The accuracy of
     vectors is the share of their variance that is explained."""
     model.eval()
@@ -277,7 +279,7 @@ def fit(
         tokens += batch.asked.numel()
         computing += time.perf_counter() - before
         if (step + 1) % every == 0 or step + 1 == t.steps:
-            point = _evaluate(model, peek, run.device)
+            point = evaluate_batch(model, peek, run.device)
             curve.append({"step": step + 1, "loss": point["loss"], "accuracy": point["accuracy"]})
         if progress is not None and step % 10 == 9:
             progress((step + 1) / t.steps, float(loss.detach()))
@@ -341,7 +343,7 @@ def evaluate(model: nn.Module, run: Run) -> list[dict[str, Any]]:
     task, its own first."""
     held_out = evaluation_data(run.task, run.training.eval_examples)
     points = [
-        {"load": load, "length": length} | _evaluate(model, batch, run.device)
+        {"load": load, "length": length} | evaluate_batch(model, batch, run.device)
         for (load, length), batch in held_out.items()
     ]
     own = (run.task.load, run.task.length)

@@ -14,9 +14,9 @@ from glazoo.compare.tasks import IGNORED, TASKS, Batch, Task, data_hash, draw, g
 from glazoo.compare.train import (
     Run,
     Training,
-    _evaluate,
     _loss,
     _step_batch,
+    evaluate_batch,
     evaluation_points,
     fit,
     train,
@@ -54,7 +54,7 @@ def test_every_spec_has_a_model_within_the_budget(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_every_task_trains_and_is_evaluated(name: str) -> None:
+def test_every_task_trains_and_isevaluate_batchd(name: str) -> None:
     task = Task(name=name, vocab=32, length=48, load=2)  # type: ignore[arg-type]
     result = train(run_of("x", task=task))
     assert not result["diverged"]
@@ -183,7 +183,7 @@ def test_a_model_of_vectors_reads_and_gives_channels() -> None:
     given, wanted = out[:, 16:], batch.labels[:, 16:]
     half = float((given - wanted).detach().square().mean()) / 2
     assert float(_loss(model, batch, "cpu").detach()) == pytest.approx(half, rel=1e-5)
-    found = _evaluate(model, batch, "cpu", size=2)
+    found = evaluate_batch(model, batch, "cpu", size=2)
     assert found["loss"] == pytest.approx(half, rel=1e-5)
     explained = 1 - 2 * half / float(wanted.square().mean())
     assert found["accuracy"] == pytest.approx(explained, rel=1e-5)

@@ -1,0 +1,634 @@
+r"""Which conversion pays: every Bayesian form of trained sources beside their controls.
+
+    python benchmarks/conversion.py run --jobs 2                      the tasks, on CPUs
+    python benchmarks/conversion.py run language --text TEXT --device cuda --jobs 5
+    python benchmarks/conversion.py report                            tables and pictures
+
+A source is trained; then the same weights are trained on for the same further steps, on the same
+data, as they are and as each of their metaplastic forms; and sources with more key channels are
+trained and trained on beside them, so that a form meets a source with at least its state. Runs are
+paired by seed. The rates of further training are the candidates that were best on a seed that is
+not reported (`--select`), of as many candidates for every row.
+
+A repeat goes on where the last one stopped. Runs go to `--out`, a line each; weights and keys stay
+in `--work`.
+The language model reads bytes; its text is the one of `benchmarks/language_model.py`.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import hashlib
+import itertools
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor, nn
+
+import glazoo
+from glazoo.compare.files import make_folder
+from glazoo.compare.model import Model, ModelConfig, shape_for
+from glazoo.compare.store import Store
+from glazoo.compare.tasks import Task, draw, generator
+from glazoo.compare.train import Run, Training, evaluate_batch, evaluation_data, fit
+from glazoo.compare.workers import Failed, Finished, run_all
+from glazoo.converters.calibration import turn
+from glazoo.layers import gates, set_plasticity
+from glazoo.layers.conversion import metaplastic_layers
+from glazoo.layers.gates import GateModule
+from glazoo.layers.plasticity import Observation
+from glazoo.spec import Spec
+
+RESULTS = Path(__file__).parent / "results" / "conversion"
+WORK = Path("build/conversion")
+RANK = 16
+SELECTION_SEED = 1000
+
+FORMS: dict[str, dict[str, Any]] = {
+    "per key": {},
+    "per synapse": {"gate": "value"},
+    "rotated": {"basis": "rotated"},
+    "full": {"precision": "full"},
+    "isotropic": {"precision": "isotropic"},
+    "diffuse": {"forgetting": "diffuse"},
+    "per key, open": {},
+}
+"""Conversions. `rotated` has its axes from the source's keys on training data. `per key, open`
+starts as the paper's authors convert: b at 0.66 of its rate, the prior fixed at one, and decay and
+write gates as they are drawn."""
+
+OPEN = 0.66
+
+
+class Row(Run):
+    """A run of this experiment."""
+
+    opened: bool = False
+    """Whether a conversion starts open, with gates anew."""
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Identifies the run by what determines its result up to rounding."""
+        described = self.model_dump(mode="json", exclude={"label", "before", "impl", "device"})
+        del described["model"]["name"], described["task"]["text"]
+        described["before"] = None if self.before is None else self.before.key
+        text = json.dumps(described, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A task, the model that learns it, and how."""
+
+    task: Task
+    model: ModelConfig
+    training: Training
+    rate: float
+    tuning: Training
+    tuning_rate: float
+    rates_of: str
+    """The setting on which rates of further training are chosen."""
+    sources: tuple[str, ...] = ("mamba2", "gated_deltanet", "kda")
+
+
+def _settings() -> dict[str, Setting]:
+    quick = {"training": Training(steps=400), "rate": 1.2e-2, "tuning_rate": 4e-3}
+    quick["tuning"] = Training(steps=200, curriculum=0.0)
+    small = ModelConfig(key_size=6, value_size=16)
+    records: dict[str, Any] = {
+        "model": ModelConfig(key_size=8, value_size=16, mlp=0, start="window"),
+        "training": Training(steps=300, curriculum=0.0),
+        "rate": 1.2e-2,
+        "tuning": Training(steps=200, curriculum=0.0),
+        "tuning_rate": 6e-3,
+        "rates_of": "records",
+    }
+    pairs = {"vocab": 128, "load": 40}
+    fields = {"vocab": 81, "length": 96, "load": 12}
+    line = {"load": 16, "length": 64, "channels": 8, "anisotropy": 10.0, "noise": 0.5}
+    regression: dict[str, Any] = quick | {
+        "model": ModelConfig(key_size=8, value_size=16, start="token"),
+        "rates_of": "regression",
+    }
+    return {
+        "records": Setting(Task(name="records", **fields), **records),
+        "overwriting": Setting(
+            Task(name="overwriting", length=240, **pairs), small, **quick, rates_of="overwriting"
+        ),
+        "regression": Setting(Task(name="regression", **line), **regression),
+        "static": Setting(Task(name="static", **fields), **records),
+        "recall": Setting(
+            Task(name="mqar", length=160, **pairs), small, **quick, rates_of="overwriting"
+        ),
+    }
+
+
+TASKS = _settings()
+LANGUAGE = ModelConfig(width=192, layers=3, heads=4, key_size=32, value_size=48, mlp=512)
+
+
+def language(text: Path, steps: int, tuning: int) -> Setting:
+    """Return the setting of a language model like that of `benchmarks/language_model.py`."""
+    common = {"batch": 32, "curriculum": 0.0, "decay": 0.01, "momentum": (0.9, 0.999)}
+    return Setting(
+        Task(name="text", length=256, text=text),
+        LANGUAGE,
+        Training(steps=steps, warmup=0.1, eval_examples=128, **common),
+        4e-3,
+        Training(steps=tuning, warmup=0.1, eval_examples=128, **common),
+        1e-3,
+        "language",
+    )
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table: what is done to a source."""
+
+    label: str
+    form: str | None = None
+    keys: int | None = None
+    """Key channels of a wider source."""
+
+    @property
+    def candidates(self) -> tuple[tuple[float, float], ...]:
+        """Multiples of the setting's rate, and shares of it for the plasticity, to choose from."""
+        if self.form is None:
+            return (0.5, 1.0), (1.0, 1.0), (2.0, 1.0)
+        return (1.0, 1.0), (1.0, 10.0), (2.0, 10.0)
+
+
+def converted(source: Spec, form: str) -> Spec | None:
+    """Return a form of a source, or None where it has none."""
+    try:
+        return glazoo.metaplasticize(source, rank=RANK, **FORMS[form])
+    except glazoo.SpecError:
+        return None
+
+
+def lines(source: Spec, setting: Setting) -> list[Line]:
+    """List the rows of a source: itself, its forms, and sources with at least the state of the two
+    largest of these."""
+    forms = {f: spec for f in FORMS if (spec := converted(source, f)) is not None}
+    out = [Line("trained on"), *(Line(f, f) for f in forms)]
+    for form in ("full", "per synapse"):
+        if form not in forms or (setting.task.name == "text" and form == "per synapse"):
+            continue
+        wanted = shape_for(forms[form], setting.model).state_bytes
+        keys = setting.model.key_size or 1
+        while shape_for(source, _wider(setting.model, keys)).state_bytes < wanted:
+            keys += 1
+        out.append(Line(f"bytes of {form}", keys=keys))
+    return out
+
+
+def _wider(model: ModelConfig, keys: int | None) -> ModelConfig:
+    return model if keys is None else model.model_copy(update={"key_size": keys})
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All runs that are wanted."""
+
+    settings: Mapping[str, Setting]
+    sources: tuple[str, ...]
+    seeds: int
+    select: bool
+    impl: str
+    device: str
+
+    def _source(self, name: str, source: str, keys: int | None, seed: int) -> Row:
+        setting = self.settings[name]
+        return Row(
+            label=f"{name}: {source}, before" + ("" if keys is None else f", K {keys}"),
+            spec=glazoo.load(source),
+            task=setting.task,
+            model=_wider(setting.model, keys),
+            training=setting.training,
+            mlp=setting.model.mlp,
+            rate=setting.rate,
+            seed=seed,
+            selection=seed >= SELECTION_SEED,
+            kept=True,
+            impl=self.impl,
+            device=self.device,
+        )
+
+    def row(
+        self, name: str, source: str, line: Line, choice: tuple[float, float], seed: int
+    ) -> Row:
+        """Return the run of a row at a choice of rates."""
+        setting, before = self.settings[name], self._source(name, source, line.keys, seed)
+        spec = before.spec if line.form is None else converted(before.spec, line.form)
+        assert spec is not None
+        change = {
+            "label": f"{name}: {source}, {line.label}",
+            "spec": spec,
+            "training": setting.tuning,
+            "rate": setting.tuning_rate * choice[0],
+            "plasticity_rate": choice[1],
+            "before": before,
+            "kept": False,
+            "opened": "open" in line.label,
+        }
+        return before.model_copy(update=change)
+
+    def choice(
+        self, name: str, source: str, line: Line, results: Mapping[str, Any]
+    ) -> tuple[float, float] | None:
+        """Return the rates of a row, by the loss of a seed that is not reported; None if the runs
+        that say so are missing."""
+        chooser = self.settings[name].rates_of
+        if not self.select or chooser not in self.settings:
+            # The best of seed 1000 on records, from mamba2, for every row of it.
+            return line.candidates[-1]
+        losses = {}
+        for candidate in line.candidates:
+            found = results.get(self.row(chooser, source, line, candidate, SELECTION_SEED).key)
+            if found is None:
+                return None
+            losses[candidate] = math.inf if found["diverged"] else found["loss"]
+        return min(losses, key=losses.__getitem__)
+
+    def wanted(self, results: Mapping[str, Any]) -> Iterator[Row]:
+        """Give every run whose rates are known, in the order of their worth."""
+        if self.select:
+            for name in {s.rates_of: None for s in self.settings.values()}:
+                for source, line in self.of(name) if name in self.settings else ():
+                    yield self._source(name, source, line.keys, SELECTION_SEED)
+                    for candidate in line.candidates:
+                        yield self.row(name, source, line, candidate, SELECTION_SEED)
+        for name in self.settings:
+            for seed in range(self.seeds):
+                for source, line in self.of(name):
+                    chosen = self.choice(name, source, line, results)
+                    yield self._source(name, source, line.keys, seed)
+                    if chosen is not None:
+                        yield self.row(name, source, line, chosen, seed)
+
+    def of(self, name: str) -> Iterator[tuple[str, Line]]:
+        """Give every source and row of a setting."""
+        for source in self.sources:
+            for line in lines(glazoo.load(source), self.settings[name]):
+                yield source, line
+
+
+class Logits(nn.Module):
+    """A language model as `fit` takes it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return logits."""
+        logits: Tensor = self.model(tokens, use_cache=False).logits
+        return logits
+
+
+def new(run: Row) -> nn.Module:
+    """Make a run's source as it starts."""
+    source = run if run.before is None else run.before
+    torch.manual_seed(run.seed)
+    if run.task.name != "text":
+        return Model(source.spec, source.model, run.task.interface, mlp=run.mlp, impl=run.impl)
+    from glazoo.models import GlazooConfig, GlazooForCausalLM
+
+    n = source.model
+    config = GlazooConfig(
+        pattern=source.spec,
+        vocab_size=256,
+        hidden_size=n.width,
+        num_hidden_layers=n.layers,
+        intermediate_size=n.mlp,
+        num_heads=n.heads,
+        head_k_dim=n.key_size,
+        head_v_dim=n.value_size,
+        tie_word_embeddings=True,
+        impl=run.impl,
+    )
+    return Logits(GlazooForCausalLM(config))
+
+
+@torch.no_grad()
+def _opened(model: nn.Module) -> None:
+    set_plasticity(model, OPEN)
+    for _, gate in gates(model):
+        assert gate.ip_log is not None
+        gate.ip_log.requires_grad_(False)
+    for layer, _, _ in metaplastic_layers(model):
+        for name, part in layer.named_children():
+            if isinstance(part, GateModule) and name in ("decay", "write"):
+                part.reset_parameters()
+
+
+def _inputs(run: Row, count: int) -> Tensor:
+    return draw(run.task, count, generator("axes", run.seed, run.training.data_seed)).inputs
+
+
+@torch.no_grad()
+def observe(model: nn.Module, run: Row, inputs: Tensor) -> list[Observation]:
+    """Return what every layer of a metaplastic model does with some sequences."""
+    seen: list[Observation] = []
+    layers: list[Any] = [layer for layer, _, _ in metaplastic_layers(model)]
+    model.eval()
+    for layer in layers:
+        layer.observer = seen.append
+    model(inputs.to(run.device))
+    for layer in layers:
+        layer.observer = None
+    model.train()
+    return seen
+
+
+def _calibrate(model: nn.Module, run: Row) -> None:
+    here = {gate.layer: gate for _, gate in gates(model)}
+    for seen in observe(model, run, _inputs(run, 64 if run.task.name == "text" else 256)):
+        k = seen.keys.double().flatten(0, 1)
+        turn(here[seen.layer], torch.einsum("thi,thj->hij", k, k) / len(k))
+
+
+def file_of(run: Run, folder: Path) -> Path:
+    """Return where a run's weights are kept."""
+    return folder / "weights" / f"{run.key}.pt"
+
+
+def start(run: Row, folder: Path) -> nn.Module:
+    """Make a run's model, with the weights that it goes on from, converted."""
+    model = new(run)
+    if run.before is None:
+        return model.to(run.device)
+    weights = torch.load(file_of(run.before, folder), map_location="cpu", weights_only=True)
+    model.load_state_dict(weights)
+    model.to(run.device)
+    assert isinstance(run, Row)
+    if run.spec == run.before.spec:
+        return model
+    form = next(f for f in FORMS if converted(run.before.spec, f) == run.spec)
+    glazoo.metaplasticize(model, rank=RANK, **FORMS[form])
+    if FORMS[form].get("basis") == "rotated":
+        _calibrate(model, run)
+    if run.opened:
+        _opened(model)
+    return model
+
+
+# Of the language model: bytes of a window that is read at once, and where its loss is cut.
+WINDOW = 4096
+CUTS = (0, 256, 512, 1024, 2048, 4096)
+WINDOWS = 24
+RARE = 20
+NEEDLES = 32
+DISTANCES = (512, 1024, 2048, 4096)
+
+
+@functools.lru_cache(maxsize=1)
+def _held_out(text: Path) -> tuple[np.ndarray[Any, Any], frozenset[bytes]]:
+    """Return the windows of the held-out text, and the words that are rare in the training text."""
+    data = text.read_bytes()
+    border = len(data) * 9 // 10
+    part = np.frombuffer(data[border:], np.uint8)
+    starts = np.linspace(0, len(part) - WINDOW - 1, WINDOWS).astype(int)
+    windows = np.stack([part[s : s + WINDOW + 1] for s in starts])
+    counts = collections.Counter(re.findall(rb"[A-Za-z]{5,}", data[:border]))
+    known = frozenset(w for w, n in counts.items() if n > RARE)
+    return windows, known
+
+
+def _occurrences(window: bytes, known: frozenset[bytes]) -> tuple[list[int], list[int]]:
+    """Return the places of rare words' bytes, of first occurrences and of later ones, without the
+    first two bytes, which nothing can tell."""
+    seen: set[bytes] = set()
+    first: list[int] = []
+    later: list[int] = []
+    for found in re.finditer(rb"[A-Za-z]{5,}", window):
+        if found.group() in known:
+            continue
+        (later if found.group() in seen else first).extend(range(found.start() + 2, found.end()))
+        seen.add(found.group())
+    return first, later
+
+
+def _needles(windows: np.ndarray[Any, Any], length: int) -> tuple[Tensor, Tensor]:
+    """Hide a word in a text and ask for it at the end: bytes, [N, length], and where the answer is.
+
+    The place is drawn from the first half, so that the distance is at least half of the length.
+    """
+    rng = np.random.default_rng(length)
+    rows = []
+    letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
+    for i in range(NEEDLES):
+        name, word = (bytes(rng.choice(letters, 6)) for _ in range(2))
+        fact = b"\n\nThe secret word of " + name + b" is " + word + b".\n\n"
+        ask = b"\n\nThe secret word of " + name + b" is " + word
+        hay = bytes(windows[i % len(windows)][: length - len(fact) - len(ask)])
+        at = int(rng.integers(0, len(hay) // 2 + 1))
+        rows.append(np.frombuffer(hay[:at] + fact + hay[at:] + ask, np.uint8))
+    return torch.from_numpy(np.stack(rows)).long(), torch.arange(length - 6, length)
+
+
+@torch.no_grad()
+def read(model: nn.Module, run: Row) -> dict[str, Any]:
+    """Measure a language model on held-out text: nats a byte by place, of rare words, and of a
+    needle."""
+    assert run.task.text is not None
+    windows, known = _held_out(run.task.text)
+    model.eval()
+
+    def losses(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        found, right = [], []
+        for part in tokens.split(4):
+            part = part.to(run.device)
+            logits = model(part[:, :-1]).float()
+            of = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
+            found.append(of.view(part.shape[0], -1).cpu())
+            right.append((logits.argmax(-1) == part[:, 1:]).cpu())
+        return torch.cat(found), torch.cat(right)
+
+    by_place, _ = losses(torch.from_numpy(windows).long())
+    out: dict[str, Any] = {
+        "loss": float(by_place.mean()),
+        "by_place": {
+            f"{a}-{b}": float(by_place[:, a:b].mean()) for a, b in itertools.pairwise(CUTS)
+        },
+    }
+    kinds: list[list[float]] = [[], []]
+    for i, window in enumerate(windows):
+        for kind, places in zip(kinds, _occurrences(bytes(window), known), strict=True):
+            kind += [float(by_place[i, p - 1]) for p in places if p > 0]
+    out["rare_first"], out["rare_later"] = (fmean(k) for k in kinds)
+    out["rare_bytes"] = [len(k) for k in kinds]
+    out["needle"] = {}
+    for length in DISTANCES:
+        tokens, answer = _needles(windows, length)
+        found, right = losses(tokens)
+        # Where nothing is known, a letter costs log 26 = 3.26 nats.
+        out["needle"][str(length)] = {
+            "loss": float(found[:, answer - 1].mean()),
+            "letters": float(right[:, answer - 1].float().mean()),
+        }
+    model.train()
+    return out
+
+
+def _measure(model: nn.Module, run: Row) -> dict[str, Any]:
+    if run.task.name == "text":
+        found = read(model, run)
+        return found | {"accuracy": math.exp(-found["loss"])}
+    batch = evaluation_data(run.task, run.training.eval_examples)[run.task.load, run.task.length]
+    return evaluate_batch(model, batch, run.device)
+
+
+def work(
+    run: Row, progress: Callable[[float, float], None] | None = None, *, folder: Path
+) -> dict[str, Any]:
+    """Do one run, and give its result as plain data."""
+    torch.set_float32_matmul_precision("high")
+    began, cpu = time.perf_counter(), time.process_time()
+    model = start(run, folder)
+    at_first = None if run.before is None else _measure(model, run)
+    fitted = fit(model, run, progress, partial=folder / "partial" / f"{run.key}.pt")
+    found = _measure(model, run)
+    result = found | {
+        "key": run.key,
+        "label": run.label,
+        "before": None if run.before is None else run.before.key,
+        "seed": run.seed,
+        "selection": run.selection,
+        "rate": run.rate,
+        "plasticity_rate": run.plasticity_rate,
+        "steps": run.training.steps,
+        "at_first": at_first,
+        "diverged": fitted.diverged,
+        "state_bytes": run.model.layers * shape_for(run.spec, run.model).state_bytes,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "plasticity": [
+            round(float(x), 4)
+            for _, gate in gates(model)
+            if (kappa := gate.kappa()) is not None
+            for x in kappa.detach()
+        ],
+        "curve": fitted.curve,
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": time.process_time() - cpu,
+        "device": run.device,
+    }
+    if run.kept:
+        path = file_of(run, folder)
+        make_folder(path.parent)
+        torch.save(model.state_dict(), path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+        save_keys(model, run, folder / "keys" / f"{run.key}.npz")
+    return result
+
+
+def save_keys(model: nn.Module, run: Row, file: Path) -> None:
+    """Write the keys of a trained source over some of its data, `layer_N`, [B, T, H, K]."""
+    spec = glazoo.metaplasticize(run.spec, rank=RANK)
+    assert spec.counterpart == run.spec.name
+    glazoo.metaplasticize(model, rank=RANK)
+    arrays: dict[str, Any] = {
+        f"layer_{seen.layer}": seen.keys.half().cpu().numpy()
+        for seen in observe(model, run, _inputs(run, 16))
+    }
+    make_folder(file.parent)
+    np.savez_compressed(file, **arrays)
+
+
+app = typer.Typer(add_completion=False, help=__doc__)
+
+
+@app.callback()
+def main() -> None:
+    """Name the commands."""
+
+
+@app.command(name="run")
+def run_command(
+    tasks: Annotated[
+        list[str] | None, typer.Argument(help="Tasks, or language; all tasks.")
+    ] = None,
+    sources: Annotated[str, typer.Option(help="Sources.")] = "mamba2,gated_deltanet,kda",
+    seeds: Annotated[int, typer.Option(min=1, help="Reported seeds.")] = 4,
+    select: Annotated[bool, typer.Option(help="Choose rates on another seed.")] = False,
+    text: Annotated[Path | None, typer.Option(help="A text, of the language model.")] = None,
+    steps: Annotated[int, typer.Option(help="Of the language model's source.")] = 2400,
+    tuning: Annotated[str, typer.Option(help="Its further steps.")] = "1000,100",
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+    device: Annotated[str, typer.Option()] = "cpu",
+    impl: Annotated[str, typer.Option(help="Engine.")] = "auto",
+    minutes: Annotated[float, typer.Option(help="Stop after these.")] = math.inf,
+    out: Annotated[Path, typer.Option(help="Folder of the runs.")] = RESULTS,
+    weights: Annotated[Path, typer.Option("--work", help="Folder of weights and keys.")] = WORK,
+) -> None:
+    """Do the runs that are missing."""
+    names = tasks or list(TASKS)
+    settings = {n: TASKS[n] for n in names if n != "language"}
+    if "language" in names:
+        if text is None:
+            raise typer.BadParameter("the language model needs a --text")
+        for n in map(int, tuning.split(",")):
+            settings[f"language, {n} steps"] = language(text.absolute(), steps, n)
+    experiment = Experiment(settings, tuple(sources.split(",")), seeds, select, impl, device)
+    end = time.monotonic() + 60 * minutes
+    with Store(out, {"format": 1}) as store:
+        started: set[str] = set()
+        finished: set[str] = set()
+
+        def ready() -> list[Run]:
+            """Return the next runs, as many as processes are free: so that what goes on from a
+            source comes before the next seed."""
+            wanted = list(experiment.wanted(store.results))
+            # A source whose weights are gone is trained again if something goes on from it.
+            needed = {r.before.key for r in wanted if r.before and r.key not in store.results}
+            found: list[Run] = []
+            for run in wanted:
+                kept = run.before is None and run.key in needed
+                done = run.key in store.results and (not kept or file_of(run, weights).exists())
+                known = run.before is None or file_of(run.before, weights).exists()
+                free = len(started) - len(finished) < jobs
+                if free and known and not done and run.key not in started:
+                    started.add(run.key)
+                    found.append(run)
+            return found
+
+        def more(result: dict[str, Any]) -> list[Run]:
+            finished.add(result["key"])
+            store.add(result)
+            return ready()
+
+        events = run_all(
+            ready(), jobs=jobs, more=more, work=functools.partial(work, folder=weights)
+        )
+        with closing(events):
+            for event in events:
+                if isinstance(event, Finished):
+                    r = event.result
+                    print(
+                        f"{r['label']}, seed {r['seed']}: {r['accuracy']:.4f}, loss {r['loss']:.4f}"
+                        f" ({r['seconds']:.0f} s)",
+                        flush=True,
+                    )
+                if isinstance(event, Failed):
+                    finished.update(() if event.again else (event.run.key,))
+                    print(f"{event.run.label}: {event.reason}", flush=True)
+                if time.monotonic() > end:
+                    print("out of time: repeat the command to go on")
+                    return
+
+
+if __name__ == "__main__":
+    app()
