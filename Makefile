@@ -5,15 +5,21 @@ GPU_MINUTES ?= 9
 GPU_RESULTS ?= benchmarks/results
 JOBS ?= 2
 # An index with CPU wheels of torch, if pip's own has none: on Linux the default wheel brings
-# gigabytes of CUDA that nothing below uses. PyTorch's installation page names the index.
+# gigabytes of CUDA that nothing below uses. PyTorch's installation page names the index. Where uv is
+# installed, TORCH_BACKEND=cpu is enough: uv knows the indexes of PyTorch.
 TORCH_INDEX ?=
+TORCH_BACKEND ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 READY := .venv/.glazoo-ready
+# Installs a torch, the second argument, into the environment of a Python, the first.
+with_torch = $(if $(TORCH_BACKEND),uv pip install --quiet --python $(1) --torch-backend $(TORCH_BACKEND),$(1) -m pip \
+  --disable-pip-version-check install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))) $(2)
+TORCH_PIN = $(shell grep -i '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-newest lint docs gpu bench clean
+.PHONY: help setup demo test test-all test-newest lint docs dist gpu bench clean
 
 help: ## list the targets
 	@echo "make targets (each installs what it needs into .venv first, except gpu and clean):"
@@ -29,7 +35,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -m venv .venv
 	@$(PIP) pip setuptools
 	@# torch first and alone: once its CPU wheel is in place, no later step looks for another one.
-	@$(PIP) --no-deps $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$$(grep -i '^torch==' constraints.txt)"
+	@$(call with_torch,$(BIN)/python,--no-deps "$(TORCH_PIN)")
 	@$(PIP) --quiet --no-build-isolation --editable '.[all,dev]'
 	@touch $@
 
@@ -53,16 +59,16 @@ test-all: $(ECOSYSTEM) ## every test that needs no GPU
 
 # torch stays pinned without an index of CPU wheels: the default one brings gigabytes of CUDA.
 NEWEST := build/newest
-NEWEST_TORCH := $(if $(TORCH_INDEX),torch,$(shell grep -i '^torch==' constraints.txt))
+NEWEST_TORCH = $(if $(TORCH_INDEX)$(TORCH_BACKEND),torch,$(TORCH_PIN))
 .PHONY: $(NEWEST)/newest
 $(NEWEST)/newest:
 	@$(PYTHON) -m venv --clear $(NEWEST)
 	@$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade pip setuptools
-	@$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "$(NEWEST_TORCH)"
+	@$(call with_torch,$(NEWEST)/bin/python,"$(NEWEST_TORCH)")
 	@$(NEWEST)/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --no-build-isolation --editable '.[all,dev]' "$(NEWEST_TORCH)"
 
 test-newest: $(NEWEST)/newest ## converters, models and layers with the newest release of every dependency
-	@echo "== test-newest: the newest releases, $(NEWEST_TORCH)$(if $(TORCH_INDEX),, as pinned: set TORCH_INDEX to have the newest)"
+	@echo "== test-newest: the newest releases, $(NEWEST_TORCH)$(if $(TORCH_INDEX)$(TORCH_BACKEND),, as pinned: set TORCH_INDEX or TORCH_BACKEND to have the newest)"
 	@$(NEWEST)/bin/python -m pip --disable-pip-version-check list --format freeze | grep -iE '^(torch|triton|transformers|pydantic|accelerate|datasets|huggingface_hub|tokenizers|numpy)=='
 	$(NEWEST)/bin/pytest -n $(JOBS) --dist worksteal -m "not slow and not gpu" tests/converters tests/models tests/layers
 
@@ -70,7 +76,7 @@ lint: $(READY) build/tree ## ruff (lint and format) and mypy --strict
 	@echo "== lint: ruff check, ruff format --check, mypy --strict"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@! grep -rn make_block_ptr --include='*.py' kernels glazoo || { echo "block pointers no longer compile: use pointers and masks"; exit 1; }
+	@! grep -rnE 'make_block_ptr|tl\.advance' --include='*.py' kernels glazoo benchmarks || { echo "block pointers no longer compile: use pointers and masks"; exit 1; }
 	cd build/tree && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p glazoo
 
 SITE := .venv/.glazoo-docs
@@ -85,6 +91,35 @@ docs: $(SITE) ## the documentation site, into build/docs/site; warnings are erro
 	$(BIN)/zensical build --clean --strict > build/docs/log 2>&1 || { cat build/docs/log; exit 1; }
 	@# Of docstrings it warns without counting them.
 	@! grep -E '^(griffe|mkdocs)' build/docs/log
+
+RELEASE := .venv/.glazoo-release
+$(RELEASE): $(READY)
+	@echo "== setup: the packages that dist checks with"
+	@$(PIP) --no-build-isolation --editable '.[release]'
+	@touch $@
+
+# What an empty environment gets the wheel with, one after the other; core is none of the extras.
+EXTRAS ?= core cli models train eval compare verify plots cpu fla all
+EMPTY := build/empty
+IN_EMPTY := $(EMPTY)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+dist: $(RELEASE) ## wheel and sdist into dist/, checked and installed into empty environments with each extra
+	@rm -rf dist
+	$(BIN)/python -P -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+	@set -e; for extra in $(EXTRAS); do \
+	  echo "== dist: the wheel with $$extra in an empty environment"; \
+	  $(PYTHON) -m venv --clear $(EMPTY); \
+	  $(call with_torch,$(EMPTY)/bin/python,"$(TORCH_PIN)"); \
+	  $(IN_EMPTY) "$$(ls dist/*.whl)$$(echo "[$$extra]" | sed 's/\[core\]//')"; \
+	  $(EMPTY)/bin/python -I tests/packaging/smoke.py $$extra; \
+	done
+	@echo "== dist: the sdist in an empty environment"
+	@$(PYTHON) -m venv --clear $(EMPTY)
+	@$(call with_torch,$(EMPTY)/bin/python,"$(TORCH_PIN)")
+	@$(IN_EMPTY) dist/*.tar.gz
+	$(EMPTY)/bin/python -I tests/packaging/smoke.py core
+	@rm -rf $(EMPTY)
 
 gpu: build/gpu ## kernel tests and timings on this machine's GPU, with GPU_PYTHON's own torch and triton
 	@echo "== gpu: nothing is installed; $(GPU_PYTHON) must have torch, triton and pytest; at most $(GPU_MINUTES) minutes"

@@ -88,7 +88,10 @@ def test_the_recurrences_shown_are_those_printed() -> None:
     assert shown
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "test-all", "lint", "docs", "gpu", "bench"])
+TARGETS = "demo test test-all lint docs dist gpu bench"
+
+
+@pytest.mark.parametrize("target", TARGETS.split())
 def test_make_knows_every_target(target: str) -> None:
     makefile = (ROOT / "Makefile").read_text("utf-8")
     assert re.search(rf"^{target}:", makefile, re.MULTILINE)

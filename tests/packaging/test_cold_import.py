@@ -283,7 +283,7 @@ def test_the_extras_hold_what_the_rest_imports() -> None:
     the core and in an extra."""
     (everything,) = PROJECT["optional-dependencies"]["all"]
     named = set(everything.removeprefix("glazoo[").removesuffix("]").split(","))
-    assert named == EXTRAS.keys() - {"all", "cpu", "dev", "docs", "ecosystem", "fla"}
+    assert named == EXTRAS.keys() - {"all", "cpu", "dev", "docs", "ecosystem", "fla", "release"}
     assert not CORE & set().union(*EXTRAS.values())
     assert {name.replace("_", "-") for name in CORE} <= {
         d.lower() for ds in packages_distributions().values() for d in ds

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from smoke import CHECKS
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 import glazoo
@@ -58,7 +59,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
         shutil.copy(ROOT / name, source)
     out = tmp_path_factory.mktemp("wheel")
-    run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", out, source], out)
+    # An sdist, and the wheel from that: what the sdist misses, the wheel misses too.
+    run([sys.executable, "-m", "build", "--no-isolation", "-o", out, source], out)
     (path,) = out.glob("*.whl")
     return path
 
@@ -124,6 +126,7 @@ COMPARE = """
 import sys
 
 import torch
+from smoke import CHECKS
 from transformers import AutoModelForCausalLM
 
 import glazoo.models
@@ -154,6 +157,13 @@ def test_installed_wheel_converts_a_checkpoint(installed: Path, tmp_path: Path) 
     Mamba2ForCausalLM(config).save_pretrained(tmp_path / "source")
     run([installed / "glazoo", "convert", "source", "converted", "--verify"], tmp_path)
     run([installed / "python", "-c", COMPARE, "source", "converted"], tmp_path)
+
+
+def test_dist_tries_every_extra_of_users() -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    (tried,) = re.findall(r"^EXTRAS \?= (.+)$", makefile, re.MULTILINE)
+    extras = PROJECT["optional-dependencies"].keys() - {"dev", "docs", "ecosystem", "release"}
+    assert set(tried.split()) == CHECKS.keys() == extras | {"core"}
 
 
 def test_version_is_stated_once_for_all() -> None:
