@@ -344,10 +344,11 @@ def commands() -> str:
     top = Context(group, info_name="glazoo")
     text = [
         "# Command line",
-        "`glazoo COMMAND --help` prints the same.",
+        "`glazoo COMMAND --help` prints the same; `glazoo --install-completion` makes bash, zsh or "
+        "fish complete commands, options and variants.",
     ]
     for name in group.list_commands(top):
-        command = group.get_command(top, name)
+        _, command, _ = group.resolve_command(top, [name])
         context = Context(command, info_name=name, parent=top)
         rows = []
         for param in command.get_params(context):

@@ -10,7 +10,7 @@ import typer
 from rich import box
 from rich.table import Table
 from rich.text import Text
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import glazoo
 from glazoo.program import Program
@@ -19,40 +19,48 @@ from glazoo.terminal import AsJson, console, print_json, refusals
 
 __all__ = ["app", "main"]
 
+_CONVERT, _THEORY = "glazoo.converters.commands", "glazoo.theory.commands"
+_COMPARE = "glazoo.compare.commands"
 _ELSEWHERE = {
-    "advise": "glazoo.advise",
-    "convert": "glazoo.converters.commands",
-    "tune": "glazoo.converters.commands",
-    "inspect": "glazoo.converters.commands",
-    "train": "glazoo.train",
-    "verify": "glazoo.theory.commands",
-    "posterior": "glazoo.theory.commands",
-    "compare": "glazoo.compare.commands.compare",
-    "capacity": "glazoo.compare.commands.capacity",
-    "decay": "glazoo.compare.commands.decay",
-    "bench": "glazoo.compare.commands.bench",
+    "advise": ("glazoo.advise", "Say which conversion of a model pays, or that none would."),
+    "convert": (_CONVERT, "Convert a model's folder into its metaplastic form, or back."),
+    "tune": (_CONVERT, "Train the importance gates of a metaplastic model on texts."),
+    "inspect": (_CONVERT, "Show where each head stands between source and metaplastic."),
+    "train": ("glazoo.train", "Train a language model of any specs."),
+    "verify": (_THEORY, "Check the statements of the theory on every engine."),
+    "posterior": (_THEORY, "Rank variants by their distance to exact inference."),
+    "compare": (f"{_COMPARE}.compare", "Train variants side by side, differences with intervals."),
+    "capacity": (f"{_COMPARE}.capacity", "Measure how many associations each memory holds."),
+    "decay": (f"{_COMPARE}.decay", "Follow one association while others are written over it."),
+    "bench": (f"{_COMPARE}.bench", "Time the recurrence of each variant on this machine."),
 }
-"""Where the other commands are, each a function of its name."""
+"""Where the other commands are, each a function of its name, and the first sentence of each."""
 
 _QUIET: Any = {
-    "add_completion": False,
     "pretty_exceptions_enable": False,
     "rich_markup_mode": None,
 }
 
 
 class _Commands(TyperGroup):
-    """The commands here, and the others, which are imported when somebody asks for them."""
+    """The commands here, and the others, of which --help and completion know the summary alone:
+    only what is to run is imported."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return [*super().list_commands(ctx), *_ELSEWHERE]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in _ELSEWHERE:
-            return super().get_command(ctx, cmd_name)
-        alone = typer.Typer(**_QUIET)
-        alone.command(cmd_name)(getattr(import_module(_ELSEWHERE[cmd_name]), cmd_name))
-        return typer.main.get_command(alone)
+        if cmd_name in _ELSEWHERE:
+            return TyperCommand(cmd_name, help=_ELSEWHERE[cmd_name][1])
+        return super().get_command(ctx, cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name in _ELSEWHERE:
+            alone = typer.Typer(add_completion=False, **_QUIET)
+            alone.command(name)(getattr(import_module(_ELSEWHERE[name][0]), name))
+            command = typer.main.get_command(alone)
+        return name, command, rest
 
 
 app = typer.Typer(name="glazoo", cls=_Commands, help=glazoo.__doc__, no_args_is_help=True, **_QUIET)
@@ -83,7 +91,7 @@ def list_variants(
     value_size: ValueSize = 64,
     as_json: AsJson = False,
 ) -> None:
-    """List the variants: posterior axes, gates, state size, metaplastic or not."""
+    """List the variants with their axes, gates and state size."""
     programs = [glazoo.lower(glazoo.load(name)) for name in glazoo.names()]
     if as_json:
         print_json([_row(p, key_size, value_size) for p in programs])
@@ -148,15 +156,26 @@ def _gate(shape: str, source: str) -> str:
     return "none" if shape == "none" else f"{shape}, {source}"
 
 
+def _variants(incomplete: str) -> list[str]:
+    from glazoo.zoo import completions
+
+    return completions(incomplete)
+
+
 @app.command()
 def show(
-    name: Annotated[str, typer.Argument(help="A variant, metaplastic_NAME, or a path to a .toml.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A variant, metaplastic_NAME, or a path to a .toml.", autocompletion=_variants
+        ),
+    ],
     *,
     key_size: Annotated[int | None, typer.Option(min=1, help="Default: the spec's.")] = None,
     value_size: Annotated[int | None, typer.Option(min=1, help="Default: the spec's.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show one variant: its spec, recurrence, operands, kernel program, state and cost."""
+    """Show one variant: spec, recurrence, operands, program and cost."""
     spec = glazoo.load(name)
     program = glazoo.lower(spec)
     keys = key_size or spec.layer.heads.key_size
@@ -196,7 +215,9 @@ def doctor(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show versions and devices, combinations that are known to fail, and leftovers."""
+    """Show versions, devices, and what is known to fail here.
+
+    And what killed runs have left, in the folders given."""
     from glazoo.doctor import examine
 
     report = examine(folders or [Path()], clean=clean)

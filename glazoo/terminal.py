@@ -23,7 +23,20 @@ with extra("cli"):
     )
     from rich.text import Text
 
-__all__ = ["AsJson", "console", "heat_map", "markdown_table", "print_json", "progress", "refusals"]
+__all__ = [
+    "AsJson",
+    "Report",
+    "console",
+    "heat_map",
+    "markdown_table",
+    "print_json",
+    "progress",
+    "refusals",
+    "step_progress",
+]
+
+Report = Callable[[str, int, int], None]
+"""What shows how far some work is: what is being done, how much is done, and of how much."""
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for machines instead of tables.")]
 
@@ -63,7 +76,21 @@ def refusals() -> Iterator[None]:
 
 
 @contextmanager
-def progress(*, quiet: bool, of_bytes: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+def _alone() -> Iterator[None]:
+    """Keeps transformers' bars, if it is imported, off the screen that ours is on."""
+    logging = sys.modules.get("transformers.utils.logging")
+    theirs = logging is not None and logging.is_progress_bar_enabled()
+    if logging is not None and theirs:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if logging is not None and theirs:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def progress(*, quiet: bool, of_bytes: bool = False) -> Iterator[Report]:
     """Show a bar on standard error for work that reports `(what, done, total)`, in counts or
     bytes."""
     bars = Progress(
@@ -76,10 +103,26 @@ def progress(*, quiet: bool, of_bytes: bool = False) -> Iterator[Callable[[str, 
         transient=True,
     )
     task = bars.add_task("", total=None)
-    with bars:
+    with _alone(), bars:
         yield lambda what, done, total: bars.update(
             task, description=what, completed=done, total=total
         )
+
+
+@contextmanager
+def step_progress(*, quiet: bool) -> Iterator[Report]:
+    """Show training steps on standard error: a bar on a terminal, elsewhere a line whenever there
+    is something new to say."""
+    said = ""
+
+    def line(what: str, done: int, total: int) -> None:
+        nonlocal said
+        if what != said and not quiet:
+            typer.echo(f"step {done} of {total}: {what}", err=True)
+        said = what
+
+    with progress(quiet=quiet) as bar:
+        yield bar if sys.stderr.isatty() else line
 
 
 _SHADES = " .:-=+*#%@"

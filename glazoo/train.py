@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from glazoo.errors import extra
+from glazoo.terminal import AsJson, print_json, step_progress
 
 with extra("cli"):
     import typer
@@ -20,15 +21,37 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last checkpoint.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Read the data, make the model, say what would be trained; no more."
+        ),
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Train a language model; run it under torchrun or accelerate launch for several devices."""
-    from glazoo.training import read_config, run
+    """Train a language model of any specs.
 
-    metrics = run(read_config(config), resume=resume)
-    if os.environ.get("RANK", "0") != "0":
+    Run it under torchrun or accelerate launch for several devices.
+    """
+    from glazoo.training import prepare, read_config, run
+
+    first = os.environ.get("RANK", "0") == "0"
+    settings = read_config(config)
+    with step_progress(quiet=as_json or not first) as report:
+        if dry_run:
+            found = prepare(settings, resume=resume).to_json()
+        else:
+            metrics = run(settings, resume=resume, progress=report)
+            found = {"output_dir": settings.training["output_dir"], "metrics": metrics}
+    if not first:
         return
-    for name in sorted(metrics):
-        typer.echo(f"{name} = {metrics[name]:.6g}")
+    if as_json:
+        print_json(found)
+        return
+    shown = found if dry_run else found["metrics"]
+    for name in sorted(shown):
+        value = shown[name]
+        typer.echo(f"{name} = {value:.6g}" if isinstance(value, float) else f"{name} = {value}")
 
 
 if __name__ == "__main__":

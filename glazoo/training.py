@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import math
 import pydoc_data.topics
 import tempfile
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -29,7 +30,11 @@ with extra("train"):
         AutoTokenizer,
         PreTrainedTokenizerBase,
         PreTrainedTokenizerFast,
+        PrinterCallback,
+        ProgressCallback,
+        Trainer,
         TrainerCallback,
+        TrainerState,
         TrainingArguments,
         set_seed,
     )
@@ -40,9 +45,12 @@ with extra("train"):
 
 __all__ = [
     "Blocks",
+    "Prepared",
     "TrainConfig",
     "byte_tokenizer",
+    "prepare",
     "read_config",
+    "report_steps",
     "run",
     "symbol_tokenizer",
     "tokens_of",
@@ -316,24 +324,75 @@ def freeze_all_but_importance(model: nn.Module) -> None:
         p.requires_grad_(True)
 
 
-def run(
-    config: TrainConfig,
-    *,
-    resume: bool = False,
-    callbacks: Sequence[TrainerCallback] = (),
-) -> dict[str, float]:
-    """Trains a model and saves it with its tokenizer.
+class _Steps(TrainerCallback):
+    """Reports steps, and the losses that were logged last."""
 
-    Under `torchrun` or `accelerate launch` the processes share every batch; `training.fsdp` and
-    `training.fsdp_config` shard the model.
+    def __init__(self, report: Callable[[str, int, int], None]) -> None:
+        self.report, self.losses = report, {"loss": math.nan, "eval_loss": math.nan}
+
+    def _show(self, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            known = {n.replace("eval_", "held-out "): x for n, x in self.losses.items() if x == x}
+            what = ", ".join(f"{n} {x:.4g}" for n, x in known.items())
+            self.report(what, state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._show(state)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        found = {n: x for n, x in kwargs["logs"].items() if n in self.losses}
+        self.losses |= found
+        if found:
+            self._show(state)
+
+
+def report_steps(trainer: Trainer, report: Callable[[str, int, int], None]) -> None:
+    """Makes a trainer report `(losses, step, steps)`, and show and print nothing itself."""
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(_Steps(report))
+
+
+class Prepared(NamedTuple):
+    """What a training run starts from."""
+
+    args: TrainingArguments
+    checkpoint: str | None
+    """To resume from."""
+    tokenizer: PreTrainedTokenizerBase
+    examples: Blocks
+    held: Blocks | None
+    """Examples for evaluation."""
+    model: Any
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what there is to train and on what, as plain data."""
+        args, parameters = self.args, list(self.model.parameters())
+        batch = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        steps = args.max_steps
+        if steps <= 0:
+            steps = math.ceil(args.num_train_epochs * -(-len(self.examples) // batch))
+        return {
+            "output_dir": args.output_dir,
+            "resume_from": self.checkpoint,
+            "parameters": sum(p.numel() for p in parameters),
+            "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "examples": len(self.examples),
+            "evaluation_examples": 0 if self.held is None else len(self.held),
+            "steps": steps,
+            "tokens_per_step": batch * self.examples.length,
+        }
+
+
+def prepare(config: TrainConfig, *, resume: bool = False) -> Prepared:
+    """Reads the data and makes the model of a training run; writes nothing.
 
     Args:
         config: what to train, on what, and how.
         resume: continue from the last checkpoint in the output folder.
-        callbacks: further callbacks of the trainer.
 
     Returns:
-        The last values of the logged metrics, such as `train_loss` and `eval_loss`.
+        What the run starts from.
 
     Raises:
         ValueError: the output folder has checkpoints and `resume` is off, or has none and it is on;
@@ -362,14 +421,46 @@ def run(
     bytes_ = config.data.tokenizer == "bytes"
     tokenizer = byte_tokenizer() if bytes_ else AutoTokenizer.from_pretrained(config.data.tokenizer)
     train, held = _split(tokens_of(config.data, tokenizer), config.data)
+    return Prepared(args, last, tokenizer, train, held, build_model(config, tokenizer))
+
+
+def run(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, float]:
+    """Trains a model and saves it with its tokenizer.
+
+    Under `torchrun` or `accelerate launch` the processes share every batch; `training.fsdp` and
+    `training.fsdp_config` shard the model.
+
+    Args:
+        config: what to train, on what, and how.
+        resume: continue from the last checkpoint in the output folder.
+        callbacks: further callbacks of the trainer.
+        progress: called as `progress(losses, step, steps)`, in place of the trainer's own bars.
+
+    Returns:
+        The last values of the logged metrics, such as `train_loss` and `eval_loss`.
+
+    Raises:
+        ValueError: the output folder has checkpoints and `resume` is off, or has none and it is on;
+            the configuration does not fit the data.
+        ImportError: accelerate is not installed.
+    """
+    args, last, tokenizer, examples, held, model = prepare(config, resume=resume)
     trainer = RateTrainer(
-        model=build_model(config, tokenizer),
+        model=model,
         args=args,
-        train_dataset=train,
+        train_dataset=examples,
         eval_dataset=held,
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
+    if progress is not None:
+        report_steps(trainer, progress)
     trainer.plasticity_rate = config.plasticity_rate
     if args.fsdp and not trainer.is_fsdp_enabled:
         raise ValueError("training.fsdp: transformers' Trainer shards on accelerators only")

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from glazoo.spec import FORMS, Spec, SpecError, metaplasticize
 
-__all__ = ["load", "names", "schema"]
+__all__ = ["completions", "load", "names", "schema"]
 
 _PREFIX = "metaplastic_"
 
@@ -24,6 +24,16 @@ def names() -> tuple[str, ...]:
     return tuple(
         sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
     )
+
+
+def completions(incomplete: str) -> list[str]:
+    """Return the names that start so, for shells; of metaplastic forms the default ones, and only
+    where their prefix is there already."""
+    if not incomplete.startswith(_PREFIX):
+        return [n for n in names() if n.startswith(incomplete)]
+    source = incomplete.removeprefix(_PREFIX)
+    found = (n for n in names() if n.startswith(source) and not _shipped(n).metaplastic)
+    return [_PREFIX + n for n in found]
 
 
 def load(name_or_path: str | Path | Spec) -> Spec:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
 import glazoo
 from glazoo import cli
@@ -154,6 +158,47 @@ def test_help_lists_every_command() -> None:
         assert re.search(rf"^  {name} +\w", text, re.MULTILINE), name
     assert "Usage: python -m glazoo bench" in run("bench", "--help").stdout
     assert run("benhc").returncode == 2
+
+
+def test_summaries_are_whole_sentences_on_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = run("--help").stdout.partition("\nCommands:\n")[2]
+    group: Any = typer.main.get_command(cli.app)
+    top = typer.Context(group, info_name="glazoo")
+    for name, line in zip(group.list_commands(top), text.splitlines(), strict=True):
+        _, command, _ = group.resolve_command(top, [name])
+        summary = line.split(maxsplit=1)[1]
+        assert summary == command.help.partition("\n")[0]
+        assert summary.endswith(".")
+        assert not summary.endswith("..")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete_commands_options_and_variants(shell: str) -> None:
+    program = Path(sysconfig.get_path("scripts")) / "glazoo"
+
+    def ask(instruction: str, line: str = "") -> str:
+        environment = os.environ | {
+            "_GLAZOO_COMPLETE": f"{instruction}_{shell}",
+            "COMP_WORDS": line,
+            "COMP_CWORD": str(len(line.split()) - 1),
+            "_TYPER_COMPLETE_ARGS": line,
+            "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+        }
+        done = subprocess.run(
+            [program], env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert done.stderr == ""
+        return done.stdout
+
+    assert "_GLAZOO_COMPLETE=complete_" + shell in ask("source")
+    found = ask("complete", "glazoo co")
+    assert set(re.findall(r"\bco\w+", found)) >= {"convert", "compare"}
+    assert "bench" not in found
+    assert "--resume" in ask("complete", "glazoo train --re")
+    assert "metaplastic_rwkv7" in ask("complete", "glazoo show metaplastic_rw")
 
 
 def test_version() -> None:

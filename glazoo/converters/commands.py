@@ -4,7 +4,6 @@ and back, their training, and where they stand."""
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +14,7 @@ from rich.text import Text
 
 from glazoo.converters.report import Report
 from glazoo.errors import ConversionError
-from glazoo.terminal import AsJson, console, heat_map, print_json, progress
+from glazoo.terminal import AsJson, console, heat_map, print_json, progress, step_progress
 
 __all__ = ["convert", "inspect", "tune"]
 
@@ -157,7 +156,9 @@ def convert(
     report: ReportFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a checkpoint folder into its metaplastic form without changing what it computes.
+    """Convert a model's folder into its metaplastic form, or back.
+
+    What it computes does not change until its gates are trained, or --plasticity opens them.
 
     With --verify, the reports verify.json and verify.md are written into DST/glazoo, and the exit
     code is 1 if source and converted model differ by more than rounding.
@@ -307,35 +308,37 @@ def tune(
     report: ReportFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train the importance gates of a metaplastic model on texts, and write a new folder.
+    """Train the importance gates of a metaplastic model on texts.
 
-    The model is one that `glazoo convert` wrote, or `glazoo train` from metaplastic specs.
+    It writes a new folder. The model is one that `glazoo convert` wrote, or `glazoo train` from
+    metaplastic specs.
     """
     from glazoo.converters.tune import tune_checkpoint
 
-    result = tune_checkpoint(
-        src,
-        dst,
-        texts,
-        everything=everything,
-        steps=steps,
-        batch=batch,
-        length=length,
-        learning_rate=learning_rate,
-        plasticity_rate=plasticity_rate,
-        validation=validation,
-        column=column,
-        split=split,
-        validation_split=validation_split,
-        tokenizer=tokenizer,
-        checkpoint_every=checkpoint_every,
-        resume=resume,
-        seed=seed,
-        dtype=dtype,
-        cpu=cpu,
-        force=force,
-        quiet=as_json or not sys.stderr.isatty(),
-    )
+    with step_progress(quiet=as_json) as shown:
+        result = tune_checkpoint(
+            src,
+            dst,
+            texts,
+            everything=everything,
+            steps=steps,
+            batch=batch,
+            length=length,
+            learning_rate=learning_rate,
+            plasticity_rate=plasticity_rate,
+            validation=validation,
+            column=column,
+            split=split,
+            validation_split=validation_split,
+            tokenizer=tokenizer,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+            seed=seed,
+            dtype=dtype,
+            cpu=cpu,
+            force=force,
+            progress=shown,
+        )
     if report is not None:
         result.write(report)
     if as_json:
@@ -376,7 +379,7 @@ def inspect(
     report: ReportFile = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show, for every layer and head, where a model sits between source and metaplastic.
+    """Show where each head stands between source and metaplastic.
 
     The model is one that `glazoo convert` wrote, or `glazoo train` from metaplastic specs.
     With texts: effective window, importance gate and the share of synapses whose importance exceeds

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,6 +163,7 @@ def tune_checkpoint(
     cpu: bool = False,
     force: bool = False,
     quiet: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> TuneReport:
     """Trains the importance gates of a metaplastic model's folder, or all of it, on texts.
 
@@ -194,6 +195,7 @@ def tune_checkpoint(
         cpu: stay on the CPU.
         force: replace a model's folder that is already at `dst`.
         quiet: show no progress.
+        progress: called as `progress(losses, step, steps)`, in place of the trainer's own bars.
 
     Returns:
         What was done.
@@ -208,7 +210,7 @@ def tune_checkpoint(
         from transformers.trainer_utils import get_last_checkpoint
 
     from glazoo.models.rates import RateTrainer, check_rate
-    from glazoo.training import freeze_all_but_importance
+    from glazoo.training import freeze_all_but_importance, report_steps
 
     begun = time.monotonic()
     source, destination = Path(folder), Path(os.path.abspath(dst))
@@ -288,6 +290,8 @@ def tune_checkpoint(
             eval_dataset=evaluation,
         )
         trainer.plasticity_rate = plasticity_rate
+        if progress is not None:
+            report_steps(trainer, progress)
         # It prints to standard output, which belongs to the report.
         trainer.remove_callback(PrinterCallback)
         before = trainer.evaluate()["eval_loss"]

@@ -35,10 +35,10 @@ def verify(
     seed: Annotated[int, typer.Option(help="Decides all instances.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Check the theory: every equivalence, limit, inequality and invariance, on every engine.
+    """Check the statements of the theory on every engine.
 
-    The exit code is 1 if a statement fails; each failure comes with the smallest failing instance
-    as a Python program.
+    Equivalences, limits, inequalities and invariances. The exit code is 1 if a statement fails;
+    each failure comes with the smallest failing instance as a Python program.
     """
     from glazoo.theory.results import failures, passed, render, summary
     from glazoo.theory.verify import run
@@ -76,7 +76,10 @@ def posterior(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Rank variants and their metaplastic forms by their distance to exact Bayesian inference."""
+    """Rank variants by their distance to exact inference.
+
+    Their metaplastic forms too; what is exact is the posterior itself.
+    """
     from glazoo.theory import posterior as theory
 
     with progress(quiet=as_json) as report:

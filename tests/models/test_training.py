@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,9 +23,11 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.utils import logging
 from typer.testing import CliRunner
 
 import glazoo
+from glazoo.terminal import step_progress
 from glazoo.train import train
 from glazoo.training import Blocks, byte_tokenizer, read_config, run, tokens_of
 
@@ -120,6 +123,47 @@ def test_trains_and_resumes_exactly(tmp_path: Path) -> None:
     prompt = tokenizer("the 7", return_tensors="pt")
     ids = model.generate(**prompt, max_new_tokens=4, do_sample=False)
     assert tokenizer.decode(ids[0]).startswith("the 7")
+
+
+def test_the_command_says_what_it_would_do_and_what_it_did(tmp_path: Path) -> None:
+    data = tables(tmp_path, num_train_epochs=1.5, gradient_accumulation_steps=3, save_strategy="no")
+    del data["training"]["max_steps"]
+    path = str(write(tmp_path, data))
+    planned = CliRunner().invoke(_app(), [path, "--dry-run", "--json"])
+    assert planned.exit_code == 0, planned.output
+    assert not (tmp_path / "out").exists()
+    plan = json.loads(planned.stdout)
+    assert plan["trained_parameters"] == plan["parameters"] > 0
+    assert plan["tokens_per_step"] == 3 * 4 * LENGTH
+    assert "evaluation_examples = " in CliRunner().invoke(_app(), [path, "--dry-run"]).stdout
+
+    done = CliRunner().invoke(_app(), [path, "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["output_dir"] == plan["output_dir"] == str(tmp_path / "out")
+    assert found["metrics"]["eval_loss"] > 0
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text("utf-8"))
+    assert state["global_step"] == state["max_steps"] == plan["steps"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert sum(p.numel() for p in model.parameters()) == plan["parameters"]
+
+
+def test_steps_are_reported_in_place_of_the_trainers_bars(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = read_config(write(tmp_path, tables(tmp_path, disable_tqdm=False)))
+    capfd.readouterr()
+    assert logging.is_progress_bar_enabled()
+    with step_progress(quiet=False) as report:
+        assert not logging.is_progress_bar_enabled()
+        run(config, progress=report)
+    assert logging.is_progress_bar_enabled()
+    out, err = capfd.readouterr()
+    assert out == ""
+    lines = err.splitlines()
+    assert len(lines) == 7  # six losses and that on what was held out, of 6 steps
+    assert re.fullmatch(r"step 1 of 6: loss \d\.\d+", lines[0])
+    assert re.fullmatch(r"step 6 of 6: loss \d\.\d+, held-out loss \d\.\d+", lines[-1])
 
 
 def _app() -> Any:

@@ -117,6 +117,7 @@ RUN = "from glazoo.cli import app; app({}, standalone_mode=False)"
         (RUN.format(["list"]), ("torch", "numpy", "jaxtyping")),
         (RUN.format(["show", "metaplastic_gla"]), ("torch", "numpy", "jaxtyping")),
         (RUN.format(["schema"]), ("torch", "numpy", "jaxtyping")),
+        (RUN.format(["--help"]), ("torch", "numpy", "transformers", "glazoo.compare")),
         (RUN.format(["convert", "--help"]), ("transformers", "glazoo.compare")),
     ],
 )

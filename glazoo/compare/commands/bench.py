@@ -64,10 +64,10 @@ def bench(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time the recurrence of each variant on this machine: training, prefill and decoding.
+    """Time the recurrence of each variant on this machine.
 
-    Each engine is first compared with the reference. Memory is what autograd keeps for the backward
-    pass and, on a GPU, the peak.
+    Training, prefill and decoding. Each engine is first compared with the reference. Memory is what
+    autograd keeps for the backward pass and, on a GPU, the peak.
     """
     engines = engine or [e for e in available() if e != "reference"]
     for e in engines:

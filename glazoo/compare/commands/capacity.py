@@ -84,12 +84,12 @@ def capacity(
     plots: Plots = True,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how many associations each memory holds, untrained, at equal state bytes.
+    """Measure how many associations each memory holds.
 
-    Pairs of unit keys and Gaussian values are stored in an empty memory and read back. Gates are
-    constant, every variant's the best of a grid, chosen on other draws than those that are
-    reported. Recorded keys are read in the order of their text: gates, and the axes of rotated
-    importances, come from its first half and the errors from its second.
+    Untrained, at equal state bytes. Pairs of unit keys and Gaussian values are stored in an empty
+    memory and read back. Gates are constant, every variant's the best of a grid, chosen on other
+    draws than those that are reported. Recorded keys are read in the order of their text: gates,
+    and the axes of rotated importances, come from its first half and the errors from its second.
     """
     if plots:
         require("pass --no-plots")

@@ -143,7 +143,7 @@ def compare(
     plots: Plots = True,
     as_json: AsJson = False,
 ) -> None:
-    """Train variants side by side, and report differences with intervals over seeds.
+    """Train variants side by side, differences with intervals.
 
     Metaplastic forms are compared with their sources at equal state bytes, or with --convert at
     equal keys: a source is trained, and then trained on as it is and converted. Differences are

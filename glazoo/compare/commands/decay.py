@@ -61,10 +61,11 @@ def decay(
     plots: Plots = True,
     as_json: AsJson = False,
 ) -> None:
-    """Follow one association while others are written over it: measurement and theory.
+    """Follow one association while others are written over it.
 
-    The recurrence alone, untrained, with constant gates and random unit keys. Left: the share of
-    the association's signal that is left. Right: the share of the value that is not recovered.
+    Measurement and theory of the recurrence alone, untrained, with constant gates and random unit
+    keys. Left: the share of the association's signal that is left. Right: the share of the value
+    that is not recovered.
     """
     if plots:
         require("pass --no-plots")

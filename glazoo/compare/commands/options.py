@@ -12,7 +12,7 @@ import typer
 
 from glazoo.compare.errors import CompareError
 from glazoo.spec import Spec, metaplasticize
-from glazoo.zoo import load
+from glazoo.zoo import completions, load
 
 __all__ = [
     "Gain",
@@ -33,7 +33,11 @@ __all__ = [
 
 Names = Annotated[
     list[str],
-    typer.Argument(metavar="NAME...", help="Variants, metaplastic_NAME, or paths to .toml files."),
+    typer.Argument(
+        metavar="NAME...",
+        help="Variants, metaplastic_NAME, or paths to .toml files.",
+        autocompletion=completions,
+    ),
 ]
 Metaplastic = Annotated[
     bool, typer.Option("--metaplastic", help="Also measure every variant's metaplastic form.")
