@@ -41,7 +41,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 
 demo: $(READY) ## train, convert, verify and train on small Mamba2 models; prints one table (minutes, CPU)
 	@echo "== demo: train small Mamba2 models, convert them, verify equality, train both on"
-	$(BIN)/python -P -m glazoo.demo
+	$(BIN)/python -P examples/demo.py
 
 test: $(READY) ## the tests that run in minutes on two CPU cores (no slow, no GPU tests)
 	@echo "== test: pytest on $(JOBS) processes, without the tests marked slow or gpu"

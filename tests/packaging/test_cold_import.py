@@ -239,7 +239,6 @@ COMMAND = "import sys; sys.argv = ['glazoo', *{!r}]; from glazoo.__main__ import
         ("matplotlib", "from glazoo.plotting import require as r; r()", "plots"),
         ("typer", "import glazoo.terminal", "cli"),
         ("typer", "import glazoo.train", "cli"),
-        ("rich", "import glazoo.demo", "cli"),
         ("datasets", "from glazoo.converters.texts import _splits as s; s('x')", "train"),
     ],
 )

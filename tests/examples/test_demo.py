@@ -8,16 +8,23 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from glazoo import demo, metaplasticize
+from glazoo import metaplasticize
 from glazoo.compare.tasks import draw, generator
 from glazoo.compare.train import fit
 
+DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
+_spec = spec_from_file_location("demo", DEMO)
+assert _spec is not None
+assert _spec.loader is not None
+demo: Any = module_from_spec(_spec)
+_spec.loader.exec_module(demo)
 SOURCE = demo._source(demo._TASK, 0, 2)
 
 
@@ -92,7 +99,7 @@ def alive(group: int) -> bool:
 def test_the_demo_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ["--seeds", "1", "--steps", "2", "--more", "1", "--jobs", "1"]
-    command = [sys.executable, "-P", "-m", "glazoo.demo", "--out", str(out), *options]
+    command = [sys.executable, "-P", str(DEMO), "--out", str(out), *options]
     # As a terminal sends it: to the process and all that it has started.
     first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     runs = out / "runs.jsonl"
