@@ -55,6 +55,7 @@ def style() -> Iterator[None]:
         "lines.markersize": 5,
         "savefig.dpi": 200,
         "figure.constrained_layout.use": True,
+        "svg.hashsalt": "glazoo",  # the same data gives the same names inside the file
     }
     with matplotlib.rc_context(settings):
         yield
@@ -63,20 +64,25 @@ def style() -> Iterator[None]:
 def encoded(figure: Any, kind: str = "png") -> bytes:
     """Return a figure as a file of one of matplotlib's formats."""
     buffer = io.BytesIO()
-    # No version in the file: the same data gives the same picture.
-    figure.savefig(buffer, format=kind, metadata={"Software": None} if kind == "png" else None)
+    # No version and no date in the file: the same data gives the same picture.
+    nothing: Any = {"png": {"Software": None}, "svg": {"Creator": None, "Date": None}}
+    figure.savefig(buffer, format=kind, metadata=nothing.get(kind))
     return buffer.getvalue()
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a plot, with its interval."""
+    """One line of a plot, or one point, with its interval."""
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
+    x_low: Sequence[float] | None = None
+    x_high: Sequence[float] | None = None
+    dots: Sequence[tuple[float, float]] = ()
+    """What the line is the mean of, where that is too little for an interval."""
     theory_x: Sequence[float] | None = None
     theory_y: Sequence[float] | None = None
     source: str | None = None
@@ -119,6 +125,14 @@ def _styles(lines: Iterable[Line]) -> dict[str, dict[str, Any]]:
         }
         forms[source] += form
     return out
+
+
+def _reach(at: Sequence[float], low: Sequence[float], high: Sequence[float]) -> Any:
+    """Return how far an interval reaches below and above a point."""
+    return [
+        [a - b for a, b in zip(at, low, strict=True)],
+        [b - a for a, b in zip(at, high, strict=True)],
+    ]
 
 
 def panels(axes: Sequence[Axes], *, title: str = "", columns: int = 2, kind: str = "png") -> bytes:
@@ -173,7 +187,28 @@ def panels(axes: Sequence[Axes], *, title: str = "", columns: int = 2, kind: str
                     clip_on=panel.log_y,
                     zorder=3,
                 )
-                if line.low is not None and line.high is not None:
+                if line.dots:
+                    # Hollow, or they would be taken for means.
+                    ax.scatter(
+                        *zip(*line.dots, strict=True),
+                        s=14,
+                        facecolors="none",
+                        edgecolors=s["color"],
+                        linewidths=0.8,
+                        alpha=0.8,
+                    )
+                if len(line.x) == 1 and line.low is not None and line.high is not None:
+                    ax.errorbar(
+                        line.x,
+                        line.y,
+                        yerr=_reach(line.y, line.low, line.high),
+                        xerr=_reach(line.x, line.x_low or line.x, line.x_high or line.x),
+                        color=s["color"],
+                        linestyle="none",
+                        linewidth=1.2,
+                        capsize=3,
+                    )
+                elif line.low is not None and line.high is not None:
                     ax.fill_between(
                         line.x, line.low, line.high, color=s["color"], alpha=0.18, linewidth=0
                     )

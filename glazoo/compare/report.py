@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,21 @@ from glazoo.compare.figures import draw_figures
 from glazoo.compare.files import make_folder, write_bytes, write_csv, write_text
 from glazoo.compare.plan import Plan
 from glazoo.compare.rows import Row, with_controls
-from glazoo.compare.tables import choice_lines, group_lines, main_columns, more_columns
+from glazoo.compare.tables import (
+    accuracy_columns,
+    choice_lines,
+    difference_columns,
+    group_lines,
+    lines,
+    size_columns,
+    training_columns,
+)
 from glazoo.compare.train import Training
+from glazoo.errors import extra
 from glazoo.terminal import markdown_table
+
+with extra("compare"):
+    from jinja2 import Environment
 
 __all__ = ["write_report"]
 
@@ -103,7 +115,8 @@ def _of(row: Row, result: dict[str, Any]) -> dict[str, Any]:
 
 
 Block = tuple[str, Any]
-"""("heading", text), ("text", text), ("table", [rows]), ("code", text) or ("figures", None)."""
+"""("heading", text), ("text", text), ("code", text), ("figures", None), ("table", [rows]), or, if
+the order of the rows is theirs, ("facts", [rows])."""
 
 
 def _blocks(
@@ -121,9 +134,10 @@ def _blocks(
     seconds = sum(x["cpu_seconds"] for x in counted.values())
     blocks: list[Block] = [("heading", f"{task.name}: {len(plan.specs)} variants side by side")]
     blocks.append(("text", _explained(plan, found)))
-    columns = main_columns(plan, found) | more_columns()
-    lines = [[show(r) for show in columns.values()] for r in found]
-    blocks.append(("table", [list(columns), *lines]))
+    if rivals := [r for r in found if r.rival]:
+        blocks.append(("table", lines(difference_columns(plan), rivals)))
+        blocks.append(("heading", task.measure.capitalize()))
+    blocks.append(("table", lines(accuracy_columns(plan), found)))
     if groups := group_lines(found):
         blocks.append(("heading", "Stability and plasticity"))
         blocks.append(("table", groups))
@@ -131,6 +145,10 @@ def _blocks(
         blocks.append(("heading", "Runs without a result"))
         blocks += [("text", x) for x in lost]
     blocks.append(("figures", None))
+    blocks.append(("heading", "Models"))
+    blocks.append(("table", lines(size_columns(plan), found)))
+    blocks.append(("heading", "Training"))
+    blocks.append(("table", lines(training_columns(plan), found)))
     if choices := choice_lines(plan, found):
         head = ["variant", "task", "learning rate", "plasticity rate", f"{task.measure} (%)"]
         blocks.append(("heading", "Choice of rates"))
@@ -145,7 +163,7 @@ def _blocks(
         ["processor time of the runs", f"{seconds / 60:.1f} minutes"],
         ["SHA-256 of the evaluation data", ", ".join(hashes)],
     ]
-    blocks.append(("table", [["what", "value"], *facts]))
+    blocks.append(("facts", [["what", "value"], *facts]))
     blocks.append(("code", json.dumps(plan.config(), indent=1)))
     blocks.append(("heading", "Specs"))
     for label, spec in plan.specs.items():
@@ -213,51 +231,11 @@ def _markdown(blocks: Sequence[Block], figures: dict[str, tuple[str, bytes]]) ->
     return "\n\n".join(out) + "\n"
 
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
-       color: #1a1a1a; background: #fff; }
-table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; }
-th { border-bottom: 2px solid #1a1a1a; }
-pre { background: #f5f5f5; padding: .7rem; overflow-x: auto; white-space: pre-wrap;
-      overflow-wrap: anywhere; font-size: 13px; }
-figure { margin: 1.5rem 0; } img { max-width: 100%; } .wide { overflow-x: auto; }
-figcaption { color: #444; }
-"""
-
-
 def _html(blocks: Sequence[Block], figures: dict[str, tuple[str, bytes]]) -> str:
-    e = html.escape
-    title = next(b for k, b in blocks if k == "heading")
-    out = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{e(title)}</title><style>{_STYLE}</style></head><body>",
+    text = (resources.files("glazoo.compare") / "report.html").read_text("utf-8")
+    pictures = [
+        (caption, f"data:image/svg+xml;base64,{base64.b64encode(picture).decode()}")
+        for caption, picture in figures.values()
     ]
-    level = 1
-    for kind, body in blocks:
-        if kind == "heading":
-            out.append(f"<h{level}>{e(body)}</h{level}>")
-            level = 2
-        elif kind == "text":
-            out.append(f"<p>{e(body)}</p>")
-        elif kind == "code":
-            out.append(f"<pre>{e(body)}</pre>")
-        elif kind == "figures":
-            for caption, picture in figures.values():
-                data = base64.b64encode(picture).decode()
-                out.append(
-                    f'<figure><img alt="{e(caption)}" src="data:image/png;base64,{data}">'
-                    f"<figcaption>{e(caption)}</figcaption></figure>"
-                )
-        else:
-            head, *rest = body
-            cells = "".join(f"<th>{e(c)}</th>" for c in head)
-            out.append(f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>')
-            for line in rest:
-                out.append("<tr>" + "".join(f"<td>{e(c)}</td>" for c in line) + "</tr>")
-            out.append("</tbody></table></div>")
-    out.append("</body></html>")
-    return "\n".join(out) + "\n"
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(text)
+    return template.render(blocks=blocks, figures=pictures) + "\n"

@@ -13,62 +13,93 @@ from rich.table import Table
 from glazoo.compare.model import has_plasticity
 from glazoo.compare.plan import Line, Plan, Rates
 from glazoo.compare.rows import Row, accuracy_of, point
-from glazoo.stats import Interval, interval, paired
+from glazoo.stats import interval, paired
 
-__all__ = ["choice_lines", "group_lines", "main_columns", "more_columns", "table"]
+__all__ = [
+    "accuracy_columns",
+    "choice_lines",
+    "difference_columns",
+    "group_lines",
+    "lines",
+    "size_columns",
+    "table",
+    "training_columns",
+]
 
 _LEFT = ("variant", "setting", "now")
 
 
-def main_columns(plan: Plan, found: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
-    """Return the columns of the main table, with what they show of a row: differences first."""
-    measure, control = plan.task.measure, plan.task.control
+Columns = dict[str, Callable[[Row], str]]
+"""Names of columns, with what they show of a row."""
+
+
+def _names(plan: Plan) -> Columns:
+    out: Columns = {"variant": lambda r: r.label}
+    if any(m.name for m in plan.models):
+        out["setting"] = lambda r: r.arm.model.name
+    return out
+
+
+def _states(plan: Plan) -> Columns:
+    """Return what tells rows of one variant apart, where there are several."""
+    return _STATE if len(plan.models) > 1 else {}
+
+
+_STATE: Columns = {"state (bytes)": lambda r: f"{r.shape.state_bytes:,}"}
+
+
+def difference_columns(plan: Plan) -> Columns:
+    """Return what rows that have a rival show of it."""
+    control = plan.task.control
     against = "to the source trained on" if plan.tuning else "to its source"
-
-    def percent(get: Callable[[Row], Interval | None]) -> Callable[[Row], str]:
-        def show(row: Row) -> str:
-            at = get(row)
-            return "" if at is None else at.times(100).text(1)
-
-        return show
 
     def difference(row: Row | None) -> str:
         at = None if row is None else row.difference
         return "" if at is None else at.times(100).signed(1)
 
-    def accuracy(row: Row) -> str:
-        diverged = sum(r["diverged"] for r in row.results)
-        note = f" ({diverged} diverged)" if diverged else ""
-        return percent(lambda r: r.accuracy)(row) + note
-
-    out: dict[str, Callable[[Row], str]] = {"variant": lambda r: r.label}
-    if any(m.name for m in plan.models):
-        out["setting"] = lambda r: r.arm.model.name
-    if any(r.rival for r in found):
-        out[f"difference {against} (points)"] = difference
-        if control is not None and plan.control:
-            out[f"{control.name}: difference (points)"] = lambda r: difference(r.control)
-    out[f"{measure} (%)"] = accuracy
+    out = _names(plan) | {f"difference {against} (points)": difference}
     if control is not None and plan.control:
-        out[f"{control.name}: {measure} (%)"] = lambda r: accuracy(r.control) if r.control else ""
+        out[f"{control.name}: difference (points)"] = lambda r: difference(r.control)
+    return out | _states(plan)
+
+
+def accuracy_columns(plan: Plan) -> Columns:
+    """Return what every row shows of its accuracy, which comes first."""
+    measure, control = plan.task.measure, plan.task.control
+
+    def accuracy(row: Row | None) -> str:
+        at = None if row is None else row.accuracy
+        if row is None or at is None:
+            return ""
+        diverged = sum(r["diverged"] for r in row.results)
+        return at.times(100).text(1) + (f" ({diverged} diverged)" if diverged else "")
+
+    def spread(row: Row) -> str:
+        every = [100 * accuracy_of(r) for r in row.results]
+        return f"{min(every):.1f} to {max(every):.1f}" if every else ""
+
+    out = _names(plan) | {f"{measure} (%)": accuracy}
+    if control is not None and plan.control:
+        out[f"{control.name}: {measure} (%)"] = lambda r: accuracy(r.control)
     if plan.every_rate:
         out["best rate of every seed (%)"] = lambda r: (
             "" if r.chosen_on_reported is None else f"{100 * r.chosen_on_reported:.1f}"
         )
-    return out | {
-        "seeds": lambda r: str(len(r.results)),
-        "state (bytes)": lambda r: f"{r.shape.state_bytes:,}",
+    out |= {"lowest to highest (%)": spread, "seeds": lambda r: str(len(r.results))}
+    return out | _states(plan)
+
+
+def size_columns(plan: Plan) -> Columns:
+    """Return what every row shows of its model."""
+    return _names(plan) | {
+        **_STATE,
         "heads x K x V": lambda r: f"{r.shape.heads} x {r.shape.key_size} x {r.shape.value_size}",
         "parameters": lambda r: f"{r.arm.parameters:,}",
     }
 
 
-def more_columns() -> dict[str, Callable[[Row], str]]:
-    """Return what the report's table has beside the main columns."""
-
-    def spread(row: Row) -> str:
-        every = [100 * accuracy_of(r) for r in row.results]
-        return f"{min(every):.1f} to {max(every):.1f}" if every else ""
+def training_columns(plan: Plan) -> Columns:
+    """Return what every row shows of its training."""
 
     def share(row: Row) -> str:
         return f"{row.rates.plasticity:g}" if row.rates and has_plasticity(row.arm.spec) else ""
@@ -85,8 +116,7 @@ def more_columns() -> dict[str, Callable[[Row], str]]:
         ends = [x for r in row.results for x in r["plasticity"]]
         return f"{min(ends):.2g} to {max(ends):.2g}" if ends else ""
 
-    return {
-        "lowest to highest (%)": spread,
+    return _names(plan) | {
         "learning rate": lambda r: f"{r.rates.rate:g}" if r.rates else "",
         "plasticity rate": share,
         "plasticity at the end": plasticity,
@@ -95,12 +125,21 @@ def more_columns() -> dict[str, Callable[[Row], str]]:
     }
 
 
+def lines(columns: Columns, found: Sequence[Row]) -> list[list[str]]:
+    """Return a table as text; its first line is the head."""
+    return [list(columns), *([show(row) for show in columns.values()] for row in found)]
+
+
 def table(plan: Plan, found: Sequence[Row], running: Mapping[Line, str] | None = None) -> Table:
     """Makes the table of what is known so far; `running` says what is being done."""
     t = plan.task
     size = f"load {t.load}, length {t.length}" if t.resizable else f"length {t.length}"
     out = Table(box=box.SIMPLE_HEAD, header_style="bold", title=f"{t.name}, {size}")
-    columns = main_columns(plan, found)
+    columns = difference_columns(plan) if any(r.rival for r in found) else {}
+    columns |= accuracy_columns(plan)
+    for name in ("lowest to highest (%)", "state (bytes)"):
+        columns.pop(name, None)
+    columns |= size_columns(plan)
     if running is not None:
         columns["now"] = lambda r: ", ".join(
             running[x.line] for x in (r, r.control) if x is not None and x.line in running
@@ -128,7 +167,7 @@ def group_lines(found: Sequence[Row]) -> list[list[str]]:
         points = {r["seed"]: point(r, own.load, own.length) for r in row.results}
         return {s: p["groups"][group] for s, p in points.items() if "groups" in p}
 
-    lines = []
+    out = []
     for row in found:
         if not of(row, "0"):
             continue
@@ -137,10 +176,10 @@ def group_lines(found: Sequence[Row]) -> list[list[str]]:
             at = paired(of(row, group), {} if row.rival is None else of(row.rival, group))
             cells.append("" if at is None else at.times(100).signed(1))
         cells += [interval([*of(row, g).values()]).times(100).text(1) for g in _GROUPS]
-        lines.append(cells)
+        out.append(cells)
     names = _GROUPS.values()
     head = ["variant", *(f"{n}: difference (points)" for n in names)]
-    return [[*head, *(f"{n}: accuracy (%)" for n in names)], *lines] if lines else []
+    return [[*head, *(f"{n}: accuracy (%)" for n in names)], *out] if out else []
 
 
 def choice_lines(plan: Plan, found: Sequence[Row]) -> list[list[str]]:

@@ -118,7 +118,7 @@ def test_compare_trains_reports_and_goes_on_where_it_stopped(tmp_path: Path) -> 
     assert runs[0]["data_hash"] in report
     sources = re.findall(r'(?:src|href)="([^"]{0,40})', report)
     assert sources
-    assert all(s.startswith("data:image/png;base64,") for s in sources)
+    assert all(s.startswith("data:image/svg+xml;base64,") for s in sources)
     markdown = (out / "report.md").read_text()
     for figure in re.findall(r"\]\((plots/[^)]*)\)", markdown):
         assert (out / figure).exists()
