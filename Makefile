@@ -88,7 +88,7 @@ $(SITE): $(READY)
 docs: $(SITE) ## the documentation site, into build/docs/site; warnings are errors
 	@echo "== docs: pages from docs/, the specs, the theory and the command line; then the site"
 	$(BIN)/python docs/generate.py build/docs/pages
-	$(BIN)/zensical build --clean --strict > build/docs/log 2>&1 || { cat build/docs/log; exit 1; }
+	$(BIN)/zensical build --config-file build/docs/mkdocs.yml --clean --strict > build/docs/log 2>&1 || { cat build/docs/log; exit 1; }
 	@# Of docstrings it warns without counting them.
 	@! grep -E '^(griffe|mkdocs)' build/docs/log
 

@@ -2,9 +2,10 @@
 
     python docs/generate.py build/docs/pages
 
-Pages by hand are the Markdown files beside this script; in them $...$ is LaTeX, and {{ name }} in a
-line of its own a table of `reference`. What they link to elsewhere in the repository comes along:
-Markdown as further pages, anything else as a file.
+It writes the configuration that the site is built with beside them: mkdocs.yml, with every variant
+in the navigation. Pages by hand are the Markdown files beside this script; in them $...$ is LaTeX,
+and {{ name }} in a line of its own a table of `reference`. What they link to elsewhere in the
+repository comes along: Markdown as further pages, anything else as a file.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import figures
 import reference
 import typeset
+import yaml
 
 import glazoo
 
@@ -164,6 +167,34 @@ def broken(site: Site) -> Iterator[str]:
                 yield f"{where}: {link}"
 
 
+def groups() -> dict[str, list[str]]:
+    """Return the variants by what tells them apart most, in the order of their titles."""
+    found: dict[str, list[str]] = {"Hebbian": [], "With a correction": [], "With a precision": []}
+    for spec in sorted(map(glazoo.load, glazoo.names()), key=lambda s: s.title.lower()):
+        p = spec.posterior
+        kind = 2 if p.precision != "frozen" else 1 if p.correction != "none" else 0
+        found[list(found)[kind]].append(spec.name)
+    return found
+
+
+def configuration(out: Path) -> dict[str, Any]:
+    """Return mkdocs.yml for a file beside the folder of pages, with a navigation of variants."""
+    config: dict[str, Any] = yaml.safe_load((ROOT / "mkdocs.yml").read_text("utf-8"))
+    at = out.parent.absolute()
+    for key in ("docs_dir", "site_dir"):
+        config[key] = os.path.relpath(ROOT / config[key], at)
+    for plugin in config["plugins"]:
+        if isinstance(plugin, dict):
+            python = plugin["mkdocstrings"]["handlers"]["python"]
+            python["paths"] = [os.path.relpath(ROOT / path, at) for path in python["paths"]]
+    (entry,) = (x for x in config["nav"] if x.get("Variants"))
+    pages: list[Any] = [{"All of them": entry["Variants"]}]
+    for title, names in groups().items():
+        pages.append({title: [{glazoo.load(n).title: f"variants/{n}.md"} for n in names]})
+    entry["Variants"] = pages
+    return config
+
+
 def write(site: Site, out: Path) -> None:
     """Write the site's pages and files to an empty folder."""
     shutil.rmtree(out, ignore_errors=True)
@@ -181,7 +212,10 @@ def main() -> None:
     lost = list(broken(site))
     if lost:
         sys.exit("links that lead nowhere:\n" + "\n".join(lost))
-    write(site, Path(sys.argv[1]))
+    out = Path(sys.argv[1])
+    write(site, out)
+    config = yaml.safe_dump(configuration(out), sort_keys=False, allow_unicode=True)
+    out.with_name("mkdocs.yml").write_text(config, "utf-8")
     print(f"{len(site.pages)} pages, {len(site.files)} files")
 
 
