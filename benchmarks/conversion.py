@@ -39,7 +39,9 @@ import typer
 from torch import Tensor, nn
 
 import glazoo
-from glazoo.compare.files import make_folder
+from glazoo.advise import key_use
+from glazoo.advise import predict as advised
+from glazoo.compare.files import make_folder, write_bytes
 from glazoo.compare.model import Model, ModelConfig, shape_for
 from glazoo.compare.store import Store
 from glazoo.compare.tasks import Task, draw, generator
@@ -50,7 +52,12 @@ from glazoo.layers import gates, set_plasticity
 from glazoo.layers.conversion import metaplastic_layers
 from glazoo.layers.gates import GateModule
 from glazoo.layers.plasticity import Observation
+from glazoo.plotting import Axes as PlotAxes
+from glazoo.plotting import Line as PlotLine
+from glazoo.plotting import panels
 from glazoo.spec import Spec
+from glazoo.stats import interval, paired
+from glazoo.terminal import markdown_table
 
 RESULTS = Path(__file__).parent / "results" / "conversion"
 WORK = Path("build/conversion")
@@ -142,13 +149,13 @@ LANGUAGE = ModelConfig(width=192, layers=3, heads=4, key_size=32, value_size=48,
 
 def language(text: Path, steps: int, tuning: int) -> Setting:
     """Return the setting of a language model like that of `benchmarks/language_model.py`."""
-    common = {"batch": 32, "curriculum": 0.0, "decay": 0.01, "momentum": (0.9, 0.999)}
+    common = {"curriculum": 0.0, "decay": 0.01, "momentum": (0.9, 0.999)}
     return Setting(
         Task(name="text", length=256, text=text),
         LANGUAGE,
-        Training(steps=steps, warmup=0.1, eval_examples=128, **common),
+        Training(steps=steps, batch=32, warmup=0.1, eval_examples=128, **common),
         4e-3,
-        Training(steps=tuning, warmup=0.1, eval_examples=128, **common),
+        Training(steps=tuning, batch=8, warmup=0.1, eval_examples=128, **common),
         1e-3,
         "language",
     )
@@ -209,6 +216,8 @@ class Experiment:
     select: bool
     impl: str
     device: str
+    first: int = 0
+    """First of the reported seeds."""
 
     def _source(self, name: str, source: str, keys: int | None, seed: int) -> Row:
         setting = self.settings[name]
@@ -272,7 +281,7 @@ class Experiment:
                     for candidate in line.candidates:
                         yield self.row(name, source, line, candidate, SELECTION_SEED)
         for name in self.settings:
-            for seed in range(self.seeds):
+            for seed in range(self.first, self.first + self.seeds):
                 for source, line in self.of(name):
                     chosen = self.choice(name, source, line, results)
                     yield self._source(name, source, line.keys, seed)
@@ -390,8 +399,8 @@ def start(run: Row, folder: Path) -> nn.Module:
 WINDOW = 4096
 CUTS = (0, 256, 512, 1024, 2048, 4096)
 WINDOWS = 24
-RARE = 20
-NEEDLES = 32
+RARE = 50
+NEEDLES = 8
 DISTANCES = (512, 1024, 2048, 4096)
 
 
@@ -461,6 +470,7 @@ def read(model: nn.Module, run: Row) -> dict[str, Any]:
     by_place, _ = losses(torch.from_numpy(windows).long())
     out: dict[str, Any] = {
         "loss": float(by_place.mean()),
+        "by_window": [round(float(x), 5) for x in by_place.mean(1)],
         "by_place": {
             f"{a}-{b}": float(by_place[:, a:b].mean()) for a, b in itertools.pairwise(CUTS)
         },
@@ -563,10 +573,12 @@ def run_command(
     ] = None,
     sources: Annotated[str, typer.Option(help="Sources.")] = "mamba2,gated_deltanet,kda",
     seeds: Annotated[int, typer.Option(min=1, help="Reported seeds.")] = 4,
+    first: Annotated[int, typer.Option(min=0, help="First of them.")] = 0,
+    train: Annotated[bool, typer.Option(help="Train sources whose weights are missing.")] = True,
     select: Annotated[bool, typer.Option(help="Choose rates on another seed.")] = False,
     text: Annotated[Path | None, typer.Option(help="A text, of the language model.")] = None,
     steps: Annotated[int, typer.Option(help="Of the language model's source.")] = 2400,
-    tuning: Annotated[str, typer.Option(help="Its further steps.")] = "1000,100",
+    tuning: Annotated[str, typer.Option(help="Its further steps.")] = "100,1000",
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
     device: Annotated[str, typer.Option()] = "cpu",
     impl: Annotated[str, typer.Option(help="Engine.")] = "auto",
@@ -582,7 +594,8 @@ def run_command(
             raise typer.BadParameter("the language model needs a --text")
         for n in map(int, tuning.split(",")):
             settings[f"language, {n} steps"] = language(text.absolute(), steps, n)
-    experiment = Experiment(settings, tuple(sources.split(",")), seeds, select, impl, device)
+    chosen = tuple(sources.split(","))
+    experiment = Experiment(settings, chosen, seeds, select, impl, device, first)
     end = time.monotonic() + 60 * minutes
     with Store(out, {"format": 1}) as store:
         started: set[str] = set()
@@ -600,6 +613,7 @@ def run_command(
                 done = run.key in store.results and (not kept or file_of(run, weights).exists())
                 known = run.before is None or file_of(run.before, weights).exists()
                 free = len(started) - len(finished) < jobs
+                known &= train or run.before is not None
                 if free and known and not done and run.key not in started:
                     started.add(run.key)
                     found.append(run)
@@ -628,6 +642,208 @@ def run_command(
                 if time.monotonic() > end:
                     print("out of time: repeat the command to go on")
                     return
+
+
+@app.command()
+def predict(
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    seeds: Annotated[int, typer.Option(min=2, help="Draws of a measurement.")] = 12,
+    out: Annotated[Path, typer.Option(help="Folder of the runs.")] = RESULTS,
+    weights: Annotated[Path, typer.Option("--work", help="Folder of weights and keys.")] = WORK,
+) -> None:
+    """Measure what untrained memories hold of every source's own keys, beside what training gave.
+
+    Writes `predictions.jsonl`: what `glazoo advise` would say of each source.
+    """
+    rows = read_rows(out)
+    known = {json.loads(x)["key"] for x in _lines(out / "predictions.jsonl")}
+    for row in rows:
+        keys = weights / "keys" / f"{row['key']}.npz"
+        if row["before"] is not None or row["key"] in known or not keys.exists():
+            continue
+        source, wider = source_of(row)
+        if wider or row["selection"]:
+            continue
+        spec = glazoo.load(source)
+        specs = {"source": spec} | {
+            form: found
+            for form in FORMS
+            if "open" not in form and (found := converted(spec, form)) is not None
+        }
+        pairs, shares = advised(str(keys), specs, values=16, seeds=seeds, jobs=jobs)
+        with np.load(keys) as data:
+            first = torch.from_numpy(data[data.files[0]]).float()
+        use = key_use(0, first)
+        found = {
+            "key": row["key"],
+            "label": row["label"],
+            "seed": row["seed"],
+            "pairs": pairs,
+            "shares": shares,
+            "directions": fmean(use.directions),
+            "changing": fmean(use.changing),
+            "neglected": fmean(use.neglected),
+            "neglected_rotated": fmean(use.neglected_rotated),
+        }
+        with (out / "predictions.jsonl").open("a") as file:
+            file.write(json.dumps(found) + "\n")
+        gains = {f: round(fmean(x) - fmean(shares["source"]), 3) for f, x in shares.items()}
+        print(f"{row['label']}, seed {row['seed']}: {gains}", flush=True)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the runs of a folder, the last of each key."""
+    rows = [json.loads(line) for line in _lines(folder / "runs.jsonl")]
+    return list({row["key"]: row for row in rows}.values())
+
+
+def source_of(row: Mapping[str, Any]) -> tuple[str, bool]:
+    """Return the source that a row's label names, and whether it is a wider one."""
+    name, _, rest = row["label"].rpartition(": ")[2].partition(", ")
+    return name, rest.startswith(("before, K", "bytes of"))
+
+
+Numbers = dict[int, float]
+
+
+def table(rows: Iterable[Mapping[str, Any]], column: str) -> dict[tuple[str, str, str], Numbers]:
+    """Return a number of every reported run, by task, source and row, and by seed."""
+    out: dict[tuple[str, str, str], Numbers] = collections.defaultdict(dict)
+    for row in rows:
+        if not row["selection"]:
+            task, _, rest = row["label"].rpartition(": ")
+            source, _, line = rest.partition(", ")
+            out[task, source, line][row["seed"]] = row[column]
+    return out
+
+
+def tasks_text(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the tables of the tasks: accuracy, and differences by seed."""
+    accuracy, state = table(rows, "accuracy"), table(rows, "state_bytes")
+    lines = []
+    for task in dict.fromkeys(t for t, _, _ in accuracy):
+        head = ("source", "row", "state (bytes)", "accuracy (%)", "to trained on", "seeds")
+        body = []
+        for (name, source, line), values in accuracy.items():
+            if name != task or line.startswith("before"):
+                continue
+            difference = paired(values, accuracy[task, source, "trained on"])
+            same = line == "trained on" or difference is None
+            body.append(
+                (
+                    source,
+                    line,
+                    f"{max(state[name, source, line].values()):,}",
+                    interval(list(values.values())).times(100).text(1),
+                    "" if same or difference is None else difference.times(100).signed(),
+                    f"{len(values)}",
+                )
+            )
+        lines += [f"## {task}", "", *markdown_table(head, body, right=True), ""]
+    return lines
+
+
+def language_text(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the table of the language models: nats a byte less those of the source trained on,
+    window by window."""
+    lines: list[str] = []
+    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = collections.defaultdict(list)
+    for row in rows:
+        if "by_place" in row and row["before"] is not None:
+            task, _, rest = row["label"].rpartition(": ")
+            groups[task, rest.partition(", ")[0], row["seed"]].append(row)
+    for (task, source, seed), of in groups.items():
+        base = next((r for r in of if r["label"].endswith("trained on")), None)
+        if base is None:
+            continue
+        body = []
+        for row in of:
+            windows = zip(row["by_window"], base["by_window"], strict=True)
+            difference = interval([a - b for a, b in windows])
+            body.append(
+                (
+                    row["label"].rpartition(", ")[2],
+                    f"{row['state_bytes']:,}",
+                    f"{row['at_first']['loss']:.4f}",
+                    f"{row['loss']:.4f}",
+                    "" if row is base else difference.signed(4),
+                    *(f"{row['by_place'][place]:.3f}" for place in ("0-256", "2048-4096")),
+                    f"{row['rare_first']:.3f}",
+                    f"{row['rare_later']:.3f}",
+                )
+            )
+        head = ("row", "state", "at first", "after", "to trained on", "bytes 0-256", "2048-4096")
+        head += ("rare words, first", "again")
+        lines += [f"## {task}: {source}, seed {seed}", "", *markdown_table(head, body, right=True)]
+        lines += [""]
+    return lines
+
+
+def correlation_text(rows: list[dict[str, Any]], folder: Path) -> list[str]:
+    """Return how well what untrained memories hold predicts what training gained."""
+    from scipy.stats import spearmanr
+
+    accuracy = table(rows, "accuracy")
+    lines, everything = [], []
+    by_task: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
+    for line in _lines(folder / "predictions.jsonl"):
+        found = json.loads(line)
+        task, _, rest = found["label"].rpartition(": ")
+        source = rest.partition(", ")[0]
+        base = accuracy.get((task, source, "trained on"), {}).get(found["seed"])
+        for form, shares in found["shares"].items():
+            trained = accuracy.get((task, source, form), {}).get(found["seed"])
+            if base is None or trained is None:
+                continue
+            predicted = fmean(shares) - fmean(found["shares"]["source"])
+            by_task[task].append((predicted, trained - base))
+            everything.append((predicted, trained - base))
+    for task, pairs in [*by_task.items(), ("all tasks", everything)]:
+        if len(pairs) > 3 and all(len(set(x)) > 1 for x in zip(*pairs, strict=True)):
+            of = spearmanr(*zip(*pairs, strict=True))
+            lines.append(f"- {task}: rank correlation {of.statistic:.2f} over {len(pairs)} runs")
+    return ["## Untrained capacity beside the trained gain", "", *lines, ""] if lines else []
+
+
+def picture(rows: list[dict[str, Any]]) -> bytes:
+    """Draw the gain against the state, in times of the source's: a panel for each task."""
+    accuracy, state = table(rows, "accuracy"), table(rows, "state_bytes")
+    found: dict[str, list[PlotLine]] = collections.defaultdict(list)
+    for (task, source, line), values in accuracy.items():
+        base = accuracy.get((task, source, "trained on"))
+        if line.startswith("before") or line == "trained on" or not base:
+            continue
+        of = paired(values, base)
+        if of is None:
+            continue
+        times = max(state[task, source, line].values()) / max(
+            state[task, source, "trained on"].values()
+        )
+        found[task].append(
+            PlotLine(f"{source}, {line}", [times], [100 * of.mean], [100 * of.low], [100 * of.high])
+        )
+    axes = [
+        PlotAxes(task, "state, times the source's", "points to the source trained on", lines)
+        for task, lines in found.items()
+    ]
+    return panels(axes, columns=2)
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option(help="Folder of the runs.")] = RESULTS,
+) -> None:
+    """Write `report.md` and `gain.png` from the runs that are there."""
+    rows = read_rows(out)
+    text = ["# Which conversion pays", "", *tasks_text(rows), *correlation_text(rows, out)]
+    text += language_text(read_rows(out / "language"))
+    (out / "report.md").write_text("\n".join(text))
+    write_bytes(out / "gain.png", picture(rows))
+    print("\n".join(text))
 
 
 if __name__ == "__main__":

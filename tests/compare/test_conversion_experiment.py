@@ -1,0 +1,130 @@
+"""The experiment on conversions: its rows, and what its tables say of known numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from glazoo import load
+from glazoo.compare.model import shape_for
+from glazoo.compare.store import Store
+
+PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "conversion.py"
+spec = importlib.util.spec_from_file_location("conversion_experiment", PATH)
+assert spec is not None
+assert spec.loader is not None
+experiment: Any = importlib.util.module_from_spec(spec)
+# Its rows are pickled by name.
+sys.modules["conversion_experiment"] = experiment
+spec.loader.exec_module(experiment)
+
+
+def one(**changes: Any) -> Any:
+    made = experiment.Experiment(
+        {"records": experiment.TASKS["records"]}, ("mamba2",), 2, False, "auto", "cpu"
+    )
+    return dataclasses.replace(made, **changes)
+
+
+@pytest.mark.parametrize("source", ["mamba2", "gated_deltanet", "kda"])
+def test_every_form_meets_a_source_of_at_least_its_state(source: str) -> None:
+    setting = experiment.TASKS["records"]
+    rows = {line.label: line for line in experiment.lines(load(source), setting)}
+    assert set(rows) == {
+        "trained on",
+        *experiment.FORMS,
+        "bytes of full",
+        "bytes of per synapse",
+    }
+    for form in ("full", "per synapse"):
+        model = setting.model.model_copy(update={"key_size": rows[f"bytes of {form}"].keys})
+        wanted = shape_for(experiment.converted(load(source), form), setting.model).state_bytes
+        below = model.model_copy(update={"key_size": model.key_size - 1})
+        assert shape_for(load(source), model).state_bytes >= wanted
+        assert shape_for(load(source), below).state_bytes < wanted
+
+
+def test_rows_of_a_seed_go_on_from_one_source_with_the_same_data() -> None:
+    runs = list(one().wanted({}))
+    assert {r.seed for r in runs} == {0, 1}
+    on = [r for r in runs if r.before is not None and r.seed == 0]
+    assert len({r.key for r in on}) == len(on) == 10
+    same = [r for r in on if r.model == on[0].model]
+    assert len({r.before.key for r in same}) == 1
+    assert len({(r.training.model_dump_json(), r.rate) for r in on}) == 1
+    # A device and an engine change rounding only: a run may go on elsewhere.
+    assert [r.key for r in one(device="cuda", impl="triton").wanted({})] == [r.key for r in runs]
+
+
+def test_rates_come_from_the_seed_that_is_not_reported() -> None:
+    chooser = one(select=True)
+    line = next(x for _, x in chooser.of("records") if x.label == "per key")
+    runs = {c: chooser.row("records", "mamba2", line, c, 1000) for c in line.candidates}
+    assert chooser.choice("records", "mamba2", line, {}) is None
+    results = {
+        run.key: {"loss": loss, "diverged": False}
+        for run, loss in zip(runs.values(), (0.3, 0.2, 0.4), strict=True)
+    }
+    assert chooser.choice("records", "mamba2", line, results) == line.candidates[1]
+    results[runs[line.candidates[1]].key]["diverged"] = True
+    assert chooser.choice("records", "mamba2", line, results) == line.candidates[0]
+
+
+def row(line: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
+    common = {"selection": False, "state_bytes": 8, "key": f"{line} {seed}", "before": "x"}
+    return common | {"label": f"records: gla, {line}", "seed": seed, "accuracy": accuracy} | more
+
+
+def test_differences_are_by_seed() -> None:
+    rows = [row("trained on", s, a) for s, a in enumerate((0.2, 0.6))]
+    rows += [row("full", s, a, state_bytes=12) for s, a in enumerate((0.3, 0.7))]
+    rows += [row("full", 1000, 0.0, selection=True)]
+    text = "\n".join(experiment.tasks_text(rows))
+    # A tenth more on both seeds, which are four tenths apart.
+    assert "| gla | full | 12 | 50.0 ± 254.1 | +10.0 ± 0.0 | 2 |" in text
+
+
+def test_rare_words_by_occurrence() -> None:
+    first, later = experiment._occurrences(b"a zebras known zebras", frozenset({b"known"}))
+    assert first == [4, 5, 6, 7]
+    assert later == [17, 18, 19, 20]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny: dict[str, Any] = {"steps": 1, "batch": 2, "eval_examples": 2}
+    setting = experiment.TASKS["records"]
+    setting = dataclasses.replace(
+        setting,
+        training=setting.training.model_copy(update=tiny),
+        tuning=setting.tuning.model_copy(update=tiny),
+    )
+    small = one(settings={"records": setting}, seeds=1)
+    done = {}
+    for run in small.wanted({}):
+        if run.key not in done:
+            done[run.key] = experiment.work(run, folder=tmp_path)
+    for run in small.wanted({}):
+        result = done[run.key]
+        assert not result["diverged"]
+        if run.before is None or run.spec == run.before.spec or run.opened:
+            continue
+        # Converted, and calibrated, but not trained: the source.
+        source = done[run.before.key]["accuracy"]
+        assert result["at_first"]["accuracy"] == pytest.approx(source, abs=1e-6)
+    with Store(tmp_path / "rows", {"format": 1}) as store:
+        for result in done.values():
+            store.add(result)
+    assert len(experiment.read_rows(tmp_path / "rows")) == len(done)
+    assert json.dumps(done)
+    experiment.predict(jobs=1, seeds=2, out=tmp_path / "rows", weights=tmp_path)
+    experiment.report(out=tmp_path / "rows")
+    text = (tmp_path / "rows" / "report.md").read_text()
+    assert "| mamba2 | bytes of full | 3,072 |" in text
+    assert (tmp_path / "rows" / "gain.png").stat().st_size > 1000
