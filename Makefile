@@ -19,7 +19,7 @@ with_torch = $(if $(TORCH_BACKEND),uv pip install --quiet --python $(1) --torch-
 TORCH_PIN = $(shell grep -i '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-newest lint docs dist gpu bench clean
+.PHONY: hub help setup demo test test-all test-newest lint docs dist gpu bench clean
 
 help: ## list the targets
 	@echo "make targets (each installs what it needs into .venv first, except gpu and clean):"
@@ -120,6 +120,11 @@ dist: $(RELEASE) ## wheel and sdist into dist/, checked and installed into empty
 	@$(IN_EMPTY) dist/*.tar.gz
 	$(EMPTY)/bin/python -I tests/packaging/smoke.py core
 	@rm -rf $(EMPTY)
+
+hub: ## a repository for the kernels hub, in build/hub: kernels/ as it is, with its metadata
+	@rm -rf build/hub && mkdir -p build/hub/build/torch-universal
+	@cp kernels/*.py LICENSE build/hub/build/torch-universal
+	@sed -n 's/^version = "\([0-9]*\)\.\([0-9]*\)\..*/{"id": "glazoo_kernels_\1_\2", "name": "glazoo-kernels", "version": \2, "license": "MIT", "python-depends": [], "backend": {"type": "cuda"}}/p' pyproject.toml > build/hub/build/torch-universal/metadata.json
 
 gpu: build/gpu ## kernel tests and timings on this machine's GPU, with GPU_PYTHON's own torch and triton
 	@echo "== gpu: nothing is installed; $(GPU_PYTHON) must have torch, triton and pytest; at most $(GPU_MINUTES) minutes"

@@ -33,7 +33,9 @@ from torch.autograd.function import _SingleLevelFunction
 
 from .loops import without_autocast
 
-_LIBRARY = torch.library.Library("glazoo", "FRAGMENT")
+# A copy of this package under another name, from the kernels hub, has operators of its own.
+_NAMESPACE = (__package__ or "glazoo").partition(".")[0]
+_LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
 _KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "int", str: "str"}
 
 
@@ -91,14 +93,14 @@ def _define(
     returns = ", ".join(f"Tensor {x}" for x in outputs)
     schema = f"{name}({', '.join(arguments)}) -> ({returns})"
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    op = getattr(torch.ops.glazoo, name).default
+    op = getattr(getattr(torch.ops, _NAMESPACE), name).default
 
     def guarded(*inputs: Any) -> Any:
         with without_autocast(next(x for x in inputs if isinstance(x, Tensor))):
             return run(*inputs)
 
     _LIBRARY.impl(name, guarded, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"glazoo::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
     return op
 
 
@@ -120,7 +122,7 @@ def _batch(name: str, op: Any) -> None:
         found = [torch.stack(x) for x in zip(*rows, strict=True)]
         return tuple(found), (0,) * len(found)
 
-    torch.library.register_vmap(f"glazoo::{name}", rule, lib=_LIBRARY)
+    torch.library.register_vmap(f"{_NAMESPACE}::{name}", rule, lib=_LIBRARY)
 
 
 def _differentiate(
@@ -357,7 +359,9 @@ def register_step(
         return called
 
     direct = of(step)
-    op = torch.library.custom_op(f"glazoo::{name}", direct, mutates_args=updates, schema=schema)
+    op = torch.library.custom_op(
+        f"{_NAMESPACE}::{name}", direct, mutates_args=updates, schema=schema
+    )
     op.register_fake(of(allocate))
 
     def call(*inputs: Any) -> Any:
