@@ -1,5 +1,6 @@
 """Settings of the whole suite: one torch thread a process, reproducible hypothesis, no network."""
 
+import gc
 import importlib.util
 import os
 
@@ -41,6 +42,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if item not in gpu]
         config.stash[_GPU_TESTS_LEFT_OUT] = len(gpu)
+
+
+def pytest_collection_finish() -> None:
+    """Take what importing and collecting made, most of all objects, out of what every later garbage
+    collection goes through; some code under test asks for one."""
+    gc.collect()
+    gc.freeze()
 
 
 _GPU_TESTS_LEFT_OUT = pytest.StashKey[int]()

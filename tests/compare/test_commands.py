@@ -2,6 +2,7 @@ import csv
 import json
 import re
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from glazoo.compare.commands.decay import decay
 from glazoo.compare.errors import CompareError
 from glazoo.compare.plan import PRESETS, Plan
 from glazoo.compare.tasks import Task
+from glazoo.compare.train import Run
+from glazoo.compare.workers import Finished
 from glazoo.spec import SpecError
 from glazoo.zoo import load
 
@@ -28,6 +31,22 @@ def run(*args: str) -> Any:
     result = CliRunner().invoke(app, args, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout) if "--json" in args else result.stdout
+
+
+def in_this_process(
+    runs: list[Run],
+    *,
+    more: Callable[[dict[str, Any]], list[Run]],
+    work: Callable[..., dict[str, Any]],
+    **_: Any,
+) -> Iterator[Finished]:
+    """Stands for `run_all`, whose processes take seconds to import what this one has."""
+    waiting = list(runs)
+    while waiting:
+        run = waiting.pop(0)
+        result = work(run, lambda *_: None)
+        yield Finished(run, result)
+        waiting.extend(more(result))
 
 
 TINY = (
@@ -94,13 +113,16 @@ def test_bench_measures_engines_and_says_which_are_not_there(tmp_path: Path) -> 
     assert json.loads((tmp_path / "bench.json").read_text())["machine"]
 
 
-def test_compare_trains_reports_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_compare_trains_reports_and_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "compare"
     args = ("compare", "gla", "--metaplastic", *TINY, "--rates", "0.01", "--out", str(out))
     first = run(*args, "--seeds", "1", "--json")
     assert [r["label"] for r in first["rows"]] == ["gla", "metaplastic_gla"]
     lines = (out / "runs.jsonl").read_text().splitlines()
     assert len(lines) == 2
+    monkeypatch.setattr("glazoo.compare.running.run_all", in_this_process)
     run(*args, "--seeds", "1", "--json")
     assert (out / "runs.jsonl").read_text().splitlines() == lines
     text = run(*args, "--seeds", "2")
@@ -127,7 +149,10 @@ def test_compare_trains_reports_and_goes_on_where_it_stopped(tmp_path: Path) -> 
         run(*args, "--seeds", "1", "--steps", "5")
 
 
-def test_conversions_are_shown_beside_their_source_and_their_control(tmp_path: Path) -> None:
+def test_conversions_are_shown_beside_their_source_and_their_control(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glazoo.compare.running.run_all", in_this_process)
     out = tmp_path / "converted"
     args = ("compare", "gated_deltanet", "--convert", "--task", "records", *TINY, "--length", "24")
     args = (*args, "--further-steps", "3", "--plasticity-rate", "1,10", "--out", str(out))

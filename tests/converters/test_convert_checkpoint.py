@@ -423,6 +423,7 @@ def test_a_run_that_is_still_going_has_left_nothing(source: Path, tmp_path: Path
     assert load(tmp_path / "c") is not None
 
 
+@pytest.mark.slow
 def test_a_conversion_killed_at_any_moment_is_absent_or_complete(
     source: Path, tmp_path: Path
 ) -> None:
@@ -504,6 +505,14 @@ def test_the_card_names_the_source_and_keeps_its_licence(source: Path, tmp_path:
     assert contents(tmp_path / "back") == contents(hub)
 
 
+def test_the_card_shows_how_to_load_without_an_import(source: Path, tmp_path: Path) -> None:
+    convert_checkpoint(source, tmp_path / "c")
+    assert "trust_remote_code=True" in (tmp_path / "c" / "README.md").read_text()
+    revert_checkpoint(tmp_path / "c", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(source)
+
+
+@pytest.mark.slow
 def test_remote_code_needs_no_import(source: Path, tmp_path: Path) -> None:
     convert_checkpoint(source, tmp_path / "c")
     done = run(
@@ -518,9 +527,6 @@ def test_remote_code_needs_no_import(source: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["MetaplasticMamba2ForCausalLM", "8"]
-    assert "trust_remote_code=True" in (tmp_path / "c" / "README.md").read_text()
-    revert_checkpoint(tmp_path / "c", tmp_path / "back")
-    assert contents(tmp_path / "back") == contents(source)
 
 
 @pytest.mark.slow
@@ -580,6 +586,7 @@ def test_without_glazoo_transformers_refuses_the_folder(source: Path, tmp_path: 
     assert "does not recognize this architecture" in done.stderr
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     # Weights that are holes in a file: nothing but the conversion reads them.
     done = run(

@@ -129,6 +129,7 @@ def test_damaged_blocks_are_an_error(converted: Path) -> None:
     AutoModelForCausalLM.from_pretrained(converted)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_by_importing_the_models_only(converted: Path) -> None:
     code = """
     import sys

@@ -110,7 +110,9 @@ def test_every_weight_is_cast_once(
     assert convert_checkpoint(tmp_path / "back", tmp_path / "again").layers == report.layers
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow), "float32"]
+)
 def test_verification_compares_after_the_cast(
     make_source: MakeSource, tmp_path: Path, dtype: Any
 ) -> None:

@@ -4,6 +4,7 @@ every path, and the source comes back."""
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,11 @@ from glazoo.layers import gates
 
 # Their text models are tested under their own names; the rest adds a vision tower only.
 WRAPPED = {"qwen3_5", "qwen3_5_moe", "qwen4_exp"}
+# The first of each family; others of it differ in what their mixers are made of.
+FIRST = {family: name for name, (family, _) in reversed(TINY.items())}.values()
 NAMES = [
-    pytest.param(name, marks=pytest.mark.slow if name in WRAPPED else ()) for name in sorted(TINY)
+    pytest.param(name, marks=[pytest.mark.slow] * (name in WRAPPED or name not in FIRST))
+    for name in sorted(TINY)
 ]
 RECURRENT = ("linear_attention", "hybrid", "gla", "kda")
 CHECKS = ["prompt", "padded", "decoded", "continued", "greedy", "beams"]
@@ -160,8 +164,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "rotated": {"basis": "rotated"},
     "diffuse": {"forgetting": "diffuse"},
 }
-# A delta rule with a decay per head, which has every form.
-_QUICK = ("qwen3_next",)
+# Of those that are not slow: a delta rule with a decay per head, which has every form, and one of
+# each other kind of call.
+_QUICK = {"qwen3_next": tuple(FORMS)} | dict.fromkeys(
+    ("mamba2", "kimi_linear", "minimax", "glazoo"), ("head", "value")
+)
 
 
 @torch.no_grad()
@@ -171,10 +178,10 @@ _QUICK = ("qwen3_next",)
         pytest.param(
             name,
             form,
-            marks=[pytest.mark.slow] * (name in WRAPPED or (i > 1 and name not in _QUICK)),
+            marks=[pytest.mark.slow] * (name in WRAPPED or form not in _QUICK.get(name, ("head",))),
         )
         for name in sorted(TINY)
-        for i, form in enumerate(FORMS)
+        for form in FORMS
     ],
 )
 def test_open_gates_agree_in_every_path(name: str, form: str) -> None:
@@ -251,9 +258,24 @@ def test_bfloat16_models_agree_within_their_rounding(name: str) -> None:
     assert wide == {torch.float32}
 
 
-@pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear", "glazoo-delta"])
-@pytest.mark.parametrize("gate", ["head", "value"])
-@pytest.mark.parametrize("gain", ["first_order", "exact"])
+_GAINS_QUICK = [
+    ("qwen3_next", "head", "first_order"),
+    ("kimi_linear", "value", "exact"),
+    ("glazoo-delta", "value", "first_order"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "gate", "gain"),
+    [
+        pytest.param(*case, marks=[pytest.mark.slow] * (case not in _GAINS_QUICK))
+        for case in itertools.product(
+            ["qwen3_next", "kimi_linear", "glazoo-delta"],
+            ["head", "value"],
+            ["first_order", "exact"],
+        )
+    ],
+)
 def test_both_gains_start_at_the_source(name: str, gate: str, gain: str, tmp_path: Path) -> None:
     source = tiny_model(name)
     source.save_pretrained(tmp_path / "s")

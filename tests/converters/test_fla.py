@@ -638,7 +638,17 @@ def test_the_import_computes_what_the_package_computes(name: str, tmp_path: Path
     assert (got - expected).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("kind", [*FORWARD, "comba"])
+# A sum with a decay, a delta rule, one with a decay per key, and one whose spec is the file's own.
+_QUICK = ("mamba2", "delta_net", "kda", "comba")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[pytest.mark.slow] * (kind not in _QUICK))
+        for kind in (*FORWARD, "comba")
+    ],
+)
 def test_convert_verify_save_reload_generate(kind: str, tmp_path: Path) -> None:
     c = make_config(kind)
     w = make_weights(c)

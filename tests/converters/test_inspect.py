@@ -84,8 +84,17 @@ def size(picture: bytes) -> tuple[int, int]:
     return width, height
 
 
-@pytest.mark.parametrize("measured", [True, False])
-@pytest.mark.parametrize(("layers", "heads"), [(1, 1), (2, 4), (12, 16), (64, 80)])
+_QUICK = ((1, 1, False), (12, 16, True))
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "measured"),
+    [
+        pytest.param(*size, measured, marks=[pytest.mark.slow] * ((*size, measured) not in _QUICK))
+        for size in [(1, 1), (2, 4), (12, 16), (64, 80)]
+        for measured in [True, False]
+    ],
+)
 def test_models_of_every_size_are_drawn(layers: int, heads: int, measured: bool) -> None:
     report = made(layers, heads, measured=measured)
     picture = draw(report)

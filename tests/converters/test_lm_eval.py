@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import pytest
 from converters.tiny import tiny_model
 
 from glazoo.converters import convert_checkpoint, verify_checkpoint
@@ -107,6 +108,7 @@ def lm_eval(where: Path, *models: tuple[str, str]) -> subprocess.CompletedProces
     )
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_source(tmp_path: Path) -> None:
     source, converted = tmp_path / "source", tmp_path / "converted"
     # Bytes, the end of text and padding.

@@ -87,7 +87,11 @@ def test_documents_do_not_mix(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    # What checkpointing computes again is what was computed without it.
+    "checkpointing",
+    [pytest.param(False, marks=pytest.mark.slow), True],
+)
 def test_gradients_are_those_of_separate_documents(name: str, checkpointing: bool) -> None:
     model = converted(name)
     ids, bounds = row()

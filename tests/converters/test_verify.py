@@ -21,7 +21,7 @@ from glazoo.converters import ConversionError, convert_checkpoint, verify_checkp
 NAMES = ["prompt", "padded", "decoded", "continued", "greedy", "beams"]
 
 
-@pytest.mark.parametrize("gate", ["head", "value"])
+@pytest.mark.parametrize("gate", ["head", pytest.param("value", marks=pytest.mark.slow)])
 def test_a_conversion_passes(source: Path, tmp_path: Path, gate: str) -> None:
     convert_checkpoint(source, tmp_path / "c", gate=gate)
     lines: list[str] = []
