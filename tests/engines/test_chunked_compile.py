@@ -11,7 +11,7 @@ from torch import Tensor
 from glazoo.engines import chunked
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("tokens", [pytest.param(1, marks=pytest.mark.slow), 5])
 @each_core()
 def test_full_graph(core: ModuleType, operation: str, tokens: int) -> None:
     """Compiled values and gradients are those of eager mode; a graph break would raise."""

@@ -197,7 +197,10 @@ def test_a_pack_has_tangents(operation: str) -> None:
     assert_same(*found)
 
 
-@pytest.mark.parametrize("operation", SOME)
+@pytest.mark.parametrize(
+    "operation",
+    [pytest.param(x, marks=[pytest.mark.slow] * (x not in ("delta", "solve"))) for x in OPERATIONS],
+)
 def test_tangents_in_one_graph(operation: str) -> None:
     """torch.compile sees the tangents that it traces."""
     torch._dynamo.reset()
