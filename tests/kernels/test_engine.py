@@ -157,8 +157,18 @@ def in_one_piece(spec: glazoo.Spec) -> bool:
     )
 
 
-@pytest.mark.parametrize("tokens", [1, 18])
-@pytest.mark.parametrize(("name", "gate"), FORMS)
+# Of several tokens: those, a delta rule that decays by key, and one with a lag.
+SEVERAL = [*EACH, ("kda", None), ("mamba3", None)]
+
+
+@pytest.mark.parametrize(
+    ("name", "gate", "tokens"),
+    [
+        pytest.param(*form, tokens, marks=[pytest.mark.slow] * (tokens > 1 and form not in SEVERAL))
+        for form in FORMS
+        for tokens in (1, 18)
+    ],
+)
 def test_agrees_with_the_reference(name, gate, tokens, handed) -> None:
     case = Case(name, gate, tokens)
     truth = case.run("reference", case.tensors)

@@ -139,6 +139,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_installed_wheel_converts_a_checkpoint(installed: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = Mamba2Config(
