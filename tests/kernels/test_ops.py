@@ -27,10 +27,18 @@ def operands(names, gate="head", T=5, dtype=torch.float32, **options):
 
 
 @pytest.mark.parametrize(
-    ("gate", "packed"),
-    [("none", False), ("head", True), pytest.param("key", True, marks=pytest.mark.slow)],
+    ("name", "names", "gate", "packed"),
+    [
+        pytest.param(
+            *x,
+            gate,
+            packed,
+            marks=[pytest.mark.slow] * (gate == "key" or (gate == "none" and x != NAMES[0])),
+        )
+        for x in NAMES
+        for gate, packed in [("none", False), ("head", True), ("key", True)]
+    ],
 )
-@pytest.mark.parametrize(("name", "names"), NAMES)
 def test_opcheck(name, names, gate, packed):
     given = operands(names, gate, T=3, sequences=3 if packed else None)
     given = [None if x is None else x.requires_grad_() for x in given.values()]
@@ -57,7 +65,12 @@ def test_opcheck_step(name, names):
 
 @pytest.mark.parametrize(
     ("function", "names"),
-    [(linear, "qkw"), (delta, "qekw"), (importance, "kb"), (riccati, "acdu")],
+    [
+        pytest.param(linear, "qkw", marks=pytest.mark.slow),
+        (delta, "qekw"),
+        pytest.param(importance, "kb", marks=pytest.mark.slow),
+        (riccati, "acdu"),
+    ],
 )
 def test_compile_as_one_graph(function, names):
     compiled = torch.compile(
