@@ -1,9 +1,11 @@
 import json
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 from compare.doing import run_of, work
 
+from glazoo.compare import workers
 from glazoo.compare.errors import CompareError
 from glazoo.compare.files import write_text
 from glazoo.compare.store import Store
@@ -103,7 +105,13 @@ def test_a_file_in_the_way_of_the_folder_is_refused(tmp_path: Path) -> None:
         Store(tmp_path / "out", CONFIG)
 
 
-def test_killed_and_failing_workers_cost_only_their_own_runs(tmp_path: Path) -> None:
+def test_killed_and_failing_workers_cost_only_their_own_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Four processes are started here; they share the seconds that the imports take.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["glazoo.compare.workers"])
+    monkeypatch.setattr(workers, "_CONTEXT", context)
     runs = [
         run_of("fine"),
         run_of(f"die {tmp_path / 'once'}", 1),

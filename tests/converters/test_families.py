@@ -36,10 +36,20 @@ from glazoo.layers import gates
 WRAPPED = {"qwen3_5", "qwen3_5_moe", "qwen4_exp"}
 # The first of each family; others of it differ in what their mixers are made of.
 FIRST = {family: name for name, (family, _) in reversed(TINY.items())}.values()
-NAMES = [
-    pytest.param(name, marks=[pytest.mark.slow] * (name in WRAPPED or name not in FIRST))
-    for name in sorted(TINY)
-]
+# One of each other kind of call than that of qwen3_next.
+EACH = ("mamba2", "kimi_linear", "minimax", "glazoo")
+
+
+def in_both(name: str) -> list[Any]:
+    """A model, and whether to verify it in float64, too; outside `test-all` one of each kind of
+    call is."""
+    each = name == "qwen3_next" or name in EACH
+    cases = [pytest.param(name, True, marks=[pytest.mark.slow] * (not each))]
+    if name in FIRST and name not in WRAPPED and not each:
+        cases.append(pytest.param(name, False))
+    return cases
+
+
 RECURRENT = ("linear_attention", "hybrid", "gla", "kda")
 CHECKS = ["prompt", "padded", "decoded", "continued", "greedy", "beams"]
 
@@ -108,8 +118,12 @@ def step(model: Any, ids: torch.Tensor) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_convert_verify_train_save_reload_generate_revert(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "float64"), [case for name in sorted(TINY) for case in in_both(name)]
+)
+def test_convert_verify_train_save_reload_generate_revert(
+    name: str, float64: bool, tmp_path: Path
+) -> None:
     source, converted = tmp_path / "source", tmp_path / "converted"
     tiny_model(name).save_pretrained(source, max_shard_size="50KB")
     before = contents(source)
@@ -121,8 +135,12 @@ def test_convert_verify_train_save_reload_generate_revert(name: str, tmp_path: P
     exact = family.no_exact_gain(tiny_config(name), found) is None
     assert (report.gate, report.gain) == ("head", "exact" if exact else "first_order")
 
-    verified = verify_checkpoint(source, converted, batch=2, tokens=21, new_tokens=5, float64=True)
-    assert [c.name for c in verified.checks] == CHECKS + [f"{c} (float64)" for c in CHECKS]
+    verified = verify_checkpoint(
+        source, converted, batch=2, tokens=21, new_tokens=5, float64=float64
+    )
+    assert [c.name for c in verified.checks] == CHECKS + [
+        f"{c} (float64)" for c in CHECKS if float64
+    ]
     failed = [c for c in verified.checks if not c.passed]
     assert not failed
     for check in verified.checks:
@@ -164,11 +182,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "rotated": {"basis": "rotated"},
     "diffuse": {"forgetting": "diffuse"},
 }
-# Of those that are not slow: a delta rule with a decay per head, which has every form, and one of
-# each other kind of call.
-_QUICK = {"qwen3_next": tuple(FORMS)} | dict.fromkeys(
-    ("mamba2", "kimi_linear", "minimax", "glazoo"), ("head", "value")
-)
+# Of those that are not slow: a delta rule with a decay per head has every form.
+_QUICK = {"qwen3_next": tuple(FORMS)} | dict.fromkeys(EACH, ("head", "value"))
 
 
 @torch.no_grad()
