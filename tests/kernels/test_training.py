@@ -88,7 +88,10 @@ def train(spec: glazoo.Spec, impl: str, parameters: list[Tensor]) -> tuple[Tenso
     return torch.stack(losses), final
 
 
-@pytest.mark.parametrize(("spec", "operations"), CASES)
+@pytest.mark.parametrize(
+    ("spec", "operations"),
+    [CASES[0], pytest.param(*CASES[1].values, id=CASES[1].id, marks=pytest.mark.slow)],
+)
 def test_training_follows_the_reference(spec, operations, launched) -> None:
     start = [x.detach() for x in model(spec, "reference", torch.float64).parameters()]
     truth = train(spec, "reference", start)

@@ -37,7 +37,39 @@ def float32_error(made: GlazooForCausalLM, x: torch.Tensor) -> float:
     return error
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# One of each kernel class and kind of state, and of what a layer makes for them.
+QUICK = {
+    "based",
+    "bayesian_layer",
+    "gated_deltanet",
+    "gated_deltaproduct",
+    "gka",
+    "hgrn2",
+    "kdn",
+    "longhorn",
+    "mamba2",
+    "mamba3",
+    "mesanet",
+    "metaplastic_comba",
+    "metaplastic_kda",
+    "palimpsa",
+    "precond_kda",
+    "retnet",
+    "rwkv7",
+}
+
+
+def test_the_quick_variants_have_every_kernel_class() -> None:
+    def kernels(names: Any) -> set[str]:
+        return {str(glazoo.lower(glazoo.load(name)).kernel) for name in names}
+
+    assert set(VARIANTS) >= QUICK
+    assert kernels(QUICK) == kernels(VARIANTS)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] * (x not in QUICK)) for x in VARIANTS]
+)
 def test_trains_saves_reloads_and_generates(name: str, tmp_path: Path) -> None:
     made = model(name).train()
     x = tokens(4, 12)
@@ -247,7 +279,7 @@ def test_metaplastic_model_starts_as_its_source_and_survives_saving(tmp_path: Pa
     assert metaplasticize(made, layers=[0], gate="value", rank=2) is made
     metaplasticize(made)  # the rest
     assert made.config.layer_specs == [
-        "metaplastic_gated_deltanet",
+        "metaplastic_comba",
         "attention",
         "metaplastic_mamba3",
     ]
@@ -289,7 +321,15 @@ def test_hidden_states_and_tuples() -> None:
 
 # torch's own tracer instantiates autograd functions, and torch warns of it.
 @pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'>:DeprecationWarning")
-@pytest.mark.parametrize("name", ["retnet", "gated_deltaproduct", "metaplastic_kda", "mesanet"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("retnet", marks=pytest.mark.slow),
+        "gated_deltaproduct",
+        "metaplastic_kda",
+        pytest.param("mesanet", marks=pytest.mark.slow),
+    ],
+)
 def test_forward_and_backward_compile_in_one_graph(name: str) -> None:
     made, x = model([name, "attention"], num_hidden_layers=2).train(), tokens(2, 8)
     # The Python part of the compiler, which finds graph breaks; it needs no C++ toolchain.
