@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import typer
 
 import glazoo
 from glazoo import cli
+from glazoo.__main__ import main
 from glazoo.doctor import judge
 from glazoo.program import lowering
 
@@ -28,6 +30,23 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
         text=True,
         timeout=120,
     )
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command in this process, for what would import for seconds in one of its own."""
+
+    def run(*args: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "argv", ["glazoo", *args])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return subprocess.CompletedProcess(args, int(ended.value.code or 0), said.out, said.err)
+
+    return run
 
 
 def test_list_shows_every_variant() -> None:
@@ -106,9 +125,9 @@ def test_doctor_reports_this_installation() -> None:
     ],
 )
 def test_a_file_that_is_not_there_is_named_with_what_is_wanted(
-    arguments: tuple[str, ...], tmp_path: Path
+    arguments: tuple[str, ...], tmp_path: Path, here: Run
 ) -> None:
-    result = run(*(a.format(tmp_path) for a in arguments))
+    result = here(*(a.format(tmp_path) for a in arguments))
     assert result.returncode == 2
     (line,) = result.stderr.strip().splitlines()
     assert str(tmp_path) in line
@@ -127,13 +146,13 @@ def test_errors_of_the_operating_system_are_sentences(
     assert capsys.readouterr().err == "glazoo: /nowhere/at/all: No such file or directory\n"
 
 
-def test_doctor_finds_what_killed_runs_have_left_and_removes_it(tmp_path: Path) -> None:
+def test_doctor_finds_what_killed_runs_have_left_and_removes_it(tmp_path: Path, here: Run) -> None:
     for name in (".model.partial-abc", ".old.replaced-def", ".kept.replaced-ghi", ".x.partial"):
         (tmp_path / name / "inside").mkdir(parents=True)
     (tmp_path / ".model.partial-abc" / "shard").write_bytes(bytes(3000))
     # This one has been replaced; what stood at `kept` is nowhere else.
     (tmp_path / "old").mkdir()
-    report = json.loads(run("doctor", str(tmp_path), "--json").stdout)
+    report = json.loads(here("doctor", str(tmp_path), "--json").stdout)
     found = {f["what"]: f["do"] for f in report["findings"] if "a killed run" in f["what"]}
     assert len(found) == 3
     (partial,) = (w for w in found if "partial-abc" in w)
@@ -143,11 +162,11 @@ def test_doctor_finds_what_killed_runs_have_left_and_removes_it(tmp_path: Path) 
     assert f"holds what stood at {tmp_path / 'kept'}: move it back" in only
     assert len(list(tmp_path.iterdir())) == 5
 
-    report = json.loads(run("doctor", str(tmp_path), "--remove-leftovers", "--json").stdout)
+    report = json.loads(here("doctor", str(tmp_path), "--remove-leftovers", "--json").stdout)
     gone = [f for f in report["findings"] if f["do"] == "removed"]
     assert len(gone) == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == [".kept.replaced-ghi", ".x.partial", "old"]
-    report = json.loads(run("doctor", str(tmp_path / "nowhere"), "--json").stdout)
+    report = json.loads(here("doctor", str(tmp_path / "nowhere"), "--json").stdout)
     assert any("cannot look for leftovers" in f["what"] for f in report["findings"])
 
 
