@@ -571,6 +571,7 @@ def test_twenty_gigabytes_are_converted_in_less_than_one(tmp_path: Path) -> None
     assert memory < 1e9
 
 
+@pytest.mark.slow
 def test_without_glazoo_transformers_refuses_the_folder(source: Path, tmp_path: Path) -> None:
     convert_checkpoint(source, tmp_path / "c", remote_code=False)
     done = run(

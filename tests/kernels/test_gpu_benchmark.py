@@ -18,7 +18,12 @@ spec.loader.exec_module(gpu)
 CASES = gpu.make_cases(gpu.REHEARSAL)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda x: f"{x.name} {x.gate}")
+@pytest.mark.parametrize(
+    "case",
+    # With one gate each.
+    [pytest.param(x, marks=[pytest.mark.slow] * (x.gate in ("none", "key"))) for x in CASES],
+    ids=lambda x: f"{x.name} {x.gate}",
+)
 def test_every_case_is_measured(case):
     rows = list(gpu.measure(case, gpu.REHEARSAL))
     assert not gpu.failed(rows)

@@ -178,7 +178,7 @@ def positional(given, cu_seqlens=None):
     return *(given[k] for k in order), cu_seqlens
 
 
-@pytest.mark.parametrize("uncertainty", [False, True])
+@pytest.mark.parametrize("uncertainty", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_opcheck(uncertainty):
     given = {k: x.requires_grad_() for k, x in arguments(gate="key").items()}
     operator = torch.ops.glazoo.synapse.default

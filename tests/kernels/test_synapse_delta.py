@@ -50,8 +50,15 @@ def check(operands, dtype=torch.float32, **options):
     assert_matches(kernel, loop, operands, dtype)
 
 
-@pytest.mark.parametrize("frozen", [False, True], ids=["metaplastic", "frozen"])
-@pytest.mark.parametrize(("gain", "correction"), RULES)
+@pytest.mark.parametrize(
+    ("gain", "correction", "frozen"),
+    [
+        # Frozen is one path for every rule; `test_every_combination` has them all.
+        pytest.param(*rule, frozen, marks=[pytest.mark.slow] * (frozen and rule != RULES[0]))
+        for rule in RULES
+        for frozen in (False, True)
+    ],
+)
 def test_matches_the_loop(gain, correction, frozen):
     operands = synapse_delta_operands(2, 10, 1, 2, 5, 3, gate="key", resets=True, frozen=frozen)
     if frozen:

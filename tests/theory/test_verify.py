@@ -236,7 +236,10 @@ def test_gradients_of_an_implementation_are_checked() -> None:
         return REFERENCE(spec, Detached.apply(q), k, v, **options)
 
     results = verify.run(
-        ["engine-gradients-are-reference", "engine-is-reference", "gla"], op=op, only_source=True
+        ["engine-gradients-are-reference", "engine-is-reference", "gla"],
+        op=op,
+        only_source=True,
+        shrink=False,
     )
     assert {r.id: (r.verdict, r.what) for r in results} == {
         "engine-is-reference": ("passed", results[0].what),
