@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from glazoo.engines import Engine, pick
-from glazoo.engines.call import Call
+from glazoo.engines import Engine, pick, prepare
+from glazoo.engines.call import Call, Given, TokenRun
 from glazoo.program import Operand, Program, lower
 from glazoo.spec import Gate, Spec
 from glazoo.state import Output, OutputWithUncertainty, State
@@ -193,9 +193,21 @@ def attention(
         "mix": mix,
         "center": center,
     }
-    call = _call(program, given, scale, initial_state, cu_seqlens, output_uncertainty)
-    engine: Engine = pick(impl, call)
-    result = engine(call)
+    options = (scale, initial_state, cu_seqlens, output_uncertainty)
+    key = None
+    if not compiling and cu_seqlens is None:
+        key = _like(program, given, scale, initial_state, output_uncertainty, impl)
+    known = None if key is None else _known(key, program, given, options, impl)
+    result = None
+    if known is not None and known.token is not None:
+        result = known.token(given, initial_state)
+    if result is None:
+        if known is None:
+            call = _validated(program, given, *options)
+        else:
+            call = known.call_of(given, initial_state)
+        engine: Engine = pick(impl, call)
+        result = engine(call)
     output = result.output.to(v.dtype)
     final = result.state if output_final_state else None
     if output_uncertainty:
@@ -287,7 +299,7 @@ def schedule(gate: Gate, heads: int, *, layer: int = 0, layers: int = 1) -> Floa
 
 def _validated(
     program: Program,
-    given: Mapping[str, Tensor | float | None],
+    given: Given,
     scale: float | None,
     initial_state: State | None,
     cu_seqlens: Tensor | None,
@@ -371,71 +383,66 @@ def _per_head(operand: Operand, x: Tensor, heads: int) -> Tensor:
     return x if x.shape[0] == heads else x.expand(heads, *x.shape[1:])
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Known:
+    """A call that was valid: what calls like it do not find out again."""
+
+    call: Call
+    """Of its tensors only what every call has alike: defaults and numbers, as small as heads are
+    many."""
+    token: TokenRun | None
+    """What runs a token of decoding, where the engine has it in one piece."""
+
+    def call_of(self, given: Given, state: State | None) -> Call:
+        """Return the call of other operands."""
+        known, operands = self.call, dict(self.call.operands)
+        for operand in known.program.operands:
+            x = given[operand.name]
+            if isinstance(x, Tensor):
+                if not operand.per_token:
+                    heads = cast(Tensor, given["v" if operand.shapes[-1][0] == "HV" else "q"])
+                    x = _per_head(operand, x, heads.shape[2])
+                operands[operand.name] = x
+        return dataclasses.replace(known, operands=operands, initial_state=state)
+
+
 # Calls that were valid, by all that validity depends on: a token of decoding is the call before it.
-_VALID: dict[tuple[Any, ...], Call] = {}
+_KNOWN: dict[tuple[Any, ...], _Known] = {}
 _MOST = 256
 
 
-def _call(
-    program: Program,
-    given: Mapping[str, Tensor | float | None],
-    scale: float | None,
-    initial_state: State | None,
-    cu_seqlens: Tensor | None,
-    uncertainty: bool,
-) -> Call:
+def _known(key: tuple[Any, ...], program: Program, given: Given, options: Any, impl: str) -> _Known:
     """Validate a call, or find that one like it was valid."""
-    key = _like(program, given, scale, initial_state, uncertainty)
-    if key is None or cu_seqlens is not None or torch.compiler.is_compiling():
-        return _validated(program, given, scale, initial_state, cu_seqlens, uncertainty)
-    known = _VALID.get(key)
+    known = _KNOWN.get(key)
     if known is None:
-        call = _validated(program, given, scale, initial_state, cu_seqlens, uncertainty)
-        if len(_VALID) >= _MOST:
-            _VALID.clear()
-        # Of its tensors only defaults, which are as small as heads are many, outlive the call.
-        defaults = {n: x for n, x in call.operands.items() if given[n] is None}
-        _VALID[key] = dataclasses.replace(call, operands=defaults, initial_state=None)
-        return call
-    operands: dict[str, Tensor] = {}
-    for operand in program.operands:
-        x = given[operand.name]
-        if x is None:
-            if operand.name in known.operands:
-                operands[operand.name] = known.operands[operand.name]
-        else:
-            assert isinstance(x, Tensor)
-            if not operand.per_token:
-                heads = cast(Tensor, given["v" if operand.shapes[-1][0] == "HV" else "q"])
-                x = _per_head(operand, x, heads.shape[2])
-            operands[operand.name] = x
-    return Call(
-        program, operands, known.scale, initial_state, None, uncertainty, known.compute_dtype
-    )
+        call = _validated(program, given, *options)
+        alike = {n: x for n, x in call.operands.items() if not isinstance(given[n], Tensor)}
+        kept = dataclasses.replace(call, operands=alike, initial_state=None)
+        known = _Known(kept, prepare(impl, call, given))
+        if len(_KNOWN) >= _MOST:
+            _KNOWN.clear()
+        _KNOWN[key] = known
+    return known
 
 
 def _like(
-    program: Program,
-    given: Mapping[str, Tensor | float | None],
-    scale: float | None,
-    state: Any,
-    uncertainty: bool,
+    program: Program, given: Given, scale: Any, state: Any, uncertainty: bool, impl: Any
 ) -> tuple[Any, ...] | None:
     """Return what the validity of a call depends on besides values, None where it is too much."""
-    parts: list[Any] = [id(program), scale, uncertainty]
-    for name, x in given.items():
-        if x is not None:
-            if not isinstance(x, Tensor):
-                return None
-            parts.append((name, x.shape, x.dtype, x.device))
-    if state is not None:
-        if not isinstance(state, State):
+    if not isinstance(impl, str) or not (scale is None or type(scale) in (int, float)):
+        return None
+    if not (state is None or isinstance(state, State)):
+        return None
+    parts: list[Any] = [id(program), scale, uncertainty, impl, state is None]
+    for x in given.values() if state is None else (*given.values(), *state):
+        if x is None:
+            parts.append(None)
+        elif isinstance(x, Tensor):
+            parts += (x.shape, x.dtype, x.device)
+        elif type(x) is float or type(x) is int:
+            parts.append(x)
+        else:
             return None
-        given_parts: tuple[Any, ...] = tuple(state)
-        for part in given_parts:
-            if part is not None and not isinstance(part, Tensor):
-                return None
-            parts.append(None if part is None else (part.shape, part.dtype, part.device))
     return tuple(parts)
 
 
@@ -490,7 +497,7 @@ def _check_domain(operand: Operand, x: Tensor) -> None:
                 f"from the identity by up to {far:.2g}, accepted is {_ORTHOGONAL})"
             )
         return
-    low, high = (y.item() for y in x.detach().aminmax())
+    low, high = (y.item() for y in (x.detach() if x.requires_grad else x).aminmax())
     if low < operand.low or high > operand.high or (operand.open and low == operand.low):
         raise ValueError(
             f"{operand.name}: got values from {low:.4g} to {high:.4g}, "

@@ -10,9 +10,12 @@ from collections.abc import Callable
 import torch
 
 from glazoo.engines import reference
-from glazoo.engines.call import Call, Result
+from glazoo.engines.call import Call, Given, Result, TokenRun
+from glazoo.kernels.register import plain, wants_derivative
+from glazoo.program import OneToken
+from glazoo.state import State
 
-__all__ = ["Engine", "automatic", "available", "pick"]
+__all__ = ["Engine", "automatic", "available", "pick", "prepare"]
 
 Engine = Callable[[Call], Result]
 
@@ -63,6 +66,24 @@ _ENGINES: dict[str, Engine] = {
 }
 
 
+def _chunked_token(call: Call, given: Given, piece: OneToken) -> TokenRun | None:
+    from glazoo.engines.chunked.token import token
+
+    return token(call, given, piece)
+
+
+def _compiled_token(call: Call, given: Given, piece: OneToken) -> TokenRun | None:
+    from glazoo.engines.compiled.step import token
+
+    return token(call, given, piece)
+
+
+_TOKENS: dict[str, Callable[[Call, Given, OneToken], TokenRun | None]] = {
+    "chunked": _chunked_token,
+    "compiled": _compiled_token,
+}
+
+
 # Asked once: a compiler that captures a call cannot look for packages.
 _HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
@@ -102,3 +123,31 @@ def pick(impl: str, call: Call) -> Engine:
     if impl not in _ENGINES:
         raise ValueError(f"impl: got {impl!r}, accepted are {', '.join(('auto', *_ENGINES))}")
     return _ENGINES[impl]
+
+
+def prepare(impl: str, call: Call, given: Given) -> TokenRun | None:
+    """Prepare a token of decoding where an engine has it in one piece.
+
+    Args:
+        impl: as for `pick`.
+        call: a valid call.
+        given: the operands that it was made of.
+
+    Returns:
+        What runs calls like it, and gives None where a derivative may be asked for, or something
+        looks at the operations that run; None, if the engine has a token in many pieces.
+    """
+    q, piece = call.operands["q"], call.program.piece
+    if piece is None or q.shape[1] != 1 or call.cu_seqlens is not None or q.device.type != "cpu":
+        return None
+    name = automatic("cpu") if impl == "auto" else impl
+    make = None if name == "compiled" and not _HAS_NUMBA else _TOKENS.get(name)
+    run = None if make is None else make(call, given, piece)
+    if run is None:
+        return None
+
+    def undisturbed(given: Given, state: State | None) -> Result | None:
+        tensors = (*given.values(), *(state or ()))
+        return run(given, state) if plain(tensors) and not wants_derivative(*tensors) else None
+
+    return undisturbed

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor, dtype
 
 from glazoo.program import Program
 from glazoo.state import State
 
-__all__ = ["Call", "Result"]
+__all__ = ["Call", "Given", "Result", "TokenRun"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,3 +41,11 @@ class Result(NamedTuple):
     output: Tensor
     state: State
     uncertainty: Tensor | None
+
+
+Given: TypeAlias = "Mapping[str, Tensor | float | None]"
+"""Operands by name, as a call gives them."""
+
+TokenRun: TypeAlias = "Callable[[Given, State | None], Result | None]"
+"""What runs a token of decoding, prepared for all calls with operands and states of the same
+shapes, dtypes and devices; None where it does not after all."""

@@ -40,5 +40,7 @@ def live_clamp(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     Returns:
         max(x, 0), same shape and dtype.
     """
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x.clamp(min=0)
     y: Tensor = _LiveClamp.apply(x)  # type: ignore[no-untyped-call]
     return y

@@ -3,6 +3,6 @@
 from glazoo.program.core import Core, Kernel
 from glazoo.program.lowering import Program, lower
 from glazoo.program.operands import Operand, Role
-from glazoo.program.steps import StatePart
+from glazoo.program.steps import OneToken, StatePart
 
-__all__ = ["Core", "Kernel", "Operand", "Program", "Role", "StatePart", "lower"]
+__all__ = ["Core", "Kernel", "OneToken", "Operand", "Program", "Role", "StatePart", "lower"]

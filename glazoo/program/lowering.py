@@ -61,6 +61,12 @@ class Program:
         """Return the operand with a role, or None if the program takes none."""
         return next((o for o in self.operands if o.role == role), None)
 
+    @property
+    def piece(self) -> step.OneToken | None:
+        """What an engine may run a token of in one piece, if that is the whole program."""
+        first, *others = self.steps
+        return first if isinstance(first, step.OneToken) and not others else None
+
     def state_floats(self, key_size: int, value_size: int) -> int:
         """Count the numbers of the recurrent state per value head."""
         sizes = {"K": key_size, "V": value_size}
@@ -109,7 +115,12 @@ class Program:
         }
 
 
-@functools.lru_cache(maxsize=512)
+# Specs by their place in memory, which they keep while they stand here: a token of decoding is
+# shorter than the comparison of two equal ones.
+_SEEN: dict[int, tuple[Spec, Program]] = {}
+_MOST = 512
+
+
 def lower(spec: Spec) -> Program:
     """Lower a spec to its program: the operands, the steps and the state.
 
@@ -121,6 +132,16 @@ def lower(spec: Spec) -> Program:
     Returns:
         The program.
     """
+    seen = _SEEN.get(id(spec))
+    if seen is None:
+        if len(_SEEN) >= _MOST:
+            _SEEN.clear()
+        seen = _SEEN[id(spec)] = spec, _lower(spec)
+    return seen[1]
+
+
+@functools.lru_cache(maxsize=_MOST)
+def _lower(spec: Spec) -> Program:
     steps, taken = tuple(_steps(spec)), tuple(operands(spec))
     names, rows, times = _names(taken), [], 1
     for part in steps:
@@ -177,56 +198,82 @@ def _steps(spec: Spec) -> Iterator[Step | step.OneToken]:
     if spec.substeps > 1:
         later = [None] * (count - 1)
         yield _split(q=(*later, "q"), g=(g, *later), noise=(noise, *later))
-    if spec.key == "one_minus_decay":
-        yield step.TiedKey()
+    tied = spec.key == "one_minus_decay"
+    before: list[Step] = [step.TiedKey()] if tied else []
     # The key that predicts, and the one along which is removed where that is another.
     e, removed = "p" if erase.key == "free" else "k", None
     if erase.strength == "own" and erase.side == "prediction":
-        yield step.Times("e", "erase", e)
+        before.append(step.Times("e", "erase", e))
         e = "e"
     elif erase.strength == "own":
-        yield step.Times("removed_key", "removal", e)
+        before.append(step.Times("removed_key", "removal", e))
         removed, count = "removed_key", 2
+    if _in_one_piece(spec, count):
+        synapse = spec.importance_per_synapse or _rated(spec)
+        per_memory = _per_synapse if synapse else _per_key
+        yield step.OneToken(
+            tuple(before),
+            tuple(per_memory(spec, g, beta, e, removed)),
+            beta=beta,
+            b=None if imp is None else "b",
+            g=g,
+            p="p" if erase.key == "free" else None,
+            erase="erase" if e == "e" else None,
+            tied=tied,
+            synapse=synapse,
+            correction="none" if spec.hebbian else p.correction,
+            gain=_gain(spec),
+            read=spec.read.when,
+            base=erase.base,
+        )
+        yield from _after(spec, g, beta, count)
+        return
+    yield from before
     if spec.steps.source == "lagged":
         beta = "beta"
         gates = (beta,) if imp is None or imp.gate.shape == "none" else (beta, "b")
         yield step.Lag(gates)
         taps = {name: (f"{name}_previous", name) for name in ("k", "v", *gates)}
         yield _split(q=(None, "q"), g=(None, g), noise=(None, noise), **taps)
-    rated = spec.write.shape == "value" and erase.strength == "write"
     if p.precision == "full":
         yield from _matrix(spec, g, beta, e)
-    elif spec.importance_per_synapse or (rated and not spec.hebbian):
+    elif spec.importance_per_synapse or _rated(spec):
         yield from _per_synapse(spec, g, beta, e, removed)
     elif spec.log_evidence:
         yield step.LogImportance()
         yield step.Variance("z")
         yield step.Linear("q", "kappa", "v", "forget", symbol="mu")
     else:
-        parts = tuple(_per_key(spec, g, beta, e, removed))
-        # An engine may have a token in one piece, where importance scales one write.
-        plain = imp is not None and imp.preconditioner is None and imp.basis == "own"
-        kind = p.precision, spec.forgetting, p.gain == "flow", count
-        if plain and kind == ("diagonal", "temper", False, 1):
-            yield step.OneToken(
-                parts,
-                beta=beta,
-                g=g,
-                e=None if e == "k" else e,
-                correction="none" if spec.hebbian else p.correction,
-                gain=_gain(spec),
-                read=spec.read.when,
-                base=erase.base,
-                own=erase.strength == "own",
-            )
-        else:
-            yield from parts
+        yield from _per_key(spec, g, beta, e, removed)
+    yield from _after(spec, g, beta, count)
+
+
+def _after(spec: Spec, g: str | None, beta: str | None, count: int) -> Iterator[Step]:
+    """What follows the memory."""
     if count > 1:
         yield step.ReadOut(count)
     if spec.read.bonus:
         yield step.Bonus(beta)
     if spec.read.normalizer != "none":
         yield step.Normalize(beta, g, spec.read.normalizer, spec.read.eps)
+
+
+def _rated(spec: Spec) -> bool:
+    """Return whether the gain of a delta rule has an entry per synapse, by its write gate."""
+    return spec.write.shape == "value" and spec.erase.strength == "write" and not spec.hebbian
+
+
+def _in_one_piece(spec: Spec, count: int) -> bool:
+    """Return whether an engine may have a token in one piece: where importance, if there is any,
+    scales one write in the basis of the keys, and counts what this write does."""
+    p, imp = spec.posterior, spec.importance
+    if count > 1 or spec.turned or p.gain == "flow" or spec.log_evidence:
+        return False
+    if imp is None:
+        return True
+    plain = imp.preconditioner is None and imp.basis == "own"
+    shared = imp.gate.shape == "head" and _rated(spec)
+    return plain and not shared and (p.precision, spec.forgetting) == ("diagonal", "temper")
 
 
 def _gain(spec: Spec) -> str:

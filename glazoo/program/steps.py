@@ -999,41 +999,62 @@ class SynapseDelta(Step):
 
 @dataclass(frozen=True, slots=True)
 class OneToken:
-    """Steps of which an engine may have a token of decoding in one piece."""
+    """Steps of which an engine may have a token of decoding in one piece: a memory with one write,
+    and an importance over keys or per synapse, if any, that decays as it does."""
 
-    steps: tuple[Step, ...]
+    before: tuple[Step, ...]
+    """What makes a tied key and a gated erase key."""
+    memory: tuple[Step, ...]
+    """The memory itself."""
     beta: str | None
+    b: str | None
     g: str | None
-    e: str | None
+    p: str | None
+    """The erase key, if it is not the key."""
+    erase: str | None
+    """A gate on it, so that beta acts on the value alone."""
+    tied: bool
+    """Whether the key is what the decay leaves room for."""
+    synapse: bool
+    """Whether importance or gain have an entry per synapse."""
     correction: str
     gain: str
     read: str
     base: str
-    own: bool
-    """Whether e holds the erase gate, so that beta acts on the value alone."""
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """All of them."""
+        return (*self.before, *self.memory)
 
     def run(self, env: Env) -> None:
+        for part in self.before:
+            part.run(env)
         x, step = env.x, env.core.posterior_step
         whole = step is not None and x["v"].shape[1] == 1 and env.cu_seqlens is None
-        if step is None or not whole or env.wants_derivative():
-            for part in self.steps:
+        if self.b is None or self.synapse or not whole or env.wants_derivative():
+            for part in self.memory:
                 part.run(env)
             return
+        assert step is not None
+        own, e = self.erase is not None, self.p
+        if own:
+            e = "e"
         result = step(
             env.token("q"),
             env.token("k"),
             env.token("v"),
             env.gate(self.beta),
-            x["b"],
+            x[self.b],
             env.gate(self.g),
-            e=None if self.e is None else env.token(self.e),
+            e=None if e is None else env.token(e),
             prior=x["prior"],
             initial_state=env.pair(),
             correction=self.correction,
             gain=self.gain,
             read=self.read,
             base=self.base,
-            own=self.own,
+            own=own,
             uncertainty=env.uncertainty,
         )
         env.take(result)

@@ -623,7 +623,7 @@ def synapse_delta(
     mu, j = initial_state or (None, None)
     if b is None:
         j = None
-    if v.shape[1] == 1 and cu_seqlens is None:
+    if v.shape[1] == 1 and cu_seqlens is None and operator is _synapse_delta:
         return loops.synapse_delta(
             q,
             k,

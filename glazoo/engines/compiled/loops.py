@@ -14,6 +14,8 @@ from typing import Any
 
 import numba
 import numpy as np
+from numba import carray, types  # type: ignore[attr-defined]
+from numba.extending import intrinsic
 
 # A whole number of every CPU's vectors. A constant, so that the compiler knows all distances.
 VALUES = 64
@@ -925,128 +927,358 @@ def riccati_backward(
                     drate[i * step_c] -= x * old[i]
 
 
-@_literal
-def step(
-    q: Any, k: Any, e: Any, v: Any, beta: Any, b: Any, a: Any, prior: Any, memory: Any, j: Any,
-    out: Any, doubt: Any, new: Any, new_j: Any, sizes: Any, kind: int, exact: int, pre: int,
-    previous: int, own: int,
-) -> None:  # fmt: skip
-    """One token of linear (kind 0), delta (1) and the diagonal correction (2), and the importance
-    over keys, if there is a b, that preconditions them.
+def _pointer_of(_: Any, address: Any, like: Any) -> Any:
+    """An address as that of numbers like `like`."""
+    pointer: Any = types.CPointer
+    signature = pointer(like)(address, like)
 
-    exact: the gain, 0 the first order, 1 exact, 2 exact where beta is a rate. Without an importance
-    every number is that of importance 1, to the last bit.
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
+
+    return signature, generate
+
+
+_pointer: Any = intrinsic(_pointer_of)
+
+
+@_literal
+def _at(address: int, count: int, like: Any) -> Any:
+    """What lies at an address, as a flat array; nothing, if nothing lies there."""
+    return carray(_pointer(address, like), (count if address else 0,))
+
+
+@_literal
+def _arrays(places: Any, sizes: Any, like: Any, state: int, doubts: int) -> Any:
+    """Operands, states and results of a token as flat arrays.
+
+    places: the addresses of q, k, e, v, beta, b, g, prior, erase, memory, importance, and of what
+    is made of them: out, doubt, memory and importance; 0 where there is none.
+    sizes: batch, tokens, heads, heads of q, k and e, keys, values, values of beta; how many numbers
+    lie between the decays of tokens, heads and keys, and between the priors of heads and keys.
+    state, doubts: numbers of a head's importance, and of its doubt.
     """
-    heads, heads_q, heads_k, heads_e, keys, size, gates, rates, priors = sizes
+    batch, tokens, heads, heads_q, heads_k, heads_e, keys, size, rates = sizes[:9]
+    rows, n = batch * tokens, batch * heads
+    return (
+        _at(places[0], rows * heads_q * keys, like),
+        _at(places[1], rows * heads_k * keys, like),
+        _at(places[2], rows * heads_e * keys, like),
+        _at(places[3], rows * heads * size, like),
+        _at(places[4], rows * heads * rates, like),
+        _at(places[5], rows * heads * state // keys, like),
+        _at(places[6], rows * heads * keys, like),
+        _at(places[7], heads * keys, like),
+        _at(places[8], rows * heads * keys, like),
+        _at(places[9], n * keys * size, like),
+        _at(places[10], n * state, like),
+        _at(places[11], rows * heads * size, like),
+        _at(places[12], rows * heads * doubts, like),
+        _at(places[13], n * keys * size, like),
+        _at(places[14], n * state, like),
+    )
+
+
+@_literal
+def _keyed(
+    t: int, head: int, q: Any, k: Any, e: Any, g: Any, erase: Any, reader: Any, key: Any,
+    eraser: Any, decay: Any, sizes: Any, tied: int, scale: Any,
+) -> None:  # fmt: skip
+    """Read what a token has per key: query, key, erase key and decay."""
+    _, _, heads, heads_q, heads_k, heads_e, keys, _, _, gate_t, gate_h, gate_k, _, _ = sizes
+    queries = q[(t * heads_q + head * heads_q // heads) * keys :]
+    written = k[(t * heads_k + head * heads_k // heads) * keys :]
+    removed = e[(t * heads_e + head * heads_e // heads) * keys :]
+    gates, own = g[t * gate_t + head * gate_h :], erase[(t * heads + head) * keys :]
+    for i in range(keys):
+        reader[i] = queries[i] * scale
+        if tied:
+            key[i] = -np.expm1(gates[i * gate_k])
+        else:
+            key[i] = written[i]
+        eraser[i] = removed[i] if e.shape[0] else key[i]
+    if erase.shape[0]:
+        for i in range(keys):
+            eraser[i] = own[i] * eraser[i]
+    if gate_k:
+        for i in range(keys):
+            decay[i] = np.exp(gates[i])
+    elif g.shape[0]:
+        one = np.exp(gates[0])
+        for i in range(keys):
+            decay[i] = one
+
+
+@_literal
+def step(first: int, last: int, places: Any, sizes: Any, rules: Any, scale: Any) -> None:
+    """Tokens of linear (kind 0), delta (1) and the diagonal correction (2), and the importance over
+    keys, if there is a b, that preconditions them; of value heads first..last of the batch.
+
+    places, sizes: as `_arrays` says; the scale of queries is of the numbers' type.
+    rules: kind; the gain, 0 the first order, 1 exact, 2 exact where beta is a rate; whether a read
+    is before the write, an error is that of the state before its decay, beta acts on values alone,
+    and the key is what the decay leaves room for. Without an importance every number is that of
+    importance 1, to the last bit.
+    """
+    kind, exact, pre, previous, own, tied = rules
+    _, tokens, heads, _, _, _, keys, size, rates, _, _, _, prior_h, prior_k = sizes
+    q, k, e, v, beta, b, g, prior, erase, memory, j, out, doubt, new, new_j = _arrays(
+        places, sizes, scale, keys, 1
+    )
     error, spread = np.empty(size, v.dtype), np.empty(keys, v.dtype)
     factor, gain = np.empty(keys, v.dtype), np.empty(keys, v.dtype)
     reader, eraser = np.empty(keys, v.dtype), np.empty(keys, v.dtype)
-    for row in range(v.shape[0] // size):
-        n, head = row // heads, row % heads
-        key = k[(n * heads_k + head * heads_k // heads) * keys :]
-        query = q[(n * heads_q + head * heads_q // heads) * keys :]
-        erase = e[(n * heads_e + head * heads_e // heads) * keys :]
-        value, result = v[row * size : (row + 1) * size], out[row * size : (row + 1) * size]
-        rate = beta[row * rates : (row + 1) * rates]
-        found, square, total = v[0] * ZERO, v[0] * ZERO, v[0] * ZERO
-        strength = v[0] * ZERO + ONE
-        if rates == 1:
-            strength = rate[0]
-        for i in range(keys):
-            decay = a[row * gates + (i if gates > 1 else 0)] if gates else v[0] * ZERO + ONE
-            factor[i], gain[i], reader[i], eraser[i] = decay, key[i], query[i], erase[i]
-            if b.shape[0]:
-                p = prior[head * priors + (i if priors > 1 else 0)]
-                old = j[row * keys + i]
-                kept = decay * old
-                after = kept + b[row] * (key[i] * key[i])
-                new_j[row * keys + i] = after
-                seen = old + p if pre else after + p
-                spread[i] = query[i] * query[i] / seen
-                if kind:
-                    factor[i] = decay * (old + p) / (kept + p)
-                    gain[i] = key[i] / (kept + p if exact else after + p)
-                else:
-                    reader[i] = query[i] / seen
-            found += key[i] * gain[i]
-            square += key[i] * key[i]
-        if b.shape[0]:
+    key, decays = np.empty(keys, v.dtype), np.ones(keys, v.dtype)
+    zero = scale * ZERO
+    one = zero + ONE
+    for row in range(first, last):
+        head, state, floor = row % heads, row * keys, row % heads * prior_h
+        old_cells, old_j = memory, j
+        if not memory.shape[0]:
+            old_cells = new
+            for i in range(state * size, (state + keys) * size):
+                new[i] = 0
+        if b.shape[0] and not j.shape[0]:
+            old_j = new_j
+            for i in range(state, state + keys):
+                new_j[i] = 0
+        for token in range(tokens):
+            t = row // heads * tokens + token
+            at = t * heads + head
+            value, result = v[at * size : (at + 1) * size], out[at * size : (at + 1) * size]
+            rate = beta[at * rates : (at + 1) * rates]
+            _keyed(t, head, q, k, e, g, erase, reader, key, eraser, decays, sizes, tied, scale)
+            found, square, total = zero, zero, zero
+            strength = one
+            if rates == 1:
+                strength = rate[0]
             for i in range(keys):
-                total += spread[i]
-            doubt[row] = total
-        if exact:
-            given = strength
-            if exact == 1:
-                strength = given / (ONE + given * found)
-            else:
-                reached = given * square
-                most = max(reached, ONE)
-                strength = given / ((most - reached + given * found) / most)
-        for c in range(size):
-            result[c] = 0
-            error[c] = value[c] * (rate[c] if rates > 1 and not (kind and not own) else strength)
-        if kind == 1:
-            if rates <= 1 and not own:
+                decay = decays[i]
+                factor[i], gain[i], seen = decay, key[i], one
+                if b.shape[0]:
+                    p = prior[floor + i * prior_k]
+                    old = old_j[state + i]
+                    kept = decay * old
+                    after = kept + b[at] * (key[i] * key[i])
+                    new_j[state + i] = after
+                    seen = old + p if pre else after + p
+                    if kind:
+                        factor[i] = decay * (old + p) / (kept + p)
+                        gain[i] = key[i] / (kept + p if exact else after + p)
+                spread[i] = reader[i] * reader[i] / seen
+                if b.shape[0] and not kind:
+                    reader[i] = reader[i] / seen
+                found += key[i] * gain[i]
+                square += key[i] * key[i]
+            if doubt.shape[0]:
                 for i in range(keys):
-                    eraser[i] = strength * erase[i]
-            if rates > 1 and not own:
-                for c in range(size):
-                    error[c] = value[c]
-            for i in range(keys):
-                cells, part = memory[(row * keys + i) * size :], eraser[i]
-                if not previous:
+                    total += spread[i]
+                doubt[at] = total
+            if exact:
+                given = strength
+                if exact == 1:
+                    strength = given / (ONE + given * found)
+                else:
+                    reached = given * square
+                    most = max(reached, one)
+                    strength = given / ((most - reached + given * found) / most)
+            for c in range(size):
+                result[c] = 0
+                error[c] = value[c] * (
+                    rate[c] if rates > 1 and not (kind and not own) else strength
+                )
+            if kind == 1:
+                if rates <= 1 and not own:
+                    for i in range(keys):
+                        eraser[i] = strength * eraser[i]
+                if rates > 1 and not own:
                     for c in range(size):
-                        error[c] -= part * (factor[i] * cells[c])
+                        error[c] = value[c]
+                for i in range(keys):
+                    cells, part = old_cells[(state + i) * size :], eraser[i]
+                    if not previous:
+                        for c in range(size):
+                            error[c] -= part * (factor[i] * cells[c])
+                    else:
+                        for c in range(size):
+                            error[c] -= part * cells[c]
+                if rates > 1 and not own:
+                    for c in range(size):
+                        error[c] *= rate[c]
+            for i in range(keys):
+                cells = old_cells[(state + i) * size : (state + i + 1) * size]
+                into = new[(state + i) * size : (state + i + 1) * size]
+                if pre:
+                    for c in range(size):
+                        result[c] += reader[i] * cells[c]
+                if kind == 2:
+                    step_size = gain[i] * strength
+                    for c in range(size):
+                        into[c] = (
+                            factor[i] * cells[c] * (ONE - key[i] * step_size) + step_size * value[c]
+                        )
                 else:
                     for c in range(size):
-                        error[c] -= part * cells[c]
-            if rates > 1 and not own:
-                for c in range(size):
-                    error[c] *= rate[c]
-        for i in range(keys):
-            cells = memory[(row * keys + i) * size : (row * keys + i + 1) * size]
-            into = new[(row * keys + i) * size : (row * keys + i + 1) * size]
-            if kind == 2:
-                step_size = gain[i] * strength
-                for c in range(size):
-                    into[c] = (
-                        factor[i] * cells[c] * (ONE - key[i] * step_size) + step_size * value[c]
-                    )
-            else:
-                for c in range(size):
-                    into[c] = factor[i] * cells[c] + gain[i] * error[c]
-            if pre:
-                for c in range(size):
-                    result[c] += reader[i] * cells[c]
-            else:
-                for c in range(size):
-                    result[c] += reader[i] * into[c]
-
-
-@_loop
-def synapse_step(
-    q: Any, k: Any, w: Any, b: Any, a: Any, prior: Any, h: Any, j: Any, out: Any, doubt: Any,
-    sizes: Any, pre: int,
-) -> None:  # fmt: skip
-    """One token of the class synapse; h and j are updated where they are."""
-    heads, heads_q, heads_k, keys, size, gates = sizes
-    for row in range(w.shape[0] // size):
-        n, head = row // heads, row % heads
-        key = k[(n * heads_k + head * heads_k // heads) * keys :]
-        query = q[(n * heads_q + head * heads_q // heads) * keys :]
-        value, gate = w[row * size : (row + 1) * size], b[row * size : (row + 1) * size]
-        result, spread = out[row * size : (row + 1) * size], doubt[row * size : (row + 1) * size]
-        for i in range(keys):
-            x, y = h[(row * keys + i) * size :], j[(row * keys + i) * size :]
-            decay = a[row * gates + (i if gates > 1 else 0)] if gates else key[i] * ZERO + ONE
-            p, squared, part = prior[head * keys + i], key[i] * key[i], query[i]
-            for turn in range(2):
-                if turn == pre:
+                        into[c] = factor[i] * cells[c] + gain[i] * error[c]
+                if not pre:
                     for c in range(size):
-                        x[c] = decay * x[c] + key[i] * value[c]
-                        y[c] = decay * y[c] + squared * gate[c]
-                    continue
-                for c in range(size):
-                    result[c] += part * (x[c] / (y[c] + p))
-                for c in range(spread.shape[0]):
-                    spread[c] += part * (part / (y[c] + p))
+                        result[c] += reader[i] * into[c]
+            old_cells, old_j = new, new_j
+
+
+@_literal
+def _find(
+    cells: Any, counts: Any, lines: Any, width: int, decay: Any, p: Any, part: Any, squared: Any,
+    gated: bool, exact: int, previous: int,
+) -> None:  # fmt: skip
+    """Decay a key's synapses; add what they predict, and what an exact gain finds."""
+    if previous:
+        for c in range(width):
+            lines[3 * VALUES + c] += part * cells[c]
+    if gated:
+        for c in range(width):
+            kept = decay * counts[c]
+            cells[c] = (counts[c] + p) * decay / (kept + p) * cells[c]
+            counts[c] = kept
+    if not previous:
+        for c in range(width):
+            lines[3 * VALUES + c] += part * cells[c]
+    if exact:
+        for c in range(width):
+            lines[4 * VALUES + c] += squared * (ONE / (counts[c] + p))
+
+
+@_literal
+def _leave(
+    cells: Any, counts: Any, lines: Any, width: int, decay: Any, p: Any, key: Any, query: Any,
+    kind: int, exact: int,
+) -> None:  # fmt: skip
+    """Write a key's synapses, and add what is read of them."""
+    squared = key * key
+    if kind == 0:
+        for c in range(width):
+            x = decay * cells[c] + key * lines[c]
+            y = decay * counts[c] + squared * lines[2 * VALUES + c]
+            cells[c] = x
+            counts[c] = y
+            lines[5 * VALUES + c] += query * (x / (y + p))
+    elif kind == 2:
+        for c in range(width):
+            gain = ONE / (counts[c] + p) * key * lines[VALUES + c]
+            x = cells[c] * (ONE - gain * key) + gain * lines[c]
+            cells[c] = x
+            counts[c] += squared * lines[2 * VALUES + c]
+            lines[5 * VALUES + c] += query * x
+    elif exact:
+        for c in range(width):
+            x = cells[c] + ONE / (counts[c] + p) * key * lines[3 * VALUES + c]
+            cells[c] = x
+            counts[c] += squared * lines[2 * VALUES + c]
+            lines[5 * VALUES + c] += query * x
+    else:
+        for c in range(width):
+            y = counts[c] + squared * lines[2 * VALUES + c]
+            x = cells[c] + ONE / (y + p) * key * lines[3 * VALUES + c]
+            cells[c] = x
+            counts[c] = y
+            lines[5 * VALUES + c] += query * x
+
+
+@_literal
+def synapse_step(
+    first: int, last: int, places: Any, sizes: Any, rules: Any, scale: Any
+) -> None:  # fmt: skip
+    """Tokens as `step` takes them, with an importance per synapse, or with a gain per synapse and,
+    if there is no b, an importance of one."""
+    kind, exact, pre, previous, own, tied = rules
+    _, tokens, heads, _, _, _, keys, size, rates, _, _, _, prior_h, prior_k = sizes
+    doubts = size if places[5] else 1
+    q, k, e, v, beta, b, g, prior, erase, memory, j, out, doubt, new, new_j = _arrays(
+        places, sizes, scale, keys * size, doubts
+    )
+    # A block of values, one line below the other: value, strength, evidence, error, what is found,
+    # read, doubt, read before. The compiler knows that they do not overlap, and how long they are.
+    lines = np.zeros(8 * VALUES, v.dtype)
+    counted = new_j if b.shape[0] else np.zeros(keys * size, v.dtype)
+    reader, eraser = np.empty(keys, v.dtype), np.empty(keys, v.dtype)
+    key, decays = np.empty(keys, v.dtype), np.ones(keys, v.dtype)
+    zero = scale * ZERO
+    one = zero + ONE
+    for row in range(first, last):
+        head, state, floor = row % heads, row * keys * size, row % heads * prior_h
+        into = new[state : state + keys * size]
+        if memory.shape[0]:
+            into[:] = memory[state : state + keys * size]
+        else:
+            into[:] = 0
+        into = counted[state : state + keys * size] if b.shape[0] else counted
+        if j.shape[0]:
+            into[:] = j[state : state + keys * size]
+        else:
+            into[:] = 0
+        for token in range(tokens):
+            t = row // heads * tokens + token
+            at = t * heads + head
+            _keyed(t, head, q, k, e, g, erase, reader, key, eraser, decays, sizes, tied, scale)
+            square = zero
+            for i in range(keys):
+                square += key[i] * key[i]
+            for low in range(0, size, VALUES):
+                width = min(VALUES, size - low)
+                _fill(lines, 0)
+                alone = own or not kind
+                for c in range(width):
+                    strength = one
+                    if rates:
+                        strength = beta[at * rates + (low + c if rates > 1 else 0)]
+                    lines[c] = v[at * size + low + c] * (strength if alone else one)
+                    lines[VALUES + c] = one if alone else strength
+                    lines[2 * VALUES + c] = b[at * size + low + c] if b.shape[0] else zero
+                for i in range(keys if kind else 0):
+                    cells = new[state + i * size + low :]
+                    counts = counted[(state if b.shape[0] else 0) + i * size + low :]
+                    p = prior[floor + i * prior_k] if b.shape[0] else one
+                    gated, part, squared = g.shape[0] > 0, eraser[i], key[i] * key[i]
+                    # The same, but for what the compiler knows.
+                    if width == VALUES:
+                        _find(
+                            cells, counts, lines, VALUES, decays[i], p, part, squared, gated, exact,
+                            previous,
+                        )  # fmt: skip
+                    else:
+                        _find(
+                            cells, counts, lines, width, decays[i], p, part, squared, gated, exact,
+                            previous,
+                        )  # fmt: skip
+                for c in range(width if kind else 0):
+                    given, found = lines[VALUES + c], lines[4 * VALUES + c]
+                    if exact == 1:
+                        lines[VALUES + c] = given / (ONE + given * found)
+                    elif exact:
+                        reached = given * square
+                        most = max(reached, one)
+                        lines[VALUES + c] = given / ((most - reached + given * found) / most)
+                    error = lines[c] - lines[3 * VALUES + c]
+                    lines[3 * VALUES + c] = error * lines[VALUES + c]
+                for i in range(keys):
+                    cells = new[state + i * size + low :]
+                    counts = counted[(state if b.shape[0] else 0) + i * size + low :]
+                    p, query = prior[floor + i * prior_k] if b.shape[0] else one, reader[i]
+                    if pre:
+                        for c in range(width):
+                            lines[7 * VALUES + c] += query * (cells[c] / (counts[c] + p))
+                            lines[6 * VALUES + c] += query * (query / (counts[c] + p))
+                    if width == VALUES:
+                        _leave(
+                            cells, counts, lines, VALUES, decays[i], p, key[i], query, kind, exact
+                        )
+                    else:
+                        _leave(
+                            cells, counts, lines, width, decays[i], p, key[i], query, kind, exact
+                        )
+                    if doubt.shape[0] and not pre:
+                        for c in range(width):
+                            lines[6 * VALUES + c] += query * (query / (counts[c] + p))
+                for c in range(width):
+                    out[at * size + low + c] = lines[(7 if pre else 5) * VALUES + c]
+                for c in range(min(doubts, width) if doubt.shape[0] else 0):
+                    doubt[at * doubts + (low + c if doubts > 1 else 0)] = lines[6 * VALUES + c]

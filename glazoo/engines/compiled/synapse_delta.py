@@ -17,6 +17,7 @@ from glazoo.engines import chunked
 from glazoo.engines.chunked.common import begin, empty_as, sequences
 from glazoo.engines.compiled import loops
 from glazoo.engines.compiled.host import borders, flat, home, room, run, shares, slots
+from glazoo.engines.compiled.step import few, few_tokens
 from glazoo.kernels.loops import SynapseDelta, compute_dtype
 from glazoo.kernels.register import register
 
@@ -137,4 +138,15 @@ _synapse_delta = register(
     allocate=_allocate,
     gradients=_gradients,
 )
-synapse_delta = functools.partial(chunked.synapse_delta, operator=_synapse_delta)
+
+
+def _any_length(*inputs: Any) -> Any:
+    x = SynapseDelta(*inputs)
+    if x.evidence is not None or not few(x.cu_seqlens, *x[:11]):
+        return _synapse_delta(*inputs)
+    given = (x.q, x.k, x.v, x.beta, x.b, x.g, x.e, x.prior, x.h, x.j)
+    options = (x.correction, x.gain, "post", x.base, False, True, x.uncertainty)
+    return few_tokens(*given, *options)
+
+
+synapse_delta = functools.partial(chunked.synapse_delta, operator=_any_length)
