@@ -122,7 +122,8 @@ def _devices() -> list[dict[str, str]]:
     devices = [{"device": "cpu", "name": name}]
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        devices.append({"device": f"cuda:{i}", "name": f"{p.name}, {p.total_memory >> 20} MiB"})
+        name = f"{p.name}, {p.total_memory >> 20} MiB, impl='auto' is {automatic('cuda')}"
+        devices.append({"device": f"cuda:{i}", "name": name})
     return devices
 
 

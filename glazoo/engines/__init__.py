@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from glazoo import program
 from glazoo.engines import reference
 from glazoo.engines.call import Call, Given, Result, TokenRun
 from glazoo.kernels.register import plain, wants_derivative
@@ -100,7 +101,7 @@ def available() -> tuple[str, ...]:
 
 def automatic(device: str) -> str:
     """Return the name of the engine that `impl="auto"` is on a device."""
-    return "compiled" if device == "cpu" and _HAS_NUMBA else "chunked"
+    return program.automatic(device, numba=_HAS_NUMBA)
 
 
 @functools.cache

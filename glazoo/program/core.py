@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Core", "Kernel", "PosteriorStep"]
+__all__ = ["Core", "Kernel", "PosteriorStep", "automatic"]
 
 
 class Kernel(StrEnum):
@@ -26,6 +26,11 @@ class Kernel(StrEnum):
     """A linear or delta state h and a precision matrix H, read through (H + Lambda)^-1."""
     COVARIANCE = "covariance"
     """A covariance matrix, token by token, and the class delta."""
+
+
+def automatic(device: str, *, numba: bool) -> str:
+    """Return the name of the engine that `impl="auto"` is on a device, with or without numba."""
+    return "compiled" if device == "cpu" and numba else "chunked"
 
 
 class PosteriorStep(Protocol):

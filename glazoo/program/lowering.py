@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from glazoo.program import steps as step
-from glazoo.program.core import Kernel
+from glazoo.program.core import Kernel, automatic
 from glazoo.program.operands import Operand, Role, operands
 from glazoo.program.steps import StatePart, Step
 from glazoo.program.terms import Names, Term, apply
@@ -85,11 +85,18 @@ class Program:
 
         return html(self)
 
+    def auto(self) -> dict[str, str]:
+        """Return the engine that `impl="auto"` is for it on this machine, by device."""
+        numba = find_spec("numba") is not None
+        return {device: automatic(device, numba=numba) for device in ("cpu", "cuda")}
+
     def describe(self) -> dict[str, Any]:
         """Return the program as plain data, for tables and machines."""
         return {
             "name": self.spec.name,
             "kernel": str(self.kernel),
+            "auto": self.auto(),
+            "token": "steps" if self.piece is None else "one piece",
             "operands": [
                 {
                     "name": o.name,

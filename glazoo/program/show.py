@@ -49,6 +49,9 @@ def page(program: Program, key_size: int, value_size: int) -> Iterator[Renderabl
         f"{floats:,} numbers ({4 * floats:,} bytes in float32) and {flops:,} operations a token, "
         f"per value head at K = {key_size}, V = {value_size}"
     )
+    auto = ", ".join(f"{engine} on {device}" for device, engine in program.auto().items())
+    piece = "step by step" if program.piece is None else "in one piece"
+    state.append(f"impl='auto' is {auto} here; on a CPU, a token of decoding runs {piece}")
     yield _panel("state and cost", Text("\n".join(state)))
 
 

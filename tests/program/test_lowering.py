@@ -73,6 +73,16 @@ def test_operations_of_a_token(label: str, operations: int) -> None:
     assert glazoo.lower(FORMS[label]).flops_per_token(64, 32) == operations
 
 
+def test_a_program_says_which_engine_runs_it_here(monkeypatch) -> None:
+    from glazoo.program import lowering
+
+    program, other = glazoo.lower(FORMS["mamba2"]), glazoo.lower(FORMS["mesanet"])
+    for there, engine in ((object(), "compiled"), (None, "chunked")):
+        monkeypatch.setattr(lowering, "find_spec", lambda name, there=there: there)
+        assert program.describe()["auto"] == {"cpu": engine, "cuda": "chunked"}
+    assert (program.describe()["token"], other.describe()["token"]) == ("one piece", "steps")
+
+
 class Fused:
     """The chunked engine with a token of decoding that only counts how often it is asked for."""
 
