@@ -403,7 +403,15 @@ class _Known:
                     heads = cast(Tensor, given["v" if operand.shapes[-1][0] == "HV" else "q"])
                     x = _per_head(operand, x, heads.shape[2])
                 operands[operand.name] = x
-        return dataclasses.replace(known, operands=operands, initial_state=state)
+        return Call(
+            known.program,
+            operands,
+            known.scale,
+            state,
+            None,
+            known.uncertainty,
+            known.compute_dtype,
+        )
 
 
 # Calls that were valid, by all that validity depends on: a token of decoding is the call before it.

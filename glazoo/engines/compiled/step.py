@@ -240,14 +240,18 @@ def token(call: Call, given: Given, piece: OneToken) -> TokenRun | None:
     return run_token
 
 
-def few(cu_seqlens: Tensor | None, *operands: Tensor | None) -> bool:
-    """Whether these are tokens of decoding: one or a few, of which no derivative is asked for and
-    which no transform of `torch.func` stands for."""
+def few(cu_seqlens: Tensor | None, start: Tensor | None, *operands: Tensor | None) -> bool:
+    """Whether these are tokens of decoding: one, or a few that go on from a state, of which no
+    derivative is asked for and which no transform of `torch.func` stands for.
+
+    Without a state they may be a layer's that is computed again for its gradients, where it has to
+    give the same to the last bit.
+    """
     some = operands[0]
     assert some is not None
-    if not 0 < some.shape[1] <= FEW or cu_seqlens is not None:
+    if not 0 < some.shape[1] <= (1 if start is None else FEW) or cu_seqlens is not None:
         return False
-    return peek_interpreter_stack() is None and not wants_derivative(*operands)
+    return peek_interpreter_stack() is None and not wants_derivative(start, *operands)
 
 
 def posterior_step(
@@ -288,7 +292,7 @@ def linear(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Linear attention, `glazoo.engines.chunked.linear`, of which a few tokens are one loop."""
-    if not few(cu_seqlens, q, k, w, g, initial_state):
+    if not few(cu_seqlens, initial_state, q, k, w, g):
         return chunked.linear(
             q, k, w, g, initial_state=initial_state, read=read, cu_seqlens=cu_seqlens
         )
@@ -310,7 +314,7 @@ def delta(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The delta rule, `glazoo.engines.chunked.delta`, of which a few tokens are one loop."""
-    if not few(cu_seqlens, q, e, k, w, g, initial_state):
+    if not few(cu_seqlens, initial_state, q, e, k, w, g):
         return chunked.delta(
             q, e, k, w, g, initial_state=initial_state, base=base, cu_seqlens=cu_seqlens
         )

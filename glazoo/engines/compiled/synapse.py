@@ -120,7 +120,7 @@ _synapse = register(
 
 def _any_length(*inputs: Any) -> Any:
     x = Synapse(*inputs)
-    if not few(x.cu_seqlens, *x[:8]):
+    if not few(x.cu_seqlens, x.h, *x[:8]):
         return _synapse(*inputs)
     given = (x.q, x.k, x.w, None, x.b, x.g, None, x.prior, x.h, x.j)
     return few_tokens(*given, "none", "first_order", x.read, "decayed", False, True, x.uncertainty)

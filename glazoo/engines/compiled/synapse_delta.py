@@ -142,7 +142,7 @@ _synapse_delta = register(
 
 def _any_length(*inputs: Any) -> Any:
     x = SynapseDelta(*inputs)
-    if x.evidence is not None or not few(x.cu_seqlens, *x[:11]):
+    if x.evidence is not None or not few(x.cu_seqlens, x.h, *x[:11]):
         return _synapse_delta(*inputs)
     given = (x.q, x.k, x.v, x.beta, x.b, x.g, x.e, x.prior, x.h, x.j)
     options = (x.correction, x.gain, "post", x.base, False, True, x.uncertainty)
