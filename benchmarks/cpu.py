@@ -2,6 +2,7 @@
 
     python benchmarks/cpu.py            # the whole table, eleven minutes on two cores
     python benchmarks/cpu.py --quick    # two sizes, about two minutes
+    python benchmarks/cpu.py --decode   # tokens of decoding and generation alone, about two minutes
     python benchmarks/cpu.py --output FILE    # goes on where a run that was stopped left FILE
 
 Every contender of a size gets the same operands, is first checked against the float32 result of its
@@ -14,6 +15,7 @@ printed and written to benchmarks/results/.
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import datetime
 import gc
@@ -35,6 +37,12 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers import (
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+)
 from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.qwen3_next import modeling_qwen3_next
@@ -43,6 +51,7 @@ from glazoo import attention, load, metaplasticize
 from glazoo.compare.machine import machine
 from glazoo.compare.timing import in_turns, spread
 from glazoo.engines import available, chunked
+from glazoo.theory.instances import Instance
 from glazoo.versions import stated
 
 RESULTS = Path(__file__).parent / "results"
@@ -299,6 +308,124 @@ def synapse_memory(tokens: tuple[int, ...], console: Console) -> list[dict[str, 
     return rows
 
 
+# A token of decoding: the function that transformers falls back to, and what computes the same.
+TOKENS = {
+    "mamba2": "mamba2_selective_state_update",
+    "gated_deltanet": "torch_recurrent_gated_delta_rule",
+}
+# What has no function of its own there stands beside the second.
+OTHERS = (
+    "kda", "gla", "retnet", "palimpsa", "longhorn", "metaplastic_mamba2",
+    "metaplastic_gated_deltanet", "metaplastic_gated_deltanet[value]",
+)  # fmt: skip
+
+
+def processor_time(function: Callable[[], object], calls: int) -> float:
+    """Seconds of this process per call: others who share the cores do not count."""
+    start = time.process_time()
+    for _ in range(calls):
+        function()
+    return (time.process_time() - start) / calls
+
+
+def token_contenders() -> dict[str, tuple[str, Callable[[], object]]]:
+    """Functions of a token, B 1, H 8, K = V = 64, with the name of each one's rival."""
+    mamba2 = inspect.unwrap(modeling_mamba2.mamba2_selective_state_update)
+    delta_rule = inspect.unwrap(modeling_qwen3_next.torch_recurrent_gated_delta_rule)
+    one = Instance(T=1, H=8, K=64, V=64, start=True)
+    x = one.operands(load("gated_deltanet"), torch.float32)
+    memory = one.state(load("gated_deltanet")).memory.float()
+    q, k, v, g, beta = (x[name] for name in ("q", "k", "v", "g", "beta"))
+    # Of the shapes that the mixer expands: a number of a head for all of its channels.
+    a = g[0, 0, :, None, None].expand(8, 64, 64)
+    held, step = memory.clone(), beta[:, 0, :, None].expand(1, 8, 64)
+    found: dict[str, tuple[str, Callable[[], object]]] = {
+        "mamba2_selective_state_update": (
+            "",
+            lambda: mamba2(held, v[:, 0], step, a, k[:, 0], q[:, 0]),
+        ),
+        "torch_recurrent_gated_delta_rule": (
+            "",
+            lambda: delta_rule(q, k, v, g, beta, memory, True),
+        ),
+    }
+    engines = [name for name in available() if name != "reference"]
+    for name in (*TOKENS, *OTHERS):
+        source, _, gate = name.removesuffix("]").partition("[")
+        spec = load(source)
+        if gate:
+            spec = metaplasticize(load(source.removeprefix("metaplastic_")), gate="value")
+        given = {"k": None, **one.operands(spec, torch.float32)}
+        state = one.state(spec).map(lambda y: y.float())
+        options = {"initial_state": state, "output_final_state": True}
+        rival = TOKENS.get(name, TOKENS["gated_deltanet"])
+        for impl in engines:
+            call = partial(attention, spec, **given, **options, impl=impl)
+            found[f"{name}, {impl}"] = rival, call
+    return found
+
+
+def generation() -> dict[str, tuple[str, Callable[[], object]]]:
+    """Generation of small models, and of what they are when converted."""
+    shared = {"vocab_size": 256, "hidden_size": 128, "num_hidden_layers": 4}
+    mamba2 = Mamba2Config(
+        **shared, num_heads=8, head_dim=32, state_size=32, n_groups=1, chunk_size=16
+    )
+    qwen3 = Qwen3NextConfig(
+        **shared, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        linear_num_value_heads=8, linear_num_key_heads=4, linear_key_head_dim=32,
+        linear_value_head_dim=32, intermediate_size=256, num_experts=4, num_experts_per_tok=2,
+        moe_intermediate_size=64, shared_expert_intermediate_size=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    models = {
+        "mamba2": Mamba2ForCausalLM(mamba2).eval(),
+        "qwen3_next": Qwen3NextForCausalLM(qwen3).eval(),
+    }
+    prompt = torch.randint(0, 256, (1, 16))
+    found: dict[str, tuple[str, Callable[[], object]]] = {}
+    for name, model in models.items():
+        converted = metaplasticize(copy.deepcopy(model))
+        for label, one in ((name, model), (f"{name}, converted", converted)):
+            found[f"{label}: 32 tokens"] = (
+                "" if one is model else f"{name}: 32 tokens",
+                partial(
+                    one.generate, prompt, max_new_tokens=32, min_new_tokens=32, do_sample=False,
+                    pad_token_id=0,
+                ),
+            )  # fmt: skip
+    return found
+
+
+def decode(rounds: int, console: Console) -> list[dict[str, Any]]:
+    """Tokens and generation in turns, one thread, in processor time, with the ratio of each round
+    to its rival's."""
+    rows: list[dict[str, Any]] = []
+    table = Table(title="decoding, one thread: microseconds of the processor")
+    for column in ("contender", "rival", "p20", "p50", "p80", "times the rival's", "p20 .. p80"):
+        table.add_column(column, justify="left" if column in ("contender", "rival") else "right")
+    kept = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        for found, calls, most in ((token_contenders(), 20, rounds), (generation(), 1, 9)):
+            measures = [partial(processor_time, f, calls) for _, f in found.values()]
+            times = dict(zip(found, in_turns(measures, seconds=60, most=most), strict=True))
+            for name, (rival, _) in found.items():
+                own = spread(times[name])
+                row: dict[str, Any] = {"contender": name, "rival": rival, "seconds": own._asdict()}
+                texts = ["", ""]
+                if rival:
+                    pairs = zip(times[name], times[rival], strict=True)
+                    against = spread([x / y for x, y in pairs])
+                    row["ratio"] = against._asdict()
+                    texts = [f"{against.p50:.2f}", f"{against.p20:.2f} .. {against.p80:.2f}"]
+                rows.append({**row, "n": len(times[name])})
+                table.add_row(name, rival, *(f"{x * 1e6:.0f}" for x in own), *texts)
+    torch.set_num_threads(kept)
+    Console(width=max(console.width, 130)).print(table)
+    return rows
+
+
 def ratios(timings: list[Timing]) -> list[dict[str, Any]]:
     """Each goal at each size: medians of forward, forward + backward, and memory."""
     by_name = {timing.contender: timing for timing in timings}
@@ -377,6 +504,7 @@ def about(threads: int) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two sizes, few rounds")
+    parser.add_argument("--decode", action="store_true", help="decoding alone")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=None, help="default 5, quick 3")
     parser.add_argument("--patience", type=float, default=None, help="seconds per contender")
@@ -392,7 +520,8 @@ def main() -> int:
     here = about(options.threads)
     console.print(here)
     today = datetime.datetime.now(tz=datetime.UTC)
-    name = f"cpu_{'quick_' if options.quick else ''}{today:%Y-%m-%d_%H%M}.json"
+    kind = "decode_" if options.decode else "quick_" if options.quick else ""
+    name = f"cpu_{kind}{today:%Y-%m-%d_%H%M}.json"
     path: Path = options.output or RESULTS / name
     path.parent.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {
@@ -403,13 +532,17 @@ def main() -> int:
         "timings": [],
         "ratios": [],
         "synapse_memory": [],
+        "decode": [],
     }
     if path.exists():
         result = json.loads(path.read_text())
         constant = ("machine", "threads", "torch", "transformers")
         if any(result["machine"].get(key) != here[key] for key in constant):
             sys.exit(f"{path} is of another machine: {result['machine']}; give another --output")
-    for tokens in lengths:
+    if not result.get("decode"):
+        result["decode"] = decode(20 if options.quick else 60, console)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+    for tokens in () if options.decode else lengths:
         for heads, width in widths:
             size = Size(tokens, heads, width)
             if str(size) in result["agreement"]:
@@ -421,7 +554,7 @@ def main() -> int:
             result["ratios"] += found
             result["agreement"][str(size)] = differences
             path.write_text(json.dumps(result, indent=1) + "\n")
-    if not options.no_memory and not result["synapse_memory"]:
+    if not (options.no_memory or options.decode or result["synapse_memory"]):
         result["synapse_memory"] = synapse_memory((512, 2048, 8192), console)
     path.write_text(json.dumps(result, indent=1) + "\n")
     compared = result["ratios"]
