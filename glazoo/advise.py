@@ -514,7 +514,10 @@ def advise(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say which conversion of a model pays, from its keys on a text, or that none would."""
+    """Say which conversion of a model pays, or that none would.
+
+    Keys of the model on a text, and what untrained memories of every form hold of them.
+    """
     with progress(quiet=as_json) as told:
         result = advise_checkpoint(
             folder,
