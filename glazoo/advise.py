@@ -211,8 +211,9 @@ class AdviceReport(Report):
         found = {p.form: p for p in self.predictions}[self.advice]
         cost = found.state_bytes / self.predictions[0].state_bytes
         return (
-            f"**Convert to {self.advice}**: {found.gain.times(100).signed()} points more found, "
-            f"for {cost:.2f} times the state: `{self.command}`, then `glazoo tune --all`."
+            f"**Try {self.advice}**: {found.gain.times(100).signed()} points more found, "
+            f"for {cost:.2f} times the state: `{self.command}`. That is capacity and no loss: tune "
+            "it (`glazoo tune --all`) beside the source, for as long, before you keep it."
         )
 
 
