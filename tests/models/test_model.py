@@ -279,7 +279,7 @@ def test_metaplastic_model_starts_as_its_source_and_survives_saving(tmp_path: Pa
     assert metaplasticize(made, layers=[0], gate="value", rank=2) is made
     metaplasticize(made)  # the rest
     assert made.config.layer_specs == [
-        "metaplastic_comba",
+        "metaplastic_gated_deltanet",
         "attention",
         "metaplastic_mamba3",
     ]
