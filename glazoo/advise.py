@@ -16,6 +16,7 @@ from jaxtyping import Float
 from rich.markdown import Markdown
 from torch import Tensor
 
+from glazoo import stats
 from glazoo.compare.capacity import CapacityPlan, capacity
 from glazoo.compare.keys import recorded
 from glazoo.converters.calibration import LENGTH, observed
@@ -354,6 +355,7 @@ def advise_checkpoint(
         ConversionError: the folder cannot be converted, or the text has fewer than two contexts.
     """
     begun = time.monotonic()
+    stats.require()
     told = told or (lambda *_: None)
     checkpoint = inspect_checkpoint(folder)
     found = checkpoint.found

@@ -9,7 +9,16 @@ from typing import Literal, NamedTuple
 
 from glazoo.errors import extra
 
-__all__ = ["Interval", "Verdict", "against_source", "compare", "interval", "paired", "source_of"]
+__all__ = [
+    "Interval",
+    "Verdict",
+    "against_source",
+    "compare",
+    "interval",
+    "paired",
+    "require",
+    "source_of",
+]
 
 Verdict = Literal["higher", "lower", "not separated"]
 
@@ -42,6 +51,16 @@ class Interval(NamedTuple):
     def _text(self, form: str, digits: int) -> str:
         bare = format(self.mean, form)
         return bare if self.seeds < 2 else f"{bare} \u00b1 {self.half:.{digits}f}"
+
+
+def require() -> None:
+    """Refuses, before anything is measured, where there is nothing to compute intervals with.
+
+    Raises:
+        ImportError: scipy is not installed.
+    """
+    with extra("compare"):
+        import scipy.special  # noqa: F401
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:

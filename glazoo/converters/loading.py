@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,12 +14,14 @@ from glazoo.converters.folders import (
     CONFIG,
     read_json,
 )
-from glazoo.converters.source import Checkpoint
 from glazoo.errors import ConversionError, extra
 from glazoo.families import Family, families, find_family
 from glazoo.families.settings import Settings
 from glazoo.layers import gates
 from glazoo.metaplastic import metaplasticize
+
+if TYPE_CHECKING:
+    from glazoo.converters.source import Checkpoint
 
 __all__ = [
     "load_converted",

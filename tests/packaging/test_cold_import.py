@@ -276,6 +276,7 @@ def test_what_misses_an_extra_says_so(
         again("accelerate", ["train", "c.toml"], "train"),
         ("matplotlib", ["capacity", "gla"], "plots"),
         ("scipy", ["capacity", "gla", "--no-plots", *SMALL], "compare"),
+        again("scipy", ["decay", "gla", "--no-plots"], "compare"),
     ],
 )
 def test_commands_without_their_extra_are_one_line(
@@ -287,6 +288,8 @@ def test_commands_without_their_extra_are_one_line(
     (line,) = output.strip().splitlines()
     said = f"glazoo: {absent} is not installed: pip install 'glazoo[{extra}]'"
     assert line.startswith(said)
+    # It is said before anything is measured or written.
+    assert {p.name for p in tmp_path.iterdir()} == {"c.toml"}
 
 
 def test_the_extras_hold_what_the_rest_imports() -> None:

@@ -10,6 +10,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from glazoo import stats
 from glazoo.compare.capacity import CapacityCurve, CapacityPlan, Error, Task, check, default_pairs
 from glazoo.compare.capacity import capacity as measure
 from glazoo.compare.commands.options import (
@@ -93,6 +94,7 @@ def capacity(
     """
     if plots:
         require("pass --no-plots")
+    stats.require()
     kinds = list(dict.fromkeys(keys or KEY_KINDS))
     given = None if pairs is None else integers("pairs", pairs)
     specs = load_specs(names, metaplastic, gate, gain)

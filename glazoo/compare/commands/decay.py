@@ -11,6 +11,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from glazoo import stats
 from glazoo.compare.capacity import single_thread
 from glazoo.compare.commands.options import (
     Gain,
@@ -69,6 +70,7 @@ def decay(
     """
     if plots:
         require("pass --no-plots")
+    stats.require()
     if not (time_constant >= 0 and math.isfinite(time_constant)):
         raise CompareError(f"time-constant: got {time_constant}, accepted are numbers >= 0")
     gates = Gates(
