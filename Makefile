@@ -19,7 +19,7 @@ with_torch = $(if $(TORCH_BACKEND),uv pip install --quiet --python $(1) --torch-
 TORCH_PIN = $(shell grep -i '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: hub help setup demo test test-all test-newest lint docs dist gpu bench clean
+.PHONY: help setup demo test test-all test-newest lint docs dist hub gpu bench clean
 
 help: ## list the targets
 	@echo "make targets (each installs what it needs into .venv first, except gpu and clean):"

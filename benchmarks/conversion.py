@@ -7,8 +7,9 @@ r"""Which conversion pays: every Bayesian form of trained sources beside their c
 A source is trained; then the same weights are trained on for the same further steps, on the same
 data, as they are and as each of their metaplastic forms; and sources with more key channels are
 trained and trained on beside them, so that a form meets a source with at least its state. Runs are
-paired by seed. The rates of further training are the candidates that were best on a seed that is
-not reported (`--select`), of as many candidates for every row.
+paired by seed. Every row has one rate of further training: the one that was best on a seed that is
+not reported, for every row of `records` from Mamba2 that was tried; `--select` chooses anew, for
+every row of as many candidates. The language model's rates were not chosen like that.
 
 A repeat goes on where the last one stopped. Runs go to `--out`, a line each; weights and keys stay
 in `--work`.
@@ -39,6 +40,7 @@ import typer
 from torch import Tensor, nn
 
 import glazoo
+from glazoo.advise import FORMS as ADVISED
 from glazoo.advise import key_use
 from glazoo.advise import predict as advised
 from glazoo.compare.files import make_folder, write_bytes
@@ -64,15 +66,7 @@ WORK = Path("build/conversion")
 RANK = 16
 SELECTION_SEED = 1000
 
-FORMS: dict[str, dict[str, Any]] = {
-    "per key": {},
-    "per synapse": {"gate": "value"},
-    "rotated": {"basis": "rotated"},
-    "full": {"precision": "full"},
-    "isotropic": {"precision": "isotropic"},
-    "diffuse": {"forgetting": "diffuse"},
-    "per key, open": {},
-}
+FORMS: dict[str, dict[str, Any]] = {**ADVISED, "per key, open": {}}
 """Conversions. `rotated` has its axes from the source's keys on training data. `per key, open`
 starts as the paper's authors convert: b at 0.66 of its rate, the prior fixed at one, and decay and
 write gates as they are drawn."""

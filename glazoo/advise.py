@@ -19,7 +19,8 @@ from torch import Tensor
 from glazoo import stats
 from glazoo.compare.capacity import CapacityPlan, capacity
 from glazoo.compare.keys import recorded
-from glazoo.converters.calibration import LENGTH, observed
+from glazoo.converters.calibration import LENGTH, directions, neglected, observed
+from glazoo.converters.commands import Column, ReportFile, Split, Tokenizer
 from glazoo.converters.loading import load_to_observe
 from glazoo.converters.report import Report
 from glazoo.converters.source import Checkpoint, inspect_checkpoint
@@ -241,13 +242,12 @@ def key_use(
     moments = torch.einsum("cthi,cthj->chij", k, k) / k.shape[1]
     half = len(k) // 2
     whole, first, second = moments.mean(0), moments[:half].mean(0), moments[half:].mean(0)
-    square = whole.square().sum((-2, -1)).clamp(min=1e-300)
-    directions = whole.diagonal(dim1=-2, dim2=-1).sum(-1).square() / square
+    ratio = directions(whole)
     heads = k.shape[2]
     axes = torch.linalg.eigh(first).eigenvectors
     changing = []
     for h in range(heads):
-        rank = max(1, min(k.shape[3], round(float(directions[h]))))
+        rank = max(1, min(k.shape[3], round(float(ratio[h]))))
         shared = torch.linalg.eigh(whole[h]).eigenvectors[:, -rank:]
         own = torch.linalg.eigh(moments[:, h]).eigenvectors[..., -rank:]
         changing.append(float(1 - (shared.mT @ own).square().sum((-2, -1)).mean() / rank))
@@ -258,17 +258,12 @@ def key_use(
         window = window.minimum(1 / -torch.expm1(g.clamp(max=-1e-12)))
     return KeyUse(
         layer,
-        tuple(directions.tolist()),
+        tuple(ratio.tolist()),
         tuple(changing),
-        tuple(_off_diagonal(whole).tolist()),
-        tuple(_off_diagonal(axes.mT @ second @ axes).tolist()),
+        tuple(neglected(whole).tolist()),
+        tuple(neglected(axes.mT @ second @ axes).tolist()),
         tuple(window.tolist()),
     )
-
-
-def _off_diagonal(moment: Tensor) -> Tensor:
-    kept = moment.diagonal(dim1=-2, dim2=-1).square().sum(-1)
-    return 1 - kept / moment.square().sum((-2, -1)).clamp(min=1e-300)
 
 
 def predict(
@@ -499,22 +494,15 @@ def advise(
         ),
     ],
     *,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="Folder with a tokenizer, or bytes. Default: the model's.")
-    ] = None,
+    tokenizer: Tokenizer = None,
     tokens: Annotated[
         int, typer.Option(min=1, help="Tokens of the texts that are read at most.")
     ] = 4096,
-    column: Annotated[str, typer.Option(help="The data set's column with the text.")] = "text",
-    split: Annotated[
-        str | None, typer.Option(help="The data set's split. Default: train, or the only one.")
-    ] = None,
+    column: Column = "text",
+    split: Split = None,
     seeds: Annotated[int, typer.Option(min=2, help="Independent draws.")] = 12,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
-    report: Annotated[
-        Path | None,
-        typer.Option(help="Write the report to this file: JSON, or Markdown if it ends in .md."),
-    ] = None,
+    report: ReportFile = None,
     as_json: AsJson = False,
 ) -> None:
     """Say which conversion of a model pays, or that none would.

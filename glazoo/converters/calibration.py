@@ -18,7 +18,16 @@ from glazoo.layers import ImportanceGate
 from glazoo.layers.conversion import metaplastic_layers
 from glazoo.layers.plasticity import Observation
 
-__all__ = ["Axes", "calibrate", "key_moments", "observed", "save_keys", "turn"]
+__all__ = [
+    "Axes",
+    "calibrate",
+    "directions",
+    "key_moments",
+    "neglected",
+    "observed",
+    "save_keys",
+    "turn",
+]
 
 LENGTH = 512
 """Tokens that a model reads at once."""
@@ -165,17 +174,23 @@ def turn(gate: ImportanceGate, moment: Float[Tensor, "H K K"]) -> Float[Tensor, 
 
 def _turned(gate: ImportanceGate, moment: Tensor, held_out: Tensor) -> Axes:
     basis = turn(gate, moment).cpu()
-    whole = held_out.square().sum((-2, -1))
-    directions = held_out.diagonal(dim1=-2, dim2=-1).sum(-1).square() / whole
     return Axes(
         layer=gate.layer,
-        before=_neglected(held_out),
-        after=_neglected(basis.mT @ held_out @ basis),
-        directions=float(directions.mean()),
+        before=float(neglected(held_out).mean()),
+        after=float(neglected(basis.mT @ held_out @ basis).mean()),
+        directions=float(directions(held_out).mean()),
         keys=moment.shape[-1],
     )
 
 
-def _neglected(moment: Tensor) -> float:
+def directions(moment: Float[Tensor, "*H K K"]) -> Float[Tensor, "*H"]:
+    """Return the participation ratio (tr M)^2 / |M|^2 of M = E[k k^T]: how many directions keys
+    live on."""
+    trace = moment.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return trace.square() / moment.square().sum((-2, -1)).clamp(min=1e-300)
+
+
+def neglected(moment: Float[Tensor, "*H K K"]) -> Float[Tensor, "*H"]:
+    """Return the share of |M|^2 off the diagonal, which an importance per key neglects."""
     kept = moment.diagonal(dim1=-2, dim2=-1).square().sum(-1)
-    return float((1 - kept / moment.square().sum((-2, -1))).mean())
+    return 1 - kept / moment.square().sum((-2, -1)).clamp(min=1e-300)
