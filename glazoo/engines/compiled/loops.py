@@ -14,7 +14,7 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba import carray, types  # type: ignore[attr-defined]
+from numba import carray, types
 from numba.extending import intrinsic
 
 # A whole number of every CPU's vectors. A constant, so that the compiler knows all distances.
