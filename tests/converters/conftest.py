@@ -16,11 +16,13 @@ from glazoo.versions import TESTED
 
 @pytest.fixture(autouse=True)
 def _quiet_transformers() -> Iterator[None]:
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     yield
     logging.set_verbosity(level)
+    if bars:
+        logging.enable_progress_bar()
 
 
 @pytest.fixture(autouse=True)
