@@ -30,7 +30,7 @@ _TORCH = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
-_BLOCK = 1 << 20
+_BLOCK = 1 << 19
 """Bytes that are read at a time."""
 
 
@@ -100,12 +100,13 @@ class Cast:
                 new = old.to(_TORCH[code])
                 # In which both are exact, and so is what a number lost by rounding.
                 wide = torch.promote_types(torch.promote_types(old.dtype, new.dtype), torch.float32)
-                change = (new.to(wide) - old.to(wide)).abs_()
-                worst_change = float(change.max()) if change.numel() else 0.0
+                change = new.to(wide) - old
+                least, most = (float(x) for x in change.aminmax())
+                worst_change = max(most, -least)
                 if not math.isfinite(worst_change):
                     # Infinities and NaN stay what they are; what was finite has to stay so.
                     lost = old.isfinite() & ~new.isfinite()
-                    worst_change = float(change.nan_to_num_(0.0, 0.0, 0.0).max())
+                    worst_change = float(change.nan_to_num_(0.0, 0.0, 0.0).abs_().max())
                     if bool(lost.any()):
                         worst = float(old[lost].double().abs().max())
                         raise ConversionError(
@@ -113,7 +114,7 @@ class Cast:
                             f"largest is {torch.finfo(_TORCH[code]).max:.4g}"
                         )
                 self.largest = max(self.largest, worst_change)
-                f.write(new.view(torch.uint8).numpy().tobytes())
+                f.write(new.view(torch.uint8).numpy())
 
 
 @contextmanager
