@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from program.unusual import UNUSUAL
-from program.written import evaluate
+from program.written import evaluate, given
 
 import glazoo
 from glazoo.theory.forms import forms
@@ -16,40 +15,9 @@ from glazoo.theory.maps import explicit
 FORMS = {form.label: form.spec for form in forms()} | UNUSUAL
 
 
-def column(x: torch.Tensor) -> np.ndarray:
-    return x.reshape(-1, 1).numpy()
-
-
 def printed(spec, lines, ops, state, head):
     """Evaluates lines for the first sequence and one value head; gives outputs and state."""
-    program = glazoo.lower(spec)
-    groups, (tokens, _, keys) = ops["v"].shape[2] // ops["q"].shape[2], ops["q"].shape[1:]
-    constants = {"scale": np.array([[spec.scale(keys)]]), "K": np.array([[float(keys)]])}
-    constants["Id"] = np.eye(keys)
-    given = [({}, [{} for _ in range(spec.steps.count)]) for _ in range(tokens)]
-    for operand in program.operands:
-        x, dims = ops[operand.name], operand.shapes[-1]
-        symbol = operand.symbol or operand.name
-        mine = head // groups if "H" in dims else head
-        if "T" in dims:
-            for t in range(tokens):
-                given[t][0][symbol] = column(x[0, t, mine])
-        elif "nT" in dims:
-            for n in range(tokens * spec.substeps):
-                given[n // spec.substeps][1][n % spec.substeps][symbol] = column(x[0, n, mine])
-        elif operand.role == "prior":
-            one = operand.shapes[-1] == ("HV",)
-            constants["I_p"] = column(x[mine].reshape(-1)[:1] if one else x[mine].expand(keys))
-        elif operand.role == "basis":
-            constants[symbol] = x[mine].numpy()
-        else:
-            constants[symbol] = column(x[mine])
-    start = {}
-    for part in program.state:
-        x = getattr(state, part.name)[0]
-        x = x[head // groups if "H" in part.shape else head]
-        start[part.symbol] = x.numpy() if x.ndim == 2 else column(x)
-    return evaluate(lines, start, constants, given)
+    return evaluate(lines, *given(spec, ops, state, head))
 
 
 def compare(spec, lines, regime) -> None:

@@ -11,6 +11,11 @@ import re
 from collections.abc import Callable
 
 import numpy as np
+import torch
+
+import glazoo
+from glazoo.spec import Spec
+from glazoo.state import State
 
 Array = np.ndarray
 Values = dict[str, Array]
@@ -120,6 +125,47 @@ class Formula:
         if name[0].isdigit():
             return np.array([[float(name)]])
         return self.values[name]
+
+
+def column(x: torch.Tensor) -> Array:
+    return x.reshape(-1, 1).numpy()
+
+
+def given(
+    spec: Spec, ops: dict[str, torch.Tensor], state: State, head: int
+) -> tuple[Values, Values, list[tuple[Values, list[Values]]]]:
+    """What `evaluate` takes beside the lines, for the first sequence and one value head: state,
+    constants and tokens."""
+    program = glazoo.lower(spec)
+    groups, (tokens, _, keys) = ops["v"].shape[2] // ops["q"].shape[2], ops["q"].shape[1:]
+    constants = {"scale": np.array([[spec.scale(keys)]]), "K": np.array([[float(keys)]])}
+    constants["Id"] = np.eye(keys)
+    found: list[tuple[Values, list[Values]]] = [
+        ({}, [{} for _ in range(spec.steps.count)]) for _ in range(tokens)
+    ]
+    for operand in program.operands:
+        x, dims = ops[operand.name], operand.shapes[-1]
+        symbol = operand.symbol or operand.name
+        mine = head // groups if "H" in dims else head
+        if "T" in dims:
+            for t in range(tokens):
+                found[t][0][symbol] = column(x[0, t, mine])
+        elif "nT" in dims:
+            for n in range(tokens * spec.substeps):
+                found[n // spec.substeps][1][n % spec.substeps][symbol] = column(x[0, n, mine])
+        elif operand.role == "prior":
+            one = operand.shapes[-1] == ("HV",)
+            constants["I_p"] = column(x[mine].reshape(-1)[:1] if one else x[mine].expand(keys))
+        elif operand.role == "basis":
+            constants[symbol] = x[mine].numpy()
+        else:
+            constants[symbol] = column(x[mine])
+    start = {}
+    for part in program.state:
+        x = getattr(state, part.name)[0]
+        x = x[head // groups if "H" in part.shape else head]
+        start[part.symbol] = x.numpy() if x.ndim == 2 else column(x)
+    return start, constants, found
 
 
 def evaluate(
