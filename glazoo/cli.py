@@ -20,7 +20,7 @@ from glazoo.terminal import AsJson, console, print_json, refusals
 __all__ = ["app", "main"]
 
 _CONVERT, _THEORY = "glazoo.converters.commands", "glazoo.theory.commands"
-_COMPARE = "glazoo.compare.commands"
+_COMPARE, _EXPLORE = "glazoo.compare.commands", "glazoo.explore.commands"
 _ELSEWHERE = {
     "advise": ("glazoo.advise", "Say which conversion of a model pays, or that none would."),
     "convert": (_CONVERT, "Convert a model's folder into its metaplastic form, or back."),
@@ -32,6 +32,7 @@ _ELSEWHERE = {
     "compare": (f"{_COMPARE}.compare", "Train variants side by side, differences with intervals."),
     "capacity": (f"{_COMPARE}.capacity", "Measure how many associations each memory holds."),
     "decay": (f"{_COMPARE}.decay", "Follow one association while others are written over it."),
+    "explore": (_EXPLORE, "Write a page on which a browser shows what memories recall."),
     "bench": (f"{_COMPARE}.bench", "Time the recurrence of each variant on this machine."),
 }
 """Where the other commands are, each a function of its name, and the first sentence of each."""

@@ -91,7 +91,8 @@ def test_wheel_holds_every_module_and_spec(wheel: Path) -> None:
         f"{target}/{path.relative_to(ROOT / folder).as_posix()}"
         for folder, target in FOLDERS.items()
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".toml", ".npz", ".html") or path.name == "py.typed"
+        if path.suffix in (".py", ".toml", ".npz", ".html", ".css", ".js")
+        or path.name == "py.typed"
     }
     assert "glazoo/py.typed" in expected
     missing, surplus = sorted(expected - packed), sorted(packed - expected)
