@@ -28,6 +28,7 @@ import typeset
 import yaml
 
 import glazoo
+from glazoo import explore
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent
@@ -47,8 +48,8 @@ class Site:
 
     pages: dict[str, str] = field(default_factory=dict)
     """Markdown."""
-    files: dict[str, Path] = field(default_factory=dict)
-    """What is copied as it is."""
+    files: dict[str, Path | str] = field(default_factory=dict)
+    """What is copied as it is, or the text of what is made."""
 
 
 def collect() -> Site:
@@ -63,6 +64,7 @@ def collect() -> Site:
     site.pages["variants/index.md"] = reference.variants(figures.field())
     for name in glazoo.names():
         site.pages[f"variants/{name}.md"] = reference.variant(name)
+    site.files["explore.js"] = explore.script(pages="variants/{}.html")
     site.pages["theory/statements.md"] = reference.statements()
     site.pages["cli.md"] = reference.commands()
     site.pages["api.md"] = reference.api()
@@ -201,9 +203,12 @@ def write(site: Site, out: Path) -> None:
     for where, page in site.pages.items():
         (out / where).parent.mkdir(parents=True, exist_ok=True)
         (out / where).write_text(page, "utf-8")
-    for where, path in site.files.items():
+    for where, file in site.files.items():
         (out / where).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, out / where)
+        if isinstance(file, str):
+            (out / where).write_text(file, "utf-8")
+        else:
+            shutil.copyfile(file, out / where)
 
 
 def main() -> None:

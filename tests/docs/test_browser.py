@@ -46,6 +46,9 @@ def test_pages_fit_load_nothing_from_elsewhere_and_are_silent(
     browser.open(f"{server}/variants/gated_deltanet.html")
     drawn = "[...document.querySelectorAll('.formulas math')].map(x => x.getBoundingClientRect())"
     assert browser.value(f"{drawn}.filter(x => x.width > 50 && x.height > 20).length") >= 1
+    browser.open(f"{server}/explore.html")
+    assert browser.value("glazooExplore.result().runs.length") == 2
+    assert browser.value("document.querySelectorAll('.gx canvas').length") >= 4
     assert "Kimi Delta Attention" in (SITE / "search.json").read_text("utf-8")
 
 
