@@ -162,7 +162,8 @@ def broken(site: Site) -> Iterator[str]:
             target, _, anchor = link.partition("#")
             if "://" in link:
                 continue
-            there = posixpath.normpath(posixpath.join(posixpath.dirname(where), target))
+            path, _, _ = target.partition("?")
+            there = posixpath.normpath(posixpath.join(posixpath.dirname(where), path))
             there = there if target else where
             known = there in site.files or there in site.pages
             if not known or (anchor and anchor not in heads.get(there, set())):

@@ -116,6 +116,8 @@ def variant(name: str) -> str:
 $ glazoo show {name}
 ```
 
+<p><a href="../explore.html?memory={name}">Watch it remember</a>, in this browser.</p>
+
 ## Recurrence
 
 Per head and token. Vectors are columns; {by_entry}, fractions and squares of

@@ -54,9 +54,9 @@ const settings = {
 const scores = SIDES.map(() => ({ share: h("output", {}, "…"), now: h("span") }));
 let result, at = 0, timer = null, later = null;
 
-// The first variant of the page, and what it has beside itself: its metaplastic form, or another.
-function usual() {
-  const [one, other = one] = DATA.variants;
+// A variant, and what it has beside itself: its metaplastic form, or another variant.
+function usual(one = DATA.variants[0]) {
+  const other = DATA.variants.find(x => x !== one) ?? one;
   const second = one.forms[1] ? [one.name, one.forms[1].label] : [other.name, other.forms[0].label];
   return [[one.name, one.forms[0].label], second];
 }
@@ -169,6 +169,15 @@ function showTaken(programs) {
 // Computing ------------------------------------------------------------------------------------
 
 function compute() {
+  try {
+    evaluate();
+  } catch (error) {
+    said.textContent = `This cannot be evaluated: ${error.message}.`;
+    throw error;
+  }
+}
+
+function evaluate() {
   const task = makeTask(settings.task, DATA.sizes);
   const programs = settings.memories.map(form);
   const runs = programs.map(program => explore(program, settings.gates, task, DATA.sizes));
@@ -495,6 +504,13 @@ new MutationObserver(shade).observe(document.body, { attributes: true, attribute
 new ResizeObserver(() => result && drawRecall()).observe(recall);
 shade();
 choose(offered[0] ?? null);
+// The address may name a variant: explore.html?memory=kda
+const named = variants.get(new URLSearchParams(location.search).get("memory"));
+if (named) {
+  settings.memories = usual(named);
+  fillControls();
+  changed();
+}
 
 // For tests: what was computed, and with what.
 globalThis.glazooExplore = {

@@ -45,16 +45,13 @@ function makeTask(settings, sizes) {
     values.push(random.normals(sizes.value));
   }
   const all = keys.map((_, pair) => pair);
-  let order = all, wrong = new Set();
+  let order = all;
   if (writes === "repeated") order = random.shuffled([0, 1, 2].flatMap(() => all));
-  if (writes === "overwritten") {
-    order = [...random.shuffled(all), ...random.shuffled(all)];
-    wrong = new Set(all);
-  }
+  if (writes === "overwritten") order = [...random.shuffled(all), ...random.shuffled(all)];
   const list = order.map((pair, t) => {
-    const first = wrong.has(pair) && t < pairs;
-    const clean = first ? random.normals(sizes.value) : values[pair];
-    return { pair, first, value: plus(clean, random.normals(sizes.value), noise) };
+    const other = writes === "overwritten" && t < pairs;
+    const clean = other ? random.normals(sizes.value) : values[pair];
+    return { pair, clean, value: plus(clean, random.normals(sizes.value), noise) };
   });
   return { keys, values, writes: list, axes };
 }
@@ -164,8 +161,9 @@ function cosine(x, y) {
   return Number.isFinite(found) ? found : 0;
 }
 
-function judge(task, pair, output) {
-  const alike = task.values.map(value => cosine(output, value));
+// Whether an answer is nearer to its pair's value than to any other that is stored; null is none.
+function judge(stored, pair, output) {
+  const alike = stored.map(value => (value ? cosine(output, value) : -Infinity));
   // A tie with another value finds nothing.
   const found = alike[pair] > 0 && alike.every((a, i) => i === pair || a < alike[pair]);
   return { alike: alike[pair], found };
@@ -174,14 +172,15 @@ function judge(task, pair, output) {
 // Runs a program over a task: the state after every write, and what each pair is then answered with.
 function explore(program, gates, task, sizes, everyToken = true) {
   const memory = new Memory(program, gates, task.axes, sizes);
-  const states = [memory.start()];
-  for (const { pair, value } of task.writes) {
+  const states = [memory.start()], stored = [task.keys.map(() => null)];
+  for (const { pair, clean, value } of task.writes) {
     states.push(memory.write(states.at(-1), task.keys[pair], value));
+    stored.push(stored.at(-1).map((x, i) => (i === pair ? clean : x)));
   }
-  const read = state => memory.read(state, task.keys).map((answer, pair) => ({
+  const read = (state, t) => memory.read(state, task.keys).map((answer, pair) => ({
     ...answer,
-    ...judge(task, pair, answer.output),
+    ...judge(stored[t], pair, answer.output),
   }));
-  const reads = everyToken ? states.map(read) : [read(states.at(-1))];
+  const reads = everyToken ? states.map(read) : [read(states.at(-1), states.length - 1)];
   return { memory, states, reads };
 }

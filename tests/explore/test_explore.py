@@ -420,6 +420,40 @@ def test_a_page_of_ones_own_spec_needs_no_variant(
     browser.open(page.as_uri())
 
 
+def test_an_address_may_name_a_variant(browser: Browser, page: Path) -> None:
+    for name, second in (("kda", ["kda", "metaplastic"]), ("palimpsa", ["based", "as it is"])):
+        browser.open(f"{page.as_uri()}?memory={name}")
+        memories = ask(browser, "() => glazooExplore.settings.memories")
+        assert memories == [[name, "as it is"], second]
+        assert browser.value("document.querySelector('.gx select').value") == name
+        assert not list(complaints(browser))
+    browser.open(page.as_uri())
+
+
+def test_an_overwritten_pair_is_asked_for_the_value_that_it_has_then(browser: Browser) -> None:
+    """A delta rule with unit keys at right angles and full steps holds the last value exactly."""
+    exact = """() => {
+      const { data, makeTask, explore } = glazooExplore;
+      const variant = data.variants.find(x => x.name === "deltanet");
+      const settings = {
+        pairs: 4, overlap: 0, noise: 0, writes: "overwritten", along: "anywhere", seed: 2,
+      };
+      const task = makeTask(settings, data.sizes);
+      task.keys = task.axes.slice(0, 4);
+      const gates = { write: 1 };
+      return explore(variant.forms[0], gates, task, data.sizes).reads.map((reads, t) => {
+        const known = new Set(task.writes.slice(0, t).map(write => write.pair));
+        return [...known].map(pair => reads[pair]);
+      });
+    }"""
+    found = ask(browser, exact)
+    assert [len(x) for x in found] == [0, 1, 2, 3, 4, 4, 4, 4, 4]
+    for reads in found:
+        for read in reads:
+            assert read["found"]
+            assert read["alike"] == pytest.approx(1, abs=1e-12)
+
+
 def test_two_specs_of_one_name_are_refused(tmp_path: Path) -> None:
     source = Path(str(glazoo.__path__[0])).parent / "specs" / "kda.toml"
     mine = tmp_path / "mine.toml"
