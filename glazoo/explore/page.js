@@ -9,8 +9,8 @@ const TASK = {
 const CHOICES = {
   writes: ["Every pair is written", {
     once: "once",
-    repeated: "three times, in random order",
-    overwritten: "twice, first with another value",
+    repeated: "three times, shuffled",
+    overwritten: "over another value",
   }],
   along: ["What keys share is", { channels: "two of the channels", anywhere: "any direction" }],
 };
@@ -51,7 +51,7 @@ const settings = {
   gates: { ...DATA.presets[0].gates },
   memories: [],
 };
-const scores = SIDES.map(() => ({ share: h("output", {}, "…"), now: h("span") }));
+const scores = SIDES.map(() => ({ share: h("span", { class: "share" }), over: h("span"), now: h("span") }));
 let result, at = 0, timer = null, later = null;
 
 // A variant, and what it has beside itself: its metaplastic form, or another variant.
@@ -149,7 +149,7 @@ function memory(side) {
     },
   };
   return h("div", { class: `memory ${SIDES[side]}` }, h("div", { class: "pair" }, variant, forms),
-    h("p", { class: "score" }, scores[side].share, h("span", {}, `recalled, over ${DRAWS} draws`)),
+    h("p", { class: "score" }, scores[side].share, scores[side].over),
     h("p", {}, scores[side].now));
 }
 
@@ -188,25 +188,30 @@ function evaluate() {
   at = result.tokens;
   moment.max = at;
   showTaken(programs);
-  draw();
   clearTimeout(later);
-  averages = null;
-  later = setTimeout(average, 150);
+  draws = [];
+  draw();
+  later = setTimeout(drawAll, 150);
 }
 
-// The mean over draws of the task, which says more than the one that is shown.
-let averages = null;
-function average() {
-  averages = result.programs.map(program => {
-    const found = [];
-    for (let seed = 1; seed <= DRAWS; seed++) {
-      const task = makeTask({ ...settings.task, seed }, DATA.sizes);
-      found.push(...explore(program, settings.gates, task, DATA.sizes, false).reads[0]);
-    }
-    return { found: mean(found.map(x => +x.found)), alike: mean(found.map(x => x.alike)) };
-  });
-  say();
+// Draws of the task, of which the mean says more than the one that is shown: per draw and memory, which
+// pairs are recalled after the last token.
+let draws = [];
+
+function drawNext() {
+  const task = makeTask({ ...settings.task, seed: draws.length + 1 }, DATA.sizes);
+  draws.push(result.programs.map(program =>
+    explore(program, settings.gates, task, DATA.sizes, false).reads[0].map(read => +read.found)));
 }
+
+// One at a time, so that what the reader does comes first.
+function drawAll() {
+  drawNext();
+  say();
+  if (draws.length < DRAWS) later = setTimeout(drawAll);
+}
+
+const share = side => mean(draws.flatMap(draw => draw[side]));
 
 // The token of each pair's last write up to now, 0 before the first.
 function written(now) {
@@ -290,7 +295,7 @@ function drawPanel(panel, side) {
   const height = Math.round(rowHeight * rows.length);
   heatMap(panel, {
     title: "What is recalled",
-    text: "a row per pair, oldest on top; a column per token; strong is right",
+    text: "a row per pair, the last written below; a column per token; strong is right",
     label: `${variant.title}, ${program.label}: recall of every pair after every token`,
     cells: overPairs(read => read.alike), most: 1, height, time: true, ends: ["wrong", "right"],
   });
@@ -388,10 +393,11 @@ function spoken() {
 
 function say() {
   said.textContent = spoken();
-  scores.forEach(({ share, now }, side) => {
+  scores.forEach((score, side) => {
     const [found, all] = counts(side);
-    now.textContent = `this draw, after token ${at}: ${found} of ${all}`;
-    share.textContent = averages ? percent(averages[side].found) : "…";
+    score.now.textContent = `this draw, after token ${at}: ${found} of ${all}`;
+    score.share.textContent = draws.length ? percent(share(side)) : "…";
+    score.over.textContent = `recalled, over ${draws.length} draws`;
   });
 }
 
@@ -515,5 +521,10 @@ if (named) {
 // For tests: what was computed, and with what.
 globalThis.glazooExplore = {
   data: DATA, settings, choose, compute, makeTask, explore, Memory, Recurrence, matrix,
-  presets: offered, result: () => result, averages: () => (average(), averages),
+  presets: offered,
+  result: () => result,
+  shares() {
+    while (draws.length < DRAWS) drawNext();
+    return SIDES.map((_, side) => share(side));
+  },
 };

@@ -328,7 +328,7 @@ def test_what_the_page_shows_is_the_reference(browser: Browser, label: str) -> N
 def test_presets_show_what_they_say(browser: Browser) -> None:
     shares = """() => glazooExplore.presets.map(preset => {
       glazooExplore.choose(preset);
-      return [preset.title, ...glazooExplore.averages().map(x => x.found)];
+      return [preset.title, ...glazooExplore.shares()];
     })"""
     found = ask(browser, shares)
     assert [x[0] for x in found] == [x["title"] for x in DATA["presets"]]
