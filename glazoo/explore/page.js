@@ -99,6 +99,7 @@ function slider(group, name, [title, values]) {
   const whole = h("label", { for: input.id }, h("span", { class: "name" }, h("span", {}, title), shown), input);
   controls[name] = {
     whole,
+    input,
     fill() {
       input.value = values.indexOf(settings[group][name]);
       show();
@@ -157,12 +158,19 @@ function fillControls() {
   for (const control of Object.values(controls)) control.fill();
 }
 
-// A gate that neither program takes is there, but faint.
+// A gate that neither program takes is there, but faint. Noise is what the decay loses of a prior.
 function showTaken(programs) {
+  const takes = (program, name) => program.operands.some(operand => operand.fill === name);
+  const taken = {
+    ...Object.fromEntries(Object.keys(GATES).map(name => [name, programs.some(p => takes(p, name))])),
+    decay: programs.some(p => takes(p, "decay") || takes(p, "noise")),
+    key_scale: programs.some(p => p.own_scale),
+  };
   for (const name of Object.keys(GATES)) {
-    const taken = programs.some(p => (name === "key_scale" ? p.own_scale : p.operands.some(o => o.fill === name || (name === "decay" && o.fill === "noise"))));
-    controls[name].whole.classList.toggle("idle", !taken);
-    controls[name].whole.title = taken ? "" : "Neither of the two memories takes it.";
+    const { whole, input } = controls[name];
+    whole.classList.toggle("idle", !taken[name]);
+    whole.title = taken[name] ? "" : "Neither of the two memories takes it.";
+    input.disabled = !taken[name];
   }
 }
 
@@ -287,7 +295,7 @@ function drawPanel(panel, side) {
   const title = variant.page ? h("a", { href: variant.page }, variant.title) : variant.title;
   const size = Object.values(run.states[0]).reduce((sum, x) => sum + x.d.length, 0);
   panel.replaceChildren(
-    h("h3", {}, title, " ", h("small", {}, program.label)),
+    h("h2", {}, title, " ", h("small", {}, program.label)),
     h("p", {}, `${variant.summary}. `, h("span", {}, `${size} numbers of state.`)));
   const times = Array.from({ length: tokens }, (_, t) => t + 1), when = times.map(written);
   const overPairs = of => rows.map(pair => times.map((t, i) => (when[i][pair] ? of(run.reads[t][pair]) : null)));

@@ -145,6 +145,19 @@ def test_what_a_browser_makes_of_a_recurrence_is_the_reference(
         compare(browser, spec, form["recurrence"], regime)
 
 
+def test_every_form_can_be_watched(browser: Browser) -> None:
+    """All of them, also where what they compute is compared in `make test-all` alone."""
+    odd = """(settings, gates) => {
+      const { data, makeTask, explore } = glazooExplore;
+      const task = makeTask(settings, data.sizes);
+      return data.variants.flatMap(variant => variant.forms.filter(form => {
+        const [answer] = explore(form, gates, task, data.sizes, false).reads[0];
+        return !answer.output.every(Number.isFinite) || !(Math.abs(answer.alike) <= 1 + 1e-12);
+      }).map(form => `${variant.name}[${form.label}]`));
+    }"""
+    assert ask(browser, odd, {**TASK, "pairs": 1, "seed": 1}, GATES) == []
+
+
 @pytest.mark.parametrize("label", ["kda[metaplastic]", "rwkv7[per synapse]", "mamba3[as it is]"])
 def test_another_recurrence_is_noticed(browser: Browser, label: str) -> None:
     spec, form = FORMS[label]
