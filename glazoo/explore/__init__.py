@@ -46,8 +46,8 @@ def script(which: Sequence[str | Path | Spec] | None = None, *, pages: str | Non
     code = [(folder / f"{name}.js").read_text("utf-8") for name in ("recurrence", "task", "page")]
     style = (folder / "page.css").read_text("utf-8")
     given = {"DATA": data(which, pages=pages), "STYLE": style}
-    # A script ends at the first "</script", wherever that stands.
-    known = (f"const {k} = {json.dumps(v)};".replace("</", r"<\/") for k, v in given.items())
+    # A script ends at the first "</script", also at one inside of a string.
+    known = (f"const {k} = {json.dumps(v)};".replace("<", r"\u003c") for k, v in given.items())
     return "\n".join(["(() => {", '"use strict";', *known, *code, "})();", ""])
 
 

@@ -320,7 +320,7 @@ function drawPanel(panel, side) {
   if (program.importance && run.reads[tokens][0].variance !== null) {
     heatMap(panel, {
       title: "Uncertainty of each answer",
-      text: "its variance, where a prior of 1 and nothing written leave 1",
+      text: "its variance; 1 for a prior of 1 and nothing written",
       label: `${variant.title}, ${program.label}: variance of every answer after every token`,
       cells: doubts, most: largest(doubts), height, time: true, ends: ["0", round(largest(doubts))],
     });
@@ -403,7 +403,7 @@ function say() {
   said.textContent = spoken();
   scores.forEach((score, side) => {
     const [found, all] = counts(side);
-    score.now.textContent = `this draw, after token ${at}: ${found} of ${all}`;
+    score.now.textContent = `${found} of ${all} in this draw`;
     score.share.textContent = draws.length ? percent(share(side)) : "…";
     score.over.textContent = `recalled, over ${draws.length} draws`;
   });
