@@ -27,7 +27,7 @@ def test_every_link_leads_somewhere(site: generate.Site) -> None:
 
 
 def test_a_link_that_leads_nowhere_is_named(site: generate.Site) -> None:
-    lost = generate.Site({"a.md": "# A\n[b](b.md) [c](#c) [a](#a) `[x](x.md)`"})
+    lost = generate.Site({"a.md": "# A\n[b](b.md) [c](#c) [a](#a) `[x](x.md)` [a](a.md?x=1)"})
     assert list(generate.broken(lost)) == ["a.md: b.md", "a.md: #c"]
 
 
@@ -53,6 +53,16 @@ def test_every_variant_has_a_page_that_the_catalogue_and_the_map_lead_to(
         assert f"variants/{name}.md" in site.pages
         assert f"]({name}.md)" in catalogue
         assert f'href="{name}.html"' in catalogue
+
+
+def test_every_variant_can_be_watched_and_leads_to_its_page(site: generate.Site) -> None:
+    script = site.files["explore.js"]
+    assert isinstance(script, str)
+    for name in glazoo.names():
+        assert f'"page": "variants/{name}.html"' in script
+        assert f'href="../explore.html?memory={name}"' in site.pages[f"variants/{name}.md"]
+    assert 'id="glazoo-explore"' in site.pages["explore.md"]
+    assert 'src="explore.js"' in site.pages["explore.md"]
 
 
 def test_every_statement_is_in_the_catalogue(site: generate.Site) -> None:
