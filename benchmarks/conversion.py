@@ -41,12 +41,12 @@ from torch import Tensor, nn
 
 import glazoo
 from glazoo.advise import FORMS as ADVISED
-from glazoo.advise import key_use
+from glazoo.advise import best_opening, key_use, opened
 from glazoo.advise import predict as advised
 from glazoo.compare.files import make_folder, write_bytes
 from glazoo.compare.model import Model, ModelConfig, shape_for
 from glazoo.compare.store import Store
-from glazoo.compare.tasks import Task, draw, generator
+from glazoo.compare.tasks import Batch, Task, draw, generator
 from glazoo.compare.train import Run, Training, evaluate_batch, evaluation_data, fit
 from glazoo.compare.workers import Failed, Finished, run_all
 from glazoo.converters.calibration import turn
@@ -652,7 +652,8 @@ def predict(
     out: Annotated[Path, typer.Option(help="Folder of the runs.")] = RESULTS,
     weights: Annotated[Path, typer.Option("--work", help="Folder of weights and keys.")] = WORK,
 ) -> None:
-    """Measure what untrained memories hold of every source's own keys, beside what training gave.
+    """Measure what untrained memories hold of every source's own keys, and what opening the gates
+    of every form does to its loss, beside what training gave.
 
     Writes `predictions.jsonl`: what `glazoo advise` would say of each source.
     """
@@ -663,7 +664,8 @@ def predict(
         if row["before"] is not None or row["key"] in known or not keys.exists():
             continue
         source, wider = source_of(row)
-        if wider or row["selection"]:
+        task = row["label"].partition(": ")[0]
+        if wider or row["selection"] or task not in TASKS:
             continue
         spec = glazoo.load(source)
         specs = {"source": spec} | {
@@ -685,11 +687,40 @@ def predict(
             "changing": fmean(use.changing),
             "neglected": fmean(use.neglected),
             "neglected_rotated": fmean(use.neglected_rotated),
+            "opened": openings(task, source, row["seed"], list(specs)[1:], weights),
         }
         with (out / "predictions.jsonl").open("a") as file:
             file.write(json.dumps(found) + "\n")
         gains = {f: round(fmean(x) - fmean(shares["source"]), 3) for f, x in shares.items()}
-        print(f"{row['label']}, seed {row['seed']}: {gains}", flush=True)
+        loss = {f: round(best_opening(x).change.mean, 4) for f, x in found["opened"].items()}
+        print(f"{row['label']}, seed {row['seed']}: {gains}, opened {loss}", flush=True)
+
+
+GROUPS = 8
+
+
+def openings(
+    task: str, source: str, seed: int, forms: Iterable[str], weights: Path
+) -> dict[str, dict[float, list[float]]]:
+    """Return what opening the gates of every form does to the loss of a trained source, by form and
+    plasticity, for eight groups of examples."""
+    experiment = Experiment({task: TASKS[task]}, (source,), 1, False, "auto", "cpu")
+    found = {}
+    for form in forms:
+        run = experiment.row(task, source, Line(form, form), (1.0, 1.0), seed)
+        model = start(run, weights)
+        batch = evaluation_data(run.task, run.training.eval_examples)[
+            run.task.load, run.task.length
+        ]
+        groups = [
+            Batch(*(None if x is None else x[i::GROUPS] for x in batch)) for i in range(GROUPS)
+        ]
+
+        def losses(model: nn.Module = model, groups: list[Batch] = groups) -> Tensor:
+            return torch.tensor([evaluate_batch(model, g, "cpu")["loss"] for g in groups])
+
+        found[form] = opened(model, losses)
+    return found
 
 
 def _lines(path: Path) -> list[str]:
@@ -790,7 +821,7 @@ def correlation_text(rows: list[dict[str, Any]], folder: Path) -> list[str]:
 
     accuracy = table(rows, "accuracy")
     lines, everything = [], []
-    by_task: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
+    by_task: dict[str, list[tuple[float, float, float]]] = collections.defaultdict(list)
     for line in _lines(folder / "predictions.jsonl"):
         found = json.loads(line)
         task, _, rest = found["label"].rpartition(": ")
@@ -801,13 +832,19 @@ def correlation_text(rows: list[dict[str, Any]], folder: Path) -> list[str]:
             if base is None or trained is None:
                 continue
             predicted = fmean(shares) - fmean(found["shares"]["source"])
-            by_task[task].append((predicted, trained - base))
-            everything.append((predicted, trained - base))
-    for task, pairs in [*by_task.items(), ("all tasks", everything)]:
-        if len(pairs) > 3 and all(len(set(x)) > 1 for x in zip(*pairs, strict=True)):
-            of = spearmanr(*zip(*pairs, strict=True))
-            lines.append(f"- {task}: rank correlation {of.statistic:.2f} over {len(pairs)} runs")
-    return ["## Untrained capacity beside the trained gain", "", *lines, ""] if lines else []
+            loss = best_opening(found["opened"][form]).change.mean
+            everything.append((predicted, -loss, trained - base))
+            by_task[task].append(everything[-1])
+    for task, runs in [*by_task.items(), ("all tasks", everything)]:
+        *both, trained = zip(*runs, strict=True)
+        if len(runs) > 3 and all(len(set(x)) > 1 for x in (*both, trained)):
+            capacity, loss = (f"{spearmanr(x, trained).statistic:.2f}" for x in both)
+            lines.append((task, capacity, loss, f"{len(runs)}"))
+    head = ("task", "capacity", "fall of the loss, opened", "runs")
+    if not lines:
+        return []
+    title = "## Rank correlation of what is measured untrained with the trained gain"
+    return [title, "", *markdown_table(head, lines, right=True), ""]
 
 
 def picture(rows: list[dict[str, Any]]) -> bytes:

@@ -1,31 +1,35 @@
-"""`glazoo advise`: which conversion of a model pays, from the keys that it has on a text."""
+"""`glazoo advise`: which conversion of a model pays, from the keys and the loss that it has on a
+text."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import typer
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from rich.markdown import Markdown
-from torch import Tensor
+from torch import Tensor, nn
 
 from glazoo import stats
 from glazoo.compare.capacity import CapacityPlan, capacity
 from glazoo.compare.keys import recorded
-from glazoo.converters.calibration import LENGTH, directions, neglected, observed
+from glazoo.converters.calibration import LENGTH, directions, neglected, observed, turn
 from glazoo.converters.commands import Column, ReportFile, Split, Tokenizer
 from glazoo.converters.loading import load_to_observe
 from glazoo.converters.report import Report
 from glazoo.converters.source import Checkpoint, inspect_checkpoint
 from glazoo.converters.texts import read_tokens
 from glazoo.errors import ConversionError
+from glazoo.layers import gates, set_plasticity
 from glazoo.layers.plasticity import Observation
 from glazoo.program import lower
 from glazoo.spec import Spec
@@ -35,12 +39,16 @@ from glazoo.versions import stated
 
 __all__ = [
     "FORMS",
+    "PLASTICITIES",
     "AdviceReport",
     "KeyUse",
+    "Opening",
     "Prediction",
     "advise",
     "advise_checkpoint",
+    "best_opening",
     "key_use",
+    "opened",
     "predict",
 ]
 
@@ -59,6 +67,9 @@ LEAST = 0.05
 
 NEARLY = 0.8
 """Share of the best form's gain that makes a form with less state as good as that one."""
+
+PLASTICITIES = (0.001, 0.01, 0.1, 1.0)
+"""Plasticities kappa at which gates are opened."""
 
 _VALUES = 64
 """Value channels of the measurement at most: what is found hardly depends on more."""
@@ -92,6 +103,23 @@ class KeyUse:
 
 
 @dataclass(frozen=True, slots=True)
+class Opening:
+    """What opening the gates of a form does to a loss, untrained."""
+
+    plasticity: float
+    """The kappa that was best on every second context."""
+    change: Interval
+    """Of the loss on the other contexts, in nats a token; above zero the loss rises."""
+    tried: dict[float, float]
+    """The change at each kappa, mean over all contexts."""
+
+    @property
+    def falls(self) -> bool:
+        """Whether the loss falls, with certainty."""
+        return self.change.seeds > 1 and self.change.high < 0
+
+
+@dataclass(frozen=True, slots=True)
 class Prediction:
     """What a memory would hold of a model's keys, untrained."""
 
@@ -107,6 +135,8 @@ class Prediction:
     operations: float
     """Times those of the source's recurrence, token by token."""
     added_parameters: int
+    opening: Opening | None = None
+    """Of forms that would find enough more to be advised."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +179,7 @@ class AdviceReport(Report):
                 f"{p.state_bytes:,} ({p.state_bytes / source.state_bytes:.2f})",
                 f"{p.operations:.2f}",
                 "" if p is source else f"{p.added_parameters:,}",
+                _opening_text(p.opening),
             )
             for p in self.predictions
         ]
@@ -182,6 +213,7 @@ class AdviceReport(Report):
                     "state (bytes, times)",
                     "operations (times)",
                     "new parameters",
+                    "loss, opened (nats)",
                 ),
                 rows,
                 right=True,
@@ -189,7 +221,9 @@ class AdviceReport(Report):
             "",
             f"Random values under this model's keys in the order of the text, "
             f"{', '.join(map(str, self.pairs))} pairs in a memory, at the best constant gates of "
-            "each; 95 % intervals over draws. No loss of a language model.",
+            "each; 95 % intervals over draws. Loss, opened: what opening all gates does to the "
+            "loss on the text, untrained, at the kappa that is best on other contexts; of the "
+            "forms that would find enough more.",
             "",
             *(f"- {form}: {reason}" for form, reason in self.impossible.items()),
             "",
@@ -205,22 +239,43 @@ class AdviceReport(Report):
         return "\n".join(lines) + "\n"
 
     def _verdict(self) -> str:
+        opened = [p for p in self.predictions if p.opening is not None]
+        if self.advice is None and opened:
+            return (
+                f"**None is expected to help**: the memories of {_listed(p.form for p in opened)} "
+                "would find more, but this model does not ask for it. With their gates open, "
+                "untrained, its loss on this text does not fall."
+            )
         if self.advice is None:
             return (
-                "**None would help**: no form is expected to find "
-                f"{100 * LEAST:.0f} % more than the source, with certainty."
+                "**None is expected to help**: no form is expected to find "
+                f"{100 * LEAST:.0f} points more than the source, with certainty."
             )
         found = {p.form: p for p in self.predictions}[self.advice]
+        assert found.opening is not None
         cost = found.state_bytes / self.predictions[0].state_bytes
         return (
             f"**Try {self.advice}**: {found.gain.times(100).signed()} points more found, "
-            f"for {cost:.2f} times the state: `{self.command}`. That is capacity and no loss: tune "
-            "it (`glazoo tune --all`) beside the source, for as long, before you keep it."
+            f"for {cost:.2f} times the state, and a loss that changes by "
+            f"{_opening_text(found.opening)} nats a token as soon as its gates open: "
+            f"`{self.command}`. Tune it (`glazoo tune --all`) beside the source, for as long, "
+            "before you keep it."
         )
 
 
 def _mean(xs: Sequence[float]) -> float:
     return sum(xs) / len(xs)
+
+
+def _listed(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _opening_text(opening: Opening | None) -> str:
+    if opening is None:
+        return ""
+    return f"{opening.change.signed(4)} at {opening.plasticity:g}"
 
 
 @torch.no_grad()
@@ -307,6 +362,43 @@ def predict(
     return chosen, {n: shares[n] for n in specs}
 
 
+@torch.no_grad()
+def opened(model: nn.Module, losses: Callable[[], Float[Tensor, "C"]]) -> dict[float, list[float]]:
+    """Measure what opening the gates of a form does to a loss, untrained.
+
+        L_c(kappa) - L_c(0) ,   the same kappa for all heads
+
+    A form at kappa = 0 computes what its source does. If knowing what was learned well served what
+    the model does with its memories, its loss would fall before anything is trained.
+
+    Args:
+        model: a model that `glazoo.metaplasticize` made; at kappa = 0 afterwards.
+        losses: the loss of every context.
+
+    Returns:
+        The change of every context, by kappa.
+    """
+    set_plasticity(model, 0.0)
+    closed = losses()
+    changes = {}
+    for plasticity in PLASTICITIES:
+        set_plasticity(model, plasticity)
+        changes[plasticity] = (losses() - closed).tolist()
+    set_plasticity(model, 0.0)
+    return changes
+
+
+def best_opening(changes: Mapping[float, Sequence[float]]) -> Opening:
+    """Choose the plasticity on every second context, and measure it on the others.
+
+    Args:
+        changes: what `opened` returns, of at least two contexts.
+    """
+    best = min(changes, key=lambda kappa: sum(changes[kappa][::2]))
+    tried = {kappa: _mean(x) for kappa, x in changes.items()}
+    return Opening(best, interval(changes[best][1::2]), tried)
+
+
 def advise_checkpoint(
     folder: str | Path,
     texts: Sequence[str | Path],
@@ -320,14 +412,17 @@ def advise_checkpoint(
     device: str | torch.device = "cpu",
     told: Told | None = None,
 ) -> AdviceReport:
-    """Say which conversion of a model is expected to pay, from its keys on a text.
+    """Say which conversion of a model is expected to pay, from its keys and its loss on a text.
 
         gain(form) = share of values that a memory of that form finds again under the model's own
                      keys, less the share that the source's finds
+        change(form) = L(kappa) - L(0), the loss on the text with gates opened, less that of the
+                       source
 
-    Without training: values are random, and gates constant, each memory's best. What keys of a
-    context share, a vector or matrix of importances tells from what tells them apart; where keys
-    are unlike each other, nothing is gained.
+    Without training. Of the first, values are random and gates constant, each memory's best: what
+    keys of a context share, a vector or matrix of importances tells from what tells them apart;
+    where keys are unlike each other, nothing is gained. The second says whether the model uses its
+    memories so that this serves it.
 
     Args:
         folder: a folder that `convert_checkpoint` takes.
@@ -342,12 +437,12 @@ def advise_checkpoint(
         told: called as `told(what, done, total)`.
 
     Returns:
-        What the keys are like, what every form would hold, and the advice: the form with the least
-        state of those whose gain is at least four fifths of the best one's, if that is at least
-        five points and its interval excludes zero.
+        What the keys are like, what every form would hold, and the advice: of the forms with a gain
+        of at least five points whose interval excludes zero, and with a loss that falls when their
+        gates open, the one with the least state whose gain is at least four fifths of the best.
 
     Raises:
-        ConversionError: the folder cannot be converted, or the text has fewer than two contexts.
+        ConversionError: the folder cannot be converted, or the text has fewer than four contexts.
     """
     begun = time.monotonic()
     stats.require()
@@ -366,9 +461,9 @@ def advise_checkpoint(
         limit=tokens,
     )[:tokens]
     contexts = len(ids) // LENGTH
-    if contexts < 2:
+    if contexts < 4:
         raise ConversionError(
-            f"texts: got {len(ids)} tokens, expected at least two contexts of {LENGTH}"
+            f"texts: got {len(ids)} tokens, expected at least four contexts of {LENGTH}"
         )
     ids = ids[: contexts * LENGTH].astype("int64")
     model = load_to_observe(checkpoint, _settings(checkpoint)).to(device)
@@ -390,7 +485,15 @@ def advise_checkpoint(
         np.savez(file, **arrays)
         values = min(_VALUES, size[1])
         pairs, shares = predict(str(file), specs, values=values, seeds=seeds, jobs=jobs, told=told)
-    predictions = _predictions(checkpoint, specs, shares)
+    predictions = list(_predictions(checkpoint, specs, shares))
+    for n, p in enumerate(predictions):
+        if p in _candidates(predictions):
+            told(f"gates opened: {p.form}", n, len(predictions))
+            form = load_to_observe(checkpoint, _settings(checkpoint, **FORMS[p.form])).to(device)
+            _turn(form, keys)
+            losses = partial(_losses, form, torch.from_numpy(ids).view(contexts, LENGTH))
+            predictions[n] = replace(p, opening=best_opening(opened(form, losses)))
+            del form
     return AdviceReport(
         folder=str(folder),
         family=checkpoint.config.model_type,
@@ -400,7 +503,7 @@ def advise_checkpoint(
         tokens=len(ids),
         pairs=pairs,
         use=use,
-        predictions=predictions,
+        predictions=tuple(predictions),
         impossible=impossible,
         advice=_advice(predictions),
         seconds=time.monotonic() - begun,
@@ -473,8 +576,31 @@ def _predictions(
     return tuple(out)
 
 
+def _turn(model: nn.Module, keys: Mapping[int, Tensor]) -> None:
+    """Turns the axes of rotated importances to the eigenvectors of the keys' moments."""
+    for _, gate in gates(model):
+        if gate.axes is not None:
+            k = keys[gate.layer].double().flatten(0, 1)
+            turn(gate, torch.einsum("thi,thj->hij", k, k) / len(k))
+
+
+def _losses(model: nn.Module, contexts: Int[Tensor, "C T"]) -> Float[Tensor, "C"]:
+    model.eval()
+    device = next(model.parameters()).device
+    found = []
+    for tokens in contexts.to(device):
+        logits = model(tokens[None], use_cache=False).logits[0, :-1].float()
+        found.append(F.cross_entropy(logits, tokens[1:]).cpu())
+    return torch.stack(found).double()
+
+
+def _candidates(predictions: Sequence[Prediction]) -> list[Prediction]:
+    """Return the forms whose memory would find enough more than the source's, with certainty."""
+    return [p for p in predictions[1:] if p.gain.low > 0 and p.gain.mean >= LEAST]
+
+
 def _advice(predictions: Sequence[Prediction]) -> str | None:
-    forms = [p for p in predictions[1:] if p.gain.low > 0 and p.gain.mean >= LEAST]
+    forms = [p for p in _candidates(predictions) if p.opening is not None and p.opening.falls]
     if not forms:
         return None
     best = max(p.gain.mean for p in forms)
@@ -507,7 +633,8 @@ def advise(
 ) -> None:
     """Say which conversion of a model pays, or that none would.
 
-    Keys of the model on a text, and what untrained memories of every form hold of them.
+    Keys of the model on a text, what untrained memories of every form hold of them, and what
+    opening their gates does to its loss.
     """
     with progress(quiet=as_json) as told:
         result = advise_checkpoint(

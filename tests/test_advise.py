@@ -11,10 +11,25 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import glazoo.advise
+import glazoo.converters.calibration
 from glazoo import load, metaplasticize
-from glazoo.advise import FORMS, Prediction, _advice, advise_checkpoint, key_use, predict
+from glazoo.advise import (
+    FORMS,
+    PLASTICITIES,
+    Opening,
+    Prediction,
+    _advice,
+    _opening_text,
+    advise_checkpoint,
+    best_opening,
+    key_use,
+    opened,
+    predict,
+)
 from glazoo.cli import app
 from glazoo.errors import ConversionError
+from glazoo.layers import set_plasticity
 from glazoo.models import GlazooConfig, GlazooForCausalLM
 from glazoo.stats import Interval
 
@@ -80,10 +95,15 @@ def test_importance_is_predicted_to_pay_where_contexts_share(
     assert (sum(gains) / 6 < 0.05) is not pays
 
 
-def prediction(form: str, gain: float, half: float, state: int) -> Prediction:
-    return Prediction(
-        form, Interval(0.5, 0.4, 0.6, 6), Interval(gain, gain - half, gain + half, 6), state, 1.0, 9
-    )
+FALLS = Opening(0.1, Interval(-0.02, -0.03, -0.01, 4), {0.1: -0.02})
+RISES = Opening(0.001, Interval(0.002, -0.001, 0.005, 4), {0.001: 0.002})
+
+
+def prediction(
+    form: str, gain: float, half: float, state: int, opening: Opening | None = FALLS
+) -> Prediction:
+    gains = Interval(gain, gain - half, gain + half, 6)
+    return Prediction(form, Interval(0.5, 0.4, 0.6, 6), gains, state, 1.0, 9, opening)
 
 
 @pytest.mark.parametrize(
@@ -95,13 +115,48 @@ def prediction(form: str, gain: float, half: float, state: int) -> Prediction:
         ([("per key", 0.30, 0.1, 2), ("full", 0.32, 0.1, 4)], "per key"),
         ([("per key", 0.20, 0.1, 2), ("full", 0.32, 0.1, 4)], "full"),
         ([("per key", 0.30, 0.1, 2), ("rotated", 0.31, 0.1, 2)], "rotated"),
+        ([("per key", 0.30, 0.1, 2, RISES)], None),
+        ([("per key", 0.30, 0.1, 2, RISES), ("full", 0.20, 0.1, 4)], "full"),
+        ([("per key", 0.30, 0.1, 2, Opening(0.1, Interval(-1, -1, -1, 1), {}))], None),
     ],
 )
-def test_the_cheapest_of_those_that_are_nearly_best(
-    gains: list[tuple[str, float, float, int]], advice: str | None
+def test_the_cheapest_of_those_that_are_nearly_best_and_serve_the_loss(
+    gains: list[tuple[Any, ...]], advice: str | None
 ) -> None:
     source = prediction("source", 0.0, 0.0, 1)
     assert _advice([source, *(prediction(*g) for g in gains)]) == advice
+
+
+def test_the_plasticity_is_chosen_on_other_contexts_than_it_is_measured_on() -> None:
+    # 0.1 is best on the contexts 0 and 2, and worst on 1 and 3.
+    found = best_opening({0.01: [0.0, -1.0, 0.0, -3.0], 0.1: [-1.0, 2.0, -1.0, 4.0]})
+    assert found.plasticity == 0.1
+    assert found.change.mean == pytest.approx(3.0)
+    assert found.tried == pytest.approx({0.01: -1.0, 0.1: 1.0})
+    assert not found.falls
+
+
+def test_opening_is_measured_against_the_closed_gate_which_is_left(folder: Path) -> None:
+    model = metaplasticize(GlazooForCausalLM.from_pretrained(folder))
+    ids = torch.arange(40).view(2, 20) % 7
+
+    def losses() -> torch.Tensor:
+        logits = model(ids, use_cache=False).logits.double()
+        return torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), ids.roll(-1, 1).flatten(), reduction="none"
+        ).view(2, 20)[:, -1]
+
+    with torch.no_grad():
+        before = losses()
+        found = opened(model, losses)
+        torch.testing.assert_close(losses(), before, rtol=0, atol=0)
+        set_plasticity(model, 1.0)
+        change = (losses() - before).tolist()
+    assert tuple(found) == PLASTICITIES
+    assert found[1.0] == change
+    assert all(abs(x) > 0 for x in change)
+    small, large = (max(map(abs, found[x])) for x in (0.001, 1.0))
+    assert small < large
 
 
 @pytest.fixture(scope="module")
@@ -123,13 +178,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_bytes(bytes(32 + (i * i + i // 7) % 60 for i in range(1600)))
+    text.write_bytes(bytes(32 + (i * i + i // 7) % 60 for i in range(2200)))
     arguments = ["advise", str(folder), str(text), "--tokenizer", "bytes", "--seeds", "2"]
     written = tmp_path / "advice.md"
     result = CliRunner().invoke(app, [*arguments, "--report", str(written), "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    assert found["tokens"] == 1536
+    assert found["tokens"] == 2048
     assert found["pairs"] == [2, 4, 8]
     assert [u["layer"] for u in found["use"]] == [0, 1]
     assert all(1 <= d <= 4 for u in found["use"] for d in u["directions"])
@@ -141,11 +196,35 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     assert (state["source"], state["per key"], state["isotropic"]) == (256, 320, 272)
     assert found["advice"] in {None, *forms[1:]}
     said = written.read_text()
-    assert "None would help" in said if found["advice"] is None else found["advice"] in said
+    assert (
+        "None is expected to help" in said if found["advice"] is None else found["advice"] in said
+    )
+
+
+def test_every_form_is_opened_that_would_find_enough(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(32 + (i * i + i // 7) % 60 for i in range(2200)))
+    monkeypatch.setattr(glazoo.advise, "_candidates", lambda found: found[1:])
+    monkeypatch.setattr(glazoo.advise, "LENGTH", 128)
+    monkeypatch.setattr(glazoo.converters.calibration, "LENGTH", 128)
+    found = advise_checkpoint(folder, [text], tokenizer="bytes", tokens=512, seeds=2)
+    assert found.predictions[0].opening is None
+    opened = {p.form: p.opening for p in found.predictions[1:]}
+    assert {*opened, *found.impossible} == set(FORMS)
+    assert "rotated" in opened
+    for opening in opened.values():
+        assert opening is not None
+        assert tuple(opening.tried) == PLASTICITIES
+        assert opening.change.seeds == 2
+    # Axes from the keys of the text are not the keys' own.
+    assert opened["rotated"] != opened["per key"]
+    assert all(_opening_text(x) in found.to_markdown() for x in opened.values())
 
 
 def test_texts_that_are_too_short_are_refused(folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("short")
-    with pytest.raises(ConversionError, match="two contexts of 512"):
+    with pytest.raises(ConversionError, match="four contexts of 512"):
         advise_checkpoint(folder, [text], tokenizer="bytes")

@@ -98,13 +98,14 @@ def test_rare_words_by_occurrence() -> None:
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny: dict[str, Any] = {"steps": 1, "batch": 2, "eval_examples": 2}
+    tiny: dict[str, Any] = {"steps": 1, "batch": 2, "eval_examples": 16}
     setting = experiment.TASKS["records"]
     setting = dataclasses.replace(
         setting,
         training=setting.training.model_copy(update=tiny),
         tuning=setting.tuning.model_copy(update=tiny),
     )
+    monkeypatch.setitem(experiment.TASKS, "records", setting)
     small = one(settings={"records": setting}, seeds=1)
     done = {}
     for run in small.wanted({}):
