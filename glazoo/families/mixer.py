@@ -68,7 +68,8 @@ def _end_to_end(x: Tensor) -> Tensor:
 
 def _full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Holds autocast off: importance adds up small numbers, and loses them in a narrow dtype."""
-    if not torch.amp.is_autocast_available(device.type):
+    kind = device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 

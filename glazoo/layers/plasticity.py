@@ -234,7 +234,7 @@ class ImportanceGate(KeepsWide):
             square = (key_heads or heads, keys, keys)
             self.axes = wide_parameter(*square, trainable=False)
             self.turn = wide_parameter(*square)
-        self._turned: tuple[object, Tensor] | None = None
+        self._turned: tuple[Tensor, Tensor, Tensor] | None = None
         self.reset_parameters()
 
     @property
@@ -323,11 +323,21 @@ class ImportanceGate(KeepsWide):
         learns = torch.is_grad_enabled() and self.turn.requires_grad
         if learns or torch.compiler.is_compiling():
             return self._basis(axes, self.turn)
-        key = (self.axes.data_ptr(), self.axes._version, self.turn.data_ptr(), self.turn._version)
-        if self._turned is None or self._turned[0] != key:
+        # By value: what averages weights or swaps them writes to `.data`, which no version counts.
+        kept = self._turned
+        same = (
+            kept is not None
+            and kept[0].device == axes.device
+            and kept[0].dtype == axes.dtype
+            and torch.equal(kept[0], axes)
+            and torch.equal(kept[1], self.turn)
+        )
+        if kept is None or not same:
             with torch.no_grad():
-                self._turned = key, self._basis(axes, self.turn)
-        return self._turned[1]
+                turn = self.turn.detach()
+                kept = axes.clone(), turn.clone(), self._basis(axes, turn)
+            self._turned = kept
+        return kept[2]
 
     @staticmethod
     def _basis(axes: Tensor, turn: Tensor) -> Tensor:
