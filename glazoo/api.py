@@ -203,7 +203,7 @@ def attention(
         result = known.token(given, initial_state)
     if result is None:
         if known is None:
-            call = _validated(program, given, *options)
+            call = validated(program, given, *options)
         else:
             call = known.call_of(given, initial_state)
         engine: Engine = pick(impl, call)
@@ -246,10 +246,7 @@ def _for_people(function: Operation) -> Operation:
             )
         spec = args[0] if args else kwargs.get("spec")
         if spec is not None and not torch.compiler.is_compiling():
-            for operand in lower(load(spec)).operands:
-                x = kwargs.get(operand.name)
-                if isinstance(x, Tensor) and x.is_floating_point():
-                    _check_domain(operand, x)
+            check_domains(lower(load(spec)), kwargs)
         return function(*args, **kwargs)
 
     return cast(Operation, call)
@@ -297,7 +294,7 @@ def schedule(gate: Gate, heads: int, *, layer: int = 0, layers: int = 1) -> Floa
     raise ValueError(f"gate: its source is {gate.source!r}, and only a fixed gate has a schedule")
 
 
-def _validated(
+def validated(
     program: Program,
     given: Given,
     scale: float | None,
@@ -305,6 +302,7 @@ def _validated(
     cu_seqlens: Tensor | None,
     uncertainty: bool,
 ) -> Call:
+    """Return the call of operands by name, None where they are not given, once it is valid."""
     spec = program.spec
     taken = ", ".join(o.name for o in program.operands)
     for name, x in given.items():
@@ -362,7 +360,7 @@ def _validated(
             f"output_uncertainty: {spec.name!r} uses importance to rescale its write key, "
             "which defines no posterior variance"
         )
-    sequences = _sequences(cu_seqlens, batch, tokens)
+    sequences = count_sequences(cu_seqlens, batch, tokens)
     _check_state(program, initial_state, sizes | {"N": sequences}, q)
     if scale is None:
         scale = spec.scale(key_size)
@@ -423,7 +421,7 @@ def _known(key: tuple[Any, ...], program: Program, given: Given, options: Any, i
     """Validate a call, or find that one like it was valid."""
     known = _KNOWN.get(key)
     if known is None:
-        call = _validated(program, given, *options)
+        call = validated(program, given, *options)
         alike = {n: x for n, x in call.operands.items() if not isinstance(given[n], Tensor)}
         kept = dataclasses.replace(call, operands=alike, initial_state=None)
         known = _Known(kept, prepare(impl, call, given))
@@ -485,6 +483,14 @@ def _checked(operand: Operand, x: Tensor | float, sizes: Mapping[str, int], q: T
     return x
 
 
+def check_domains(program: Program, given: Mapping[str, Any]) -> None:
+    """Checks the values of operands where looking at them is cheap."""
+    for operand in program.operands:
+        x = given.get(operand.name)
+        if isinstance(x, Tensor) and x.is_floating_point():
+            _check_domain(operand, x)
+
+
 # Largest entry of R^T R - 1 that passes for rounding, of a basis in bfloat16 as well.
 _ORTHOGONAL = 0.02
 
@@ -513,7 +519,7 @@ def _check_domain(operand: Operand, x: Tensor) -> None:
         )
 
 
-def _sequences(cu_seqlens: Tensor | None, batch: int, tokens: int) -> int:
+def count_sequences(cu_seqlens: Tensor | None, batch: int, tokens: int) -> int:
     """Checks the bounds of packed sequences and gives the number of sequences."""
     if cu_seqlens is None:
         return batch

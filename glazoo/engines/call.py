@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeAlias
 from torch import Tensor, dtype
 
 from glazoo.program import Program
+from glazoo.program.env import Env
 from glazoo.state import State
 
 __all__ = ["Call", "Given", "Result", "TokenRun"]
@@ -28,6 +29,8 @@ class Call:
     uncertainty: bool
     compute_dtype: dtype
     """At least float32; float64 if any operand is."""
+    spread: Callable[[Env], Env] | None = None
+    """Makes the environment of steps that run over several processes; None: this one alone."""
 
     @property
     def groups(self) -> int:

@@ -52,6 +52,8 @@ def run(call: Call, core: Core, dtype: torch.dtype | None = None) -> Result:
             parts = call.initial_state._asdict()
             x |= {name: part for name, part in parts.items() if part is not None}
         env = Env(x, core, narrow, wide, call.cu_seqlens, call.uncertainty)
+        if call.spread is not None:
+            env = call.spread(env)
         for step in call.program.steps:
             step.run(env)
     state = State(x["memory"], *(x.get(name) for name in State._fields[1:]))
