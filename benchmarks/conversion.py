@@ -2,6 +2,7 @@ r"""Which conversion pays: every Bayesian form of trained sources beside their c
 
     python benchmarks/conversion.py run --jobs 2                      the tasks, on CPUs
     python benchmarks/conversion.py run language --text TEXT --device cuda --jobs 5
+    python benchmarks/conversion.py run --cluster slurm --jobs 32     on a cluster (glazoo[cluster])
     python benchmarks/conversion.py report                            tables and pictures
 
 A source is trained; then the same weights are trained on for the same further steps, on the same
@@ -43,12 +44,13 @@ import glazoo
 from glazoo.advise import FORMS as ADVISED
 from glazoo.advise import best_opening, key_use, opened
 from glazoo.advise import predict as advised
+from glazoo.compare.commands.options import ClusterOptions, OnCluster
 from glazoo.compare.files import make_folder, write_bytes
 from glazoo.compare.model import Model, ModelConfig, shape_for
 from glazoo.compare.store import Store
 from glazoo.compare.tasks import Batch, Task, draw, generator
 from glazoo.compare.train import Run, Training, evaluate_batch, evaluation_data, fit
-from glazoo.compare.workers import Failed, Finished, run_all
+from glazoo.compare.workers import Failed, Finished, pool_for, run_all
 from glazoo.converters.calibration import turn
 from glazoo.layers import gates, set_plasticity
 from glazoo.layers.conversion import metaplastic_layers
@@ -581,6 +583,8 @@ def run_command(
     steps: Annotated[int, typer.Option(help="Of the language model's source.")] = 2400,
     tuning: Annotated[str, typer.Option(help="Its further steps.")] = "100,1000",
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
+    cluster: OnCluster = None,
+    cluster_option: ClusterOptions = None,
     device: Annotated[str, typer.Option()] = "cpu",
     impl: Annotated[str, typer.Option(help="Engine.")] = "auto",
     minutes: Annotated[float, typer.Option(help="Stop after these.")] = math.inf,
@@ -625,9 +629,10 @@ def run_command(
             store.add(result)
             return ready()
 
-        events = run_all(
-            ready(), jobs=jobs, more=more, work=functools.partial(work, folder=weights)
-        )
+        options = cluster_option or ()
+        pool = pool_for(cluster, weights.absolute(), jobs=jobs, device=device, options=options)
+        at_work = functools.partial(work, folder=weights.absolute())
+        events = run_all(ready(), pool=pool, more=more, work=at_work, until=end)
         with closing(events):
             for event in events:
                 if isinstance(event, Finished):
@@ -640,9 +645,8 @@ def run_command(
                 if isinstance(event, Failed):
                     finished.update(() if event.again else (event.run.key,))
                     print(f"{event.run.label}: {event.reason}", flush=True)
-                if time.monotonic() > end:
-                    print("out of time: repeat the command to go on")
-                    return
+        if time.monotonic() > end:
+            print("out of time: repeat the command to go on")
 
 
 @app.command()

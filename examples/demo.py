@@ -24,7 +24,7 @@ from glazoo.compare.model import ModelConfig, shape_for
 from glazoo.compare.store import Store
 from glazoo.compare.tasks import Task, draw, generator
 from glazoo.compare.train import Run, Training, evaluate, fit
-from glazoo.compare.workers import Failed, Finished, run_all
+from glazoo.compare.workers import Failed, Finished, Processes, run_all
 from glazoo.errors import extra
 from glazoo.layers.plasticity import Observation
 from glazoo.plotting import encoded, require, style
@@ -158,7 +158,7 @@ def _work_off(sources: Sequence[Run], more: int, store: Store, jobs: int) -> Non
     screen = Console(stderr=True)
     bars = Progress(console=screen, transient=True, disable=not screen.is_terminal)
     work = functools.partial(_train, store.folder)
-    events = run_all(ready(), jobs=jobs, more=go_on, work=work)
+    events = run_all(ready(), pool=Processes(jobs), more=go_on, work=work)
     with bars, closing(events):
         tasks = {}
         for event in events:

@@ -16,19 +16,19 @@ from glazoo.compare.rows import rows
 from glazoo.compare.store import Store
 from glazoo.compare.tables import table
 from glazoo.compare.train import Run, train
-from glazoo.compare.workers import Failed, Finished, Moved, run_all
+from glazoo.compare.workers import Failed, Finished, Moved, Pool, run_all
 
 __all__ = ["run_plan"]
 
 
-def run_plan(plan: Plan, store: Store, *, jobs: int, threads: int, quiet: bool) -> list[str]:
+def run_plan(plan: Plan, store: Store, *, pool: Pool, threads: int, quiet: bool) -> list[str]:
     """Run what a plan still needs, and show how far it is on standard error.
 
     Args:
         plan: what is wanted.
         store: what is there; results are added to it as they come.
-        jobs: number of processes.
-        threads: threads of each.
+        pool: where to run; it is closed at the end.
+        threads: threads of each run.
         quiet: show nothing but failures.
 
     Returns:
@@ -58,7 +58,7 @@ def run_plan(plan: Plan, store: Store, *, jobs: int, threads: int, quiet: bool) 
     live = screen.is_terminal and not quiet
     running: dict[Line, str] = {}
     lost: list[str] = []
-    clock = Clock(plan, jobs)
+    clock = Clock(plan, pool.jobs)
 
     def show() -> Table:
         view = table(plan, rows(plan, store.results), running)
@@ -68,8 +68,8 @@ def run_plan(plan: Plan, store: Store, *, jobs: int, threads: int, quiet: bool) 
         view.caption = f"{done} of {total} runs are done; {about}Ctrl-C keeps them"
         return view
 
-    work = functools.partial(train, folder=store.folder)
-    events = run_all(ready(), jobs=jobs, threads=threads, more=more, work=work)
+    work = functools.partial(train, folder=store.folder.absolute())
+    events = run_all(ready(), pool=pool, threads=threads, more=more, work=work)
     with Live(console=screen, auto_refresh=False, transient=True) as display, closing(events):
         for event in events:
             run = event.run

@@ -1,21 +1,42 @@
-"""Runs in parallel processes, of which any may be killed without harm to the others."""
+"""Runs in other processes, of this machine or of a cluster: any of them may be killed without harm
+to the others."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import threading
 import time
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
-from multiprocessing import get_context
-from multiprocessing.connection import Connection, wait
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.process import BaseProcess
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
 
+from glazoo.compare.errors import CompareError
+from glazoo.compare.files import make_folder
+from glazoo.compare.machine import cores
 from glazoo.compare.train import Run, train
+from glazoo.errors import extra
 
-__all__ = ["Event", "Failed", "Finished", "Moved", "run_all"]
+__all__ = [
+    "Cluster",
+    "Event",
+    "Failed",
+    "Finished",
+    "Moved",
+    "Pool",
+    "Processes",
+    "pool_for",
+    "run_all",
+]
 
 _CONTEXT = get_context("spawn")
 
@@ -50,58 +71,201 @@ class Moved:
 Event = Finished | Failed | Moved
 
 
-@dataclass
-class _Worker:
-    process: BaseProcess
-    connection: Connection
-    run: Run | None = None
+class Processes:
+    """Processes of this machine, by the standard library's executor; each does one run after the
+    other.
+
+    Args:
+        jobs: how many.
+    """
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+        self.folder = Path(mkdtemp(prefix="glazoo-"))
+        # An executor loses all of its processes when one is killed: so each has one.
+        self._by_job: dict[Future[Any], tuple[ProcessPoolExecutor, BaseProcess]] = {}
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Start a call in a process that is free, or in a new one."""
+        free = next((j for j in self._by_job if j.done() and j.exception() is None), None)
+        if free is not None:
+            executor, process = self._by_job.pop(free)
+            job = executor.submit(function, *args)
+        else:
+            executor, known = ProcessPoolExecutor(1, _CONTEXT, _begin), {*active_children()}
+            job = executor.submit(function, *args)
+            (process,) = {*active_children()} - known
+        self._by_job[job] = executor, process
+        return job
+
+    def ending(self, job: Future[Any]) -> str:
+        """Return what killed a process, or its exit code."""
+        executor, process = self._by_job.pop(job)
+        executor.shutdown()
+        code = process.exitcode
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
+            return f"its process was killed by {name}{hint}"
+        return f"its process ended with exit code {code}"
+
+    def close(self) -> None:
+        """Stop all processes."""
+        for _, process in self._by_job.values():
+            process.terminate()
+        for executor, _ in self._by_job.values():
+            executor.shutdown()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
-@dataclass
-class _Queue:
-    waiting: list[Run]
-    attempts: dict[str, int] = field(default_factory=dict)
+class Cluster:
+    """Jobs of a cluster, by submitit.
+
+    Args:
+        name: `slurm`, or `local`: submitit's own processes on this machine, to try it.
+        folder: for what jobs get, give and print; all machines must see it.
+        jobs: how many at once are running or wait in the queue.
+        threads: processor cores of each.
+        options: like `slurm_partition=gpu`, for `submitit.AutoExecutor.update_parameters`.
+
+    Raises:
+        CompareError: an option or the cluster is none that submitit knows.
+        ImportError: submitit is not installed.
+    """
+
+    def __init__(
+        self, name: str, folder: Path, *, jobs: int, threads: int = 1, options: Iterable[str] = ()
+    ) -> None:
+        with extra("cluster"):
+            import submitit
+        self.jobs, self.folder = jobs, make_folder(folder)
+        given: dict[str, Any] = {"name": "glazoo", "cpus_per_task": threads, "timeout_min": 240}
+        for option in options:
+            key, equals, value = option.partition("=")
+            if not equals:
+                raise CompareError(f"--cluster-option: got {option!r}, accepted is NAME=VALUE")
+            given[key] = int(value) if value.isdecimal() else value
+        try:
+            self._executor = submitit.AutoExecutor(folder=self.folder, cluster=name)
+            self._executor.update_parameters(**given)
+        # What an unknown option or cluster, and a machine without SLURM's commands, raise.
+        except (ValueError, NameError, AssertionError, RuntimeError) as e:
+            raise CompareError(f"--cluster {name}: {e}") from e
+        self._jobs: list[Any] = []
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Start a job."""
+        job = self._executor.submit(_Requeued(function), *args)
+        self._jobs.append(job)
+        return job
+
+    def ending(self, job: Any) -> str:
+        """Return a job's last state, and where it wrote what it had to say."""
+        return f"job {job.job_id} ended as {job.state}; what it printed is in {job.paths.stderr}"
+
+    def close(self) -> None:
+        """Cancel the jobs that are not done."""
+        for job in self._jobs:
+            if not job.done():
+                job.cancel(check=False)
 
 
-def _serve(connection: Connection, threads: int, work: Callable[..., dict[str, Any]]) -> None:
-    """Trains what comes through the pipe until it is closed."""
+Pool = Processes | Cluster
+"""Where runs are done. Jobs have `done()` and `result()`, as futures have."""
+
+
+def pool_for(
+    cluster: str | None,
+    folder: Path,
+    *,
+    jobs: int | None = None,
+    threads: int = 1,
+    device: str = "cpu",
+    options: Iterable[str] = (),
+) -> Pool:
+    """Return where runs are done: on this machine, or on a cluster.
+
+    Args:
+        cluster: its name; None: this machine.
+        folder: the folder of the results, of which a cluster's jobs get a folder `jobs`.
+        jobs: how many at once. Default: one per CPU core, or 32 of a cluster.
+        threads: processor cores of each.
+        device: where runs compute; if it is no CPU, jobs of a cluster get one GPU each.
+        options: of a cluster's jobs.
+
+    Raises:
+        CompareError: there are options without a cluster, or one that is not known.
+        ImportError: submitit is not installed.
+    """
+    if cluster is not None:
+        given = [*["gpus_per_node=1"] * (device != "cpu"), *options]
+        return Cluster(cluster, folder / "jobs", jobs=jobs or 32, threads=threads, options=given)
+    if any(True for _ in options):
+        raise CompareError("--cluster-option: it is for the jobs of a --cluster, which is missing")
+    return Processes(jobs or cores())
+
+
+class _Requeued:
+    """A function that submitit calls again when its job ran out of time or made room for another:
+    runs go on where they saved themselves last."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        """Call the function."""
+        return self.function(*args)
+
+    def checkpoint(self, *args: Any) -> Any:
+        """Return what is to be called in the next job."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self, *args)
+
+
+def _begin() -> None:
     # Ctrl-C reaches the whole group; the parent decides what to do.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def end() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        # Nobody waits for the rest.
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def _do(
+    work: Callable[..., dict[str, Any]], run: Run, threads: int, file: Path
+) -> dict[str, Any] | str:
+    """Do a run, and write how far it is to a file; of a failure, return the reason."""
     torch.set_num_threads(threads)
-    while True:
-        try:
-            run = connection.recv()
-        except EOFError:
-            return
-        last = 0.0
+    last = 0.0
 
-        def report(share: float, loss: float) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if now - last > 0.5:
-                last = now
-                connection.send(("moved", share, loss))
+    def report(share: float, loss: float) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > 0.5:
+            last, new = now, file.with_suffix(".new")
+            new.write_text(f"{share} {loss}")
+            new.replace(file)
 
-        try:
-            try:
-                answer: tuple[str, Any] = "finished", work(run, report)
-            except ConnectionError:
-                raise
-            except Exception as e:
-                answer = "failed", f"{type(e).__name__}: {e}"
-            connection.send(answer)
-        except ConnectionError:
-            # The parent is gone; nobody waits for the rest.
-            return
+    try:
+        return work(run, report)
+    except Exception as e:
+        return f"{type(e).__name__}: {e}"
 
 
 def run_all(
     runs: list[Run],
     *,
-    jobs: int,
+    pool: Pool,
     threads: int = 1,
     more: Callable[[dict[str, Any]], list[Run]] | None = None,
     work: Callable[..., dict[str, Any]] = train,
+    until: float = float("inf"),
 ) -> Generator[Event, None, None]:
     """Runs everything over processes and gives what happens as it happens.
 
@@ -110,94 +274,50 @@ def run_all(
 
     Args:
         runs: what to do, in this order.
-        jobs: number of processes.
-        threads: threads of each.
+        pool: where; it is closed at the end.
+        threads: threads of each process.
         more: called with every result, gives runs to add to the queue.
         work: what to do with a run.
+        until: when to stop what is not done, by `time.monotonic()`.
 
     Yields:
         Events.
     """
-    queue = _Queue(list(runs))
-    workers: list[_Worker] = []
+    waiting, attempts = list(runs), Counter[str]()
+    going: dict[Any, Run] = {}
+    moved: dict[str, str] = {}
     try:
-        while queue.waiting or any(w.run is not None for w in workers):
-            while queue.waiting and len(workers) < jobs:
-                workers.append(_start(threads, work))
-            for worker in workers:
-                if worker.run is None and queue.waiting:
-                    worker.run = queue.waiting.pop(0)
-                    # A worker that died meanwhile is noticed below.
-                    try:
-                        worker.connection.send(worker.run)
-                    except OSError:
-                        continue
-            ready = wait(
-                [x for w in workers for x in (w.connection, w.process.sentinel)], timeout=1.0
-            )
-            for worker in list(workers):
-                if worker.connection not in ready and worker.process.sentinel not in ready:
+        while (waiting or going) and time.monotonic() < until:
+            while waiting and len(going) < pool.jobs:
+                run = waiting.pop(0)
+                file = pool.folder / f"{run.key}.progress"
+                file.unlink(missing_ok=True)
+                going[pool.submit(_do, work, run, threads, file)] = run
+            time.sleep(0.05)
+            for job, run in list(going.items()):
+                done, file = job.done(), pool.folder / f"{run.key}.progress"
+                text = file.read_text() if file.exists() else ""
+                if text and moved.get(run.key) != text:
+                    moved[run.key] = text
+                    share, loss = text.split()
+                    yield Moved(run, float(share), float(loss))
+                if not done:
                     continue
-                yield from _listen(worker, workers, queue, more)
+                del going[job]
+                try:
+                    result = job.result()
+                # Whatever an engine says of a process that is gone.
+                except Exception:
+                    attempts[run.key] += 1
+                    again = attempts[run.key] < 2
+                    waiting[:0] = [run] * again
+                    yield Failed(run, pool.ending(job), again)
+                    continue
+                if isinstance(result, str):
+                    yield Failed(run, result, again=False)
+                    continue
+                yield Finished(run, result)
+                if more is not None:
+                    waiting.extend(more(result))
     finally:
-        for worker in workers:
-            worker.connection.close()
-            worker.process.terminate()
-        for worker in workers:
-            worker.process.join()
-
-
-def _start(threads: int, work: Callable[..., dict[str, Any]]) -> _Worker:
-    ours, theirs = _CONTEXT.Pipe()
-    process = _CONTEXT.Process(target=_serve, args=(theirs, threads, work), daemon=True)
-    process.start()
-    theirs.close()
-    return _Worker(process, ours)
-
-
-def _listen(
-    worker: _Worker,
-    workers: list[_Worker],
-    queue: _Queue,
-    more: Callable[[dict[str, Any]], list[Run]] | None,
-) -> Iterator[Event]:
-    try:
-        while worker.connection.poll():
-            message = worker.connection.recv()
-            run = worker.run
-            if run is None:
-                continue
-            if message[0] == "moved":
-                yield Moved(run, message[1], message[2])
-                continue
-            worker.run = None
-            if message[0] == "failed":
-                yield Failed(run, message[1], again=False)
-                continue
-            yield Finished(run, message[1])
-            if more is not None:
-                queue.waiting.extend(more(message[1]))
-    except (EOFError, OSError):
-        pass
-    else:
-        if worker.process.is_alive():
-            return
-    worker.process.join()
-    worker.connection.close()
-    workers.remove(worker)
-    run, worker.run = worker.run, None
-    if run is None:
-        return
-    tries = queue.attempts[run.key] = queue.attempts.get(run.key, 0) + 1
-    again = tries < 2
-    if again:
-        queue.waiting.insert(0, run)
-    yield Failed(run, _ending(worker.process.exitcode), again)
-
-
-def _ending(code: int | None) -> str:
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
-        return f"its process was killed by {name}{hint}"
-    return f"its process ended with exit code {code}"
+        pool.close()

@@ -29,8 +29,20 @@ def run_of(label: str, seed: int = 0, **changes: Any) -> Run:
     return Run(**(fields | changes))
 
 
+def pid_of(file: Path) -> int:
+    """The process that wrote its number to a file, while it lives."""
+    pid = int(file.read_text()) if file.exists() else 0
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return 0
+    return pid
+
+
 def work(run: Run, report: Callable[[float, float], None]) -> dict[str, Any]:
-    """Does what the label says: `die PATH` kills its process while PATH does not exist."""
+    """Does what the label says: `die PATH` kills its process while PATH does not exist,
+    `slow PATH` and `twice PATH` write their process there, and the second is quick the second
+    time."""
     report(0.5, 1.0)
     what, _, where = run.label.partition(" ")
     if what == "fail":
@@ -42,5 +54,13 @@ def work(run: Run, report: Callable[[float, float], None]) -> dict[str, Any]:
     if what == "always":
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "slow":
+        Path(where).write_text(str(os.getpid()))
+        time.sleep(1)
+        report(0.6, 1.0)
         time.sleep(60)
+    if what == "twice":
+        with Path(where).open("a") as file:
+            file.write(f"{os.getpid()} ")
+        if len(Path(where).read_text().split()) == 1:
+            time.sleep(60)
     return {"key": run.key, "label": run.label}

@@ -18,7 +18,7 @@ from glazoo.compare.errors import CompareError
 from glazoo.compare.plan import PRESETS, Plan
 from glazoo.compare.tasks import Task
 from glazoo.compare.train import Run
-from glazoo.compare.workers import Finished
+from glazoo.compare.workers import Finished, Pool
 from glazoo.spec import SpecError
 from glazoo.zoo import load
 
@@ -36,11 +36,13 @@ def run(*args: str) -> Any:
 def in_this_process(
     runs: list[Run],
     *,
+    pool: Pool,
     more: Callable[[dict[str, Any]], list[Run]],
     work: Callable[..., dict[str, Any]],
     **_: Any,
 ) -> Iterator[Finished]:
     """Stands for `run_all`, whose processes take seconds to import what this one has."""
+    pool.close()
     waiting = list(runs)
     while waiting:
         run = waiting.pop(0)

@@ -1,15 +1,11 @@
 import json
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
-from compare.doing import run_of, work
 
-from glazoo.compare import workers
 from glazoo.compare.errors import CompareError
 from glazoo.compare.files import write_text
 from glazoo.compare.store import Store
-from glazoo.compare.workers import Failed, Finished, Moved, run_all
 
 CONFIG = {"task": {"name": "mqar", "load": 4}, "steps": 3}
 
@@ -103,33 +99,3 @@ def test_a_file_in_the_way_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("x")
     with pytest.raises(CompareError, match="cannot write results to"):
         Store(tmp_path / "out", CONFIG)
-
-
-def test_killed_and_failing_workers_cost_only_their_own_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Four processes are started here; they share the seconds that the imports take.
-    context = get_context("forkserver")
-    context.set_forkserver_preload(["glazoo.compare.workers"])
-    monkeypatch.setattr(workers, "_CONTEXT", context)
-    runs = [
-        run_of("fine"),
-        run_of(f"die {tmp_path / 'once'}", 1),
-        run_of("always", 2),
-        run_of("fail", 3),
-        run_of("last", 4),
-    ]
-    added = run_of("added", 5)
-
-    def more(result: dict[str, object]) -> list[object]:
-        return [added] if result["label"] == "fine" else []
-
-    events = list(run_all(runs, jobs=1, more=more, work=work))  # type: ignore[arg-type]
-    finished = [e.run.label for e in events if isinstance(e, Finished)]
-    assert sorted(x.split()[0] for x in finished) == ["added", "die", "fine", "last"]
-    failed = [(e.run.label.split()[0], e.again) for e in events if isinstance(e, Failed)]
-    assert failed == [("die", True), ("always", True), ("always", False), ("fail", False)]
-    reasons = {e.run.label.split()[0]: e.reason for e in events if isinstance(e, Failed)}
-    assert "SIGKILL" in reasons["always"]
-    assert reasons["fail"] == "ValueError: as asked"
-    assert any(isinstance(e, Moved) and e.share == 0.5 for e in events)

@@ -74,11 +74,15 @@ def evaluation() -> None:
     assert HFLM
 
 
-def compare() -> None:
+def compare(*options: str) -> None:
     _glazoo("capacity", "gla", "--pairs", "4", "--seeds", "2", "--jobs", "1", "--no-plots")
     sizes = ["--load", "3", "--length", "12", "--vocab", "32", "--steps", "2", "--batch", "4"]
     model = ["--width", "16", "--heads", "2", "--state", "512", "--jobs", "1", "--no-plots"]
-    _glazoo("compare", "gla", *sizes, *model, "--rates", "0.01", "--seeds", "2")
+    _glazoo("compare", "gla", *sizes, *model, "--rates", "0.01", "--seeds", "2", *options)
+
+
+def cluster() -> None:
+    compare("--cluster", "local")
 
 
 def verify() -> None:
@@ -118,6 +122,7 @@ CHECKS = {
     "train": train,
     "eval": evaluation,
     "compare": compare,
+    "cluster": cluster,
     "verify": verify,
     "plots": plots,
     "cpu": cpu,

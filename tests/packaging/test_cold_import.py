@@ -277,6 +277,7 @@ def test_what_misses_an_extra_says_so(
         ("matplotlib", ["capacity", "gla"], "plots"),
         ("scipy", ["capacity", "gla", "--no-plots", *SMALL], "compare"),
         again("scipy", ["decay", "gla", "--no-plots"], "compare"),
+        ("submitit", ["compare", "gla", "--no-plots", "--cluster", "slurm"], "cluster"),
     ],
 )
 def test_commands_without_their_extra_are_one_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,12 +11,14 @@ from rich.console import Console
 
 from glazoo.compare.clock import duration, estimate
 from glazoo.compare.commands.options import (
+    ClusterOptions,
     Gain,
     GateShape,
     Impl,
     Jobs,
     Metaplastic,
     Names,
+    OnCluster,
     Plots,
     Seed,
     check_device,
@@ -34,6 +37,7 @@ from glazoo.compare.store import Store
 from glazoo.compare.tables import table
 from glazoo.compare.tasks import TASKS, Task
 from glazoo.compare.train import Training
+from glazoo.compare.workers import pool_for
 from glazoo.plotting import require
 from glazoo.terminal import AsJson, console, print_json
 
@@ -131,6 +135,8 @@ def compare(
     seed: Seed = 0,
     jobs: Jobs = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of a process.")] = 1,
+    cluster: OnCluster = None,
+    cluster_option: ClusterOptions = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     impl: Impl = "auto",
     out: Annotated[Path, typer.Option(help="Folder for results; a repeat goes on there.")] = Path(
@@ -149,14 +155,17 @@ def compare(
     equal keys: a source is trained, and then trained on as it is and converted. Differences are
     paired by seed; what a task measures is shown beside its control. Rates are chosen on seeds that
     are not reported. Finished runs are kept, and long ones save where they are: after an
-    interruption the same command goes on where it stopped. The folder gets report.html, report.md,
+    interruption the same command goes on where it stopped. With --cluster runs are jobs of a
+    cluster, and this command waits for them. The folder gets report.html, report.md,
     the figures with their data, and every run in runs.jsonl.
     """
     if plots and not dry_run:
         require("pass --no-plots")
     chosen: Any = known("task", task, TASKS)
     p = PRESETS[known("preset", preset, tuple(PRESETS))].for_task(chosen)
-    check_device(device)
+    # Where jobs are submitted need not be what they run on.
+    if cluster is None:
+        check_device(device)
 
     def given(**values: Any) -> dict[str, Any]:
         return {name: x for name, x in values.items() if x is not None}
@@ -214,9 +223,17 @@ def compare(
             f"{count} runs of {plan.training.steps} steps, about {duration(seconds)} here"
         )
         return
-    with Store(out, plan.config()) as store:
+    pool = pool_for(
+        cluster,
+        out.absolute(),
+        jobs=jobs,
+        threads=threads,
+        device=device,
+        options=cluster_option or (),
+    )
+    with closing(pool), Store(out, plan.config()) as store:
         try:
-            lost = run_plan(plan, store, jobs=jobs or cores(), threads=threads, quiet=as_json)
+            lost = run_plan(plan, store, pool=pool, threads=threads, quiet=as_json)
         except KeyboardInterrupt:
             Console(stderr=True).print(
                 f"stopped; {len(store.results)} runs are kept in {out}: the same command goes on"

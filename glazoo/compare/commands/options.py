@@ -15,12 +15,14 @@ from glazoo.spec import Spec, metaplasticize
 from glazoo.zoo import completions, load
 
 __all__ = [
+    "ClusterOptions",
     "Gain",
     "GateShape",
     "Impl",
     "Jobs",
     "Metaplastic",
     "Names",
+    "OnCluster",
     "Plots",
     "Seed",
     "check_device",
@@ -61,6 +63,22 @@ Gain = Annotated[
 Plots = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw figures (matplotlib).")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of all random draws.")]
 Jobs = Annotated[int | None, typer.Option(min=1, help="Processes. Default: one per CPU core.")]
+OnCluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        help="Run as jobs of a cluster, by submitit: slurm, or local to try it here. --jobs are "
+        "then those that run or wait at once, 32 by default.",
+    ),
+]
+ClusterOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--cluster-option",
+        metavar="NAME=VALUE",
+        help="Of these jobs, like slurm_partition=gpu, timeout_min=600, mem_gb=8; again for more.",
+    ),
+]
 Impl = Annotated[str, typer.Option(help="Engine: auto, reference, chunked or triton.")]
 
 

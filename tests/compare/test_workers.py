@@ -1,0 +1,177 @@
+"""Engines that do runs: processes of this machine, and submitit's jobs on it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from multiprocessing import active_children, get_context
+from pathlib import Path
+
+import pytest
+from compare.doing import pid_of, run_of, work
+
+from glazoo.compare import workers
+from glazoo.compare.errors import CompareError
+from glazoo.compare.workers import (
+    Cluster,
+    Failed,
+    Finished,
+    Moved,
+    Pool,
+    Processes,
+    pool_for,
+    run_all,
+)
+
+
+@pytest.fixture
+def preloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes share the seconds that the imports take."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["glazoo.compare.workers"])
+    monkeypatch.setattr(workers, "_CONTEXT", context)
+
+
+def jobs_of_submitit(folder: Path, monkeypatch: pytest.MonkeyPatch, jobs: int = 1) -> Cluster:
+    pytest.importorskip("submitit")
+    # What runs do is imported from the folder of the tests.
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    return Cluster("local", folder / "jobs", jobs=jobs, options=["timeout_min=5"])
+
+
+def check_killed_and_failing(pool: Pool, folder: Path) -> list[str]:
+    """Gives the reasons of what was killed."""
+    runs = [
+        run_of("fine"),
+        run_of(f"die {folder / 'once'}", 1),
+        run_of("always", 2),
+        run_of("fail", 3),
+        run_of("last", 4),
+    ]
+    added = run_of("added", 5)
+
+    def more(result: dict[str, object]) -> list[object]:
+        return [added] if result["label"] == "fine" else []
+
+    events = list(run_all(runs, pool=pool, more=more, work=work))  # type: ignore[arg-type]
+    finished = [e.run.label for e in events if isinstance(e, Finished)]
+    assert sorted(x.split()[0] for x in finished) == ["added", "die", "fine", "last"]
+    failed = sorted((e.run.label.split()[0], e.again) for e in events if isinstance(e, Failed))
+    assert failed == [("always", False), ("always", True), ("die", True), ("fail", False)]
+    reasons = {e.run.label.split()[0]: e.reason for e in events if isinstance(e, Failed)}
+    assert reasons["fail"] == "ValueError: as asked"
+    assert any(isinstance(e, Moved) and (e.share, e.loss) == (0.5, 1.0) for e in events)
+    return [reasons["always"], reasons["die"]]
+
+
+@pytest.mark.usefixtures("preloaded")
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_killed_and_failing_processes_cost_only_their_own_runs(tmp_path: Path, jobs: int) -> None:
+    pool = Processes(jobs)
+    for reason in check_killed_and_failing(pool, tmp_path):
+        assert reason == "its process was killed by SIGKILL, perhaps for want of memory"
+    assert not pool.folder.exists()
+
+
+@pytest.mark.slow
+def test_killed_and_failing_jobs_cost_only_their_own_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = jobs_of_submitit(tmp_path, monkeypatch, 2)
+    for reason in check_killed_and_failing(pool, tmp_path):
+        assert "what it printed is in" in reason
+        assert Path(reason.rpartition(" ")[2]).exists()
+
+
+def stopped(pool: Pool, folder: Path) -> None:
+    """Starts a run of a minute, stops it, and waits until its process is gone."""
+    file = folder / "pid"
+    events = run_all([run_of(f"slow {file}")], pool=pool, work=work)
+    for event in events:
+        assert isinstance(event, Moved)
+        break
+    assert pid_of(file)
+    events.close()
+    deadline = time.monotonic() + 20
+    while pid_of(file) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not pid_of(file)
+
+
+@pytest.mark.usefixtures("preloaded")
+def test_who_stops_listening_stops_the_runs(tmp_path: Path) -> None:
+    before = {*active_children()}
+    stopped(Processes(1), tmp_path)
+    assert {*active_children()} <= before
+
+
+@pytest.mark.usefixtures("preloaded")
+def test_runs_stop_when_their_time_is_over(tmp_path: Path) -> None:
+    began = time.monotonic()
+    events = run_all(
+        [run_of(f"slow {tmp_path / 'pid'}")], pool=Processes(1), work=work, until=began
+    )
+    assert list(events) == []
+    assert time.monotonic() - began < 20
+
+
+def test_who_stops_listening_cancels_the_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = jobs_of_submitit(tmp_path, monkeypatch)
+    stopped(pool, tmp_path)
+    while not all(job.done() for job in pool._jobs):
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_job_without_time_goes_on_in_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = jobs_of_submitit(tmp_path, monkeypatch)
+    file, events, sent = tmp_path / "pid", [], False
+    for event in run_all([run_of(f"twice {file}")], pool=pool, work=work):
+        events.append(event)
+        if not sent:
+            while not pid_of(file):
+                time.sleep(0.05)
+            # What SLURM sends when the time is nearly over, or another job needs the place.
+            os.kill(pid_of(file), signal.SIGUSR2)
+            sent = True
+    assert isinstance(events[-1], Finished)
+    assert not any(isinstance(e, Failed) for e in events)
+    assert len({*file.read_text().split()}) == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: Cluster("local", p, jobs=1, options=["partition"]), "got 'partition', accepted"),
+        (lambda p: Cluster("local", p, jobs=1, options=["colour=1"]), "--cluster local: .*colour"),
+        (lambda p: Cluster("nowhere", p, jobs=1), "--cluster nowhere: .*nowhere"),
+        (lambda p: Cluster("slurm", p, jobs=1), "--cluster slurm: "),
+        (lambda p: pool_for(None, p, options=["a=1"]), "--cluster, which is missing"),
+    ],
+)
+def test_refusals(
+    make: Callable[[Path], object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit")
+    # Where SLURM is, too.
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(CompareError, match=message):
+        make(tmp_path)
+
+
+def test_jobs_on_a_gpu_ask_for_one(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    given = {"device": "cuda", "threads": 3, "options": ["mem_gb=8"]}
+    pool = pool_for("local", tmp_path, **given)  # type: ignore[arg-type]
+    assert isinstance(pool, Cluster)
+    assert pool.jobs == 32
+    parameters = pool._executor.parameters
+    assert {k: parameters[k] for k in ("gpus_per_node", "cpus_per_task", "mem_gb")} == {
+        "gpus_per_node": 1, "cpus_per_task": 3, "mem_gb": 8
+    }  # fmt: skip
