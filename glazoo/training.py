@@ -6,6 +6,7 @@ import difflib
 import inspect
 import json
 import math
+import os
 import pydoc_data.topics
 import tempfile
 import tomllib
@@ -434,7 +435,8 @@ def run(
     """Trains a model and saves it with its tokenizer.
 
     Under `torchrun` or `accelerate launch` the processes share every batch; `training.fsdp` and
-    `training.fsdp_config` shard the model.
+    `training.fsdp_config`, or accelerate's own configuration, shard the model. The first process
+    of all writes the folder, which the others must see to resume.
 
     Args:
         config: what to train, on what, and how.
@@ -462,8 +464,13 @@ def run(
     if progress is not None:
         report_steps(trainer, progress)
     trainer.plasticity_rate = config.plasticity_rate
-    if args.fsdp and not trainer.is_fsdp_enabled:
-        raise ValueError("training.fsdp: transformers' Trainer shards on accelerators only")
+    # What `accelerate launch` says to its processes.
+    sharded = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if sharded and not trainer.is_fsdp_enabled:
+        raise ValueError(
+            "training.fsdp, or accelerate's configuration: FSDP shards on accelerators only; leave "
+            "it out, and CPUs share the batch"
+        )
     result = trainer.train(resume_from_checkpoint=last)
     metrics = dict(result.metrics)
     if held is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -174,28 +175,103 @@ def _app() -> Any:
     return app
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    """Two processes with half the batch each give the losses of one process with all of it."""
-    sgd = {"optim": "sgd", "learning_rate": 0.1, "save_strategy": "no", "data_seed": 1}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+SGD = {"optim": "sgd", "learning_rate": 0.1, "data_seed": 1}
+TWO = [sys.executable, "-P", "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+SHARDING = str(Path(__file__).with_name("fsdp_training.py"))
+ACCELERATE = """
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+num_machines: 1
+num_processes: 2
+machine_rank: 0
+main_training_function: main
+mixed_precision: 'no'
+use_cpu: true
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_reshard_after_forward: true
+  fsdp_state_dict_type: FULL_STATE_DICT
+"""
+
+
+def launch(*command: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    found: dict[str, list[float]] = {}
-    for name, prefix, batch in (("one", [sys.executable], 4), ("two", command, 2)):
-        data = tables(tmp_path, name, **sgd, per_device_train_batch_size=batch)
-        module = [*prefix, "-m", "glazoo.train", str(write(tmp_path, data))]
-        done = subprocess.run(module, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-4000:]
-        found[name] = losses(tmp_path / name)
-    assert len(found["one"]) == 6
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what one process trained, with all of the batch."""
+    folder = tmp_path_factory.mktemp("one")
+    run(read_config(write(folder, tables(folder, **SGD, save_strategy="no"))))
+    return folder / "out"
+
+
+def assert_as_one(two: Path, one: Path) -> None:
+    """Two processes with half the batch each give the losses and weights of one with all of it."""
+    assert len(losses(one)) == 6
     # Rounding of the sums over a batch's tokens, once per step that builds on the one before.
-    terms = 4 * LENGTH * 6
-    for step, (a, b) in enumerate(zip(found["one"], found["two"], strict=True)):
-        assert abs(a - b) < terms * torch.finfo(torch.float32).eps * a, step
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    for key, value in one.items():
-        scale = float(value.abs().max()) + sgd["learning_rate"]  # type: ignore[operator]
-        assert (two[key] - value).abs().max() < terms * torch.finfo(torch.float32).eps * scale, key
+    eps = 4 * LENGTH * 6 * torch.finfo(torch.float32).eps
+    for step, (a, b) in enumerate(zip(losses(one), losses(two), strict=True)):
+        assert abs(a - b) < eps * a, step
+    expected, found = weights(one), weights(two)
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        scale = float(value.abs().max()) + SGD["learning_rate"]  # type: ignore[operator]
+        assert (found[key] - value).abs().max() < eps * scale, key
+    loaded = AutoModelForCausalLM.from_pretrained(two)
+    ids = AutoTokenizer.from_pretrained(two)("the 7", return_tensors="pt")
+    assert loaded(**ids).logits.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["DDP", "FSDP2", "FSDP2 of accelerate"])
+def test_two_processes_train_as_one(tmp_path: Path, one: Path, launcher: str) -> None:
+    half = SGD | {"per_device_train_batch_size": 2, "save_strategy": "no"}
+    command = [*TWO, SHARDING]
+    if launcher == "DDP":
+        command = [*TWO, "-m", "glazoo.train"]
+    elif launcher == "FSDP2":
+        half["fsdp"] = True
+    else:
+        (tmp_path / "fsdp.yaml").write_text(ACCELERATE)
+        start = [sys.executable, "-P", "-m", "accelerate.commands.launch"]
+        command = [*start, "--config_file", str(tmp_path / "fsdp.yaml"), SHARDING]
+    done = launch(*command, str(write(tmp_path, tables(tmp_path, **half))))
+    assert done.returncode == 0, done.stderr[-4000:]
+    # The first process alone speaks.
+    assert done.stdout.count("eval_loss = ") == 1
+    assert done.stderr.count("step 1 of 6: ") == 1
+    assert_as_one(tmp_path / "out", one)
+
+
+@pytest.mark.slow
+def test_sharded_training_resumes_exactly(tmp_path: Path) -> None:
+    options = {"per_device_train_batch_size": 2, "fsdp": True}
+    path = str(write(tmp_path, tables(tmp_path, **options)))
+    done = launch(*TWO, SHARDING, path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    out = tmp_path / "out"
+    expected, history = weights(out), losses(out)
+    shutil.rmtree(out / "checkpoint-6")
+    (out / "model.safetensors").unlink()
+    done = launch(*TWO, SHARDING, path, "--resume")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "step 4 of 6: " in done.stderr
+    assert "step 3 of 6: " not in done.stderr
+    assert losses(out) == history
+    for key, value in weights(out).items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_sharding_that_would_not_happen_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As `accelerate launch` starts processes with a configuration of FSDP.
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="shards on accelerators only"):
+        run(read_config(write(tmp_path, tables(tmp_path))))
 
 
 SHARDED = """
