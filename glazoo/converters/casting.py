@@ -114,7 +114,7 @@ class Cast:
                             f"largest is {torch.finfo(_TORCH[code]).max:.4g}"
                         )
                 self.largest = max(self.largest, worst_change)
-                f.write(new.view(torch.uint8).numpy())
+                f.write(new.view(torch.uint8).numpy().data)
 
 
 @contextmanager
