@@ -111,8 +111,10 @@ class Processes:
 
     def close(self) -> None:
         """Stop all processes."""
-        for _, process in self._by_job.values():
-            process.terminate()
+        for job, (_, process) in self._by_job.items():
+            # What waits for its next run ends by itself, and cleans up.
+            if not job.done():
+                process.terminate()
         for executor, _ in self._by_job.values():
             executor.shutdown()
         shutil.rmtree(self.folder, ignore_errors=True)

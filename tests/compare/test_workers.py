@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing import active_children, get_context
@@ -105,6 +107,36 @@ def test_who_stops_listening_stops_the_runs(tmp_path: Path) -> None:
     before = {*active_children()}
     stopped(Processes(1), tmp_path)
     assert {*active_children()} <= before
+
+
+ALONE = """
+import sys
+from pathlib import Path
+from compare.doing import run_of, work
+from glazoo.compare.workers import Processes, run_all
+
+if __name__ == "__main__":
+    list(run_all([run_of(f"slow {sys.argv[1]}")], pool=Processes(1), work=work))
+"""
+
+
+@pytest.mark.slow
+def test_runs_end_with_who_started_them(tmp_path: Path) -> None:
+    script, file = tmp_path / "alone.py", tmp_path / "pid"
+    script.write_text(ALONE)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    starter = subprocess.Popen([sys.executable, str(script), str(file)], env=environment)
+    deadline = time.monotonic() + 120
+    while not pid_of(file) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert pid_of(file)
+    # As when there is no memory left: nothing of it runs any more.
+    starter.kill()
+    starter.wait()
+    deadline = time.monotonic() + 20
+    while pid_of(file) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not pid_of(file)
 
 
 @pytest.mark.usefixtures("preloaded")
