@@ -156,8 +156,15 @@ class Cluster:
         self._jobs: list[Any] = []
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Start a job."""
-        job = self._executor.submit(_Requeued(function), *args)
+        """Start a job.
+
+        Raises:
+            CompareError: the cluster refuses it.
+        """
+        try:
+            job = self._executor.submit(_Requeued(function), *args)
+        except RuntimeError as e:
+            raise CompareError(f"--cluster: a job was refused: {e}") from e
         self._jobs.append(job)
         return job
 

@@ -207,3 +207,23 @@ def test_jobs_on_a_gpu_ask_for_one(tmp_path: Path) -> None:
     assert {k: parameters[k] for k in ("gpus_per_node", "cpus_per_task", "mem_gb")} == {
         "gpus_per_node": 1, "cpus_per_task": 3, "mem_gb": 8
     }  # fmt: skip
+
+
+def test_slurm_gets_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit")
+    # SLURM's commands, of which the second keeps the script and refuses it.
+    (tmp_path / "srun").write_text("#!/bin/sh\n")
+    (tmp_path / "sbatch").write_text(
+        f'#!/bin/sh\ncp "$1" {tmp_path}/script\necho invalid partition >&2\nexit 1\n'
+    )
+    for name in ("srun", "sbatch"):
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    pool = pool_for(
+        "slurm", tmp_path, threads=2, device="cuda", options=["slurm_partition=gpu", "mem_gb=8"]
+    )
+    with pytest.raises(CompareError, match=r"a job was refused: [\s\S]*invalid partition"):
+        list(run_all([run_of("fine")], pool=pool, work=work))
+    script = (tmp_path / "script").read_text()
+    for line in ("partition=gpu", "cpus-per-task=2", "gpus-per-node=1", "mem=8GB", "time=240"):
+        assert f"#SBATCH --{line}\n" in script
