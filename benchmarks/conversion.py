@@ -32,7 +32,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,9 +56,7 @@ from glazoo.layers import gates, set_plasticity
 from glazoo.layers.conversion import metaplastic_layers
 from glazoo.layers.gates import GateModule
 from glazoo.layers.plasticity import Observation
-from glazoo.plotting import Axes as PlotAxes
-from glazoo.plotting import Line as PlotLine
-from glazoo.plotting import panels
+from glazoo.plotting import COLORS, encoded, style
 from glazoo.spec import Spec
 from glazoo.stats import interval, paired
 from glazoo.terminal import markdown_table
@@ -819,13 +817,28 @@ def language_text(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def correlation_text(rows: list[dict[str, Any]], folder: Path) -> list[str]:
-    """Return how well what untrained memories hold predicts what training gained."""
-    from scipy.stats import spearmanr
+class Tried(NamedTuple):
+    """A form of one trained source: what is measured untrained, and what training gained."""
 
+    task: str
+    source: str
+    room: float
+    """Share of values found, less the source's."""
+    fall: float
+    """Of the source's loss when gates open."""
+    gain: float
+    """Accuracy, less that of the source trained on."""
+
+
+MEASURES = ("room", "fall")
+PAYS = 0.01
+"""Gain in accuracy from which on a conversion has paid."""
+
+
+def tried(rows: list[dict[str, Any]], folder: Path) -> list[Tried]:
+    """Return every run that has both predictions and a source that was trained on beside it."""
     accuracy = table(rows, "accuracy")
-    lines, everything = [], []
-    by_task: dict[str, list[tuple[float, float, float]]] = collections.defaultdict(list)
+    out = []
     for line in _lines(folder / "predictions.jsonl"):
         found = json.loads(line)
         task, _, rest = found["label"].rpartition(": ")
@@ -833,46 +846,122 @@ def correlation_text(rows: list[dict[str, Any]], folder: Path) -> list[str]:
         base = accuracy.get((task, source, "trained on"), {}).get(found["seed"])
         for form, shares in found["shares"].items():
             trained = accuracy.get((task, source, form), {}).get(found["seed"])
-            if base is None or trained is None:
-                continue
-            predicted = fmean(shares) - fmean(found["shares"]["source"])
-            loss = best_opening(found["opened"][form]).change.mean
-            everything.append((predicted, -loss, trained - base))
-            by_task[task].append(everything[-1])
-    for task, runs in [*by_task.items(), ("all tasks", everything)]:
-        *both, trained = zip(*runs, strict=True)
-        if len(runs) > 3 and all(len(set(x)) > 1 for x in (*both, trained)):
-            capacity, loss = (f"{spearmanr(x, trained).statistic:.2f}" for x in both)
-            lines.append((task, capacity, loss, f"{len(runs)}"))
-    head = ("task", "capacity", "fall of the loss, opened", "runs")
-    if not lines:
+            if base is not None and trained is not None:
+                room = fmean(shares) - fmean(found["shares"]["source"])
+                fall = -best_opening(found["opened"][form]).change.mean
+                out.append(Tried(task, source, room, fall, trained - base))
+    return out
+
+
+def threshold(values: Sequence[float], pays: Sequence[bool]) -> float:
+    """Return the value above which a conversion is said to pay: of those with the fewest errors,
+    the middle of the widest gap."""
+    at = sorted({*values})
+    ends = [at[0] - 1.0, *at, at[-1] + 1.0]
+    gaps = [(a, b) for a, b in itertools.pairwise(ends)]
+
+    def errors(x: float) -> int:
+        return sum((v > x) is not p for v, p in zip(values, pays, strict=True))
+
+    low, high = min(gaps, key=lambda gap: (errors(fmean(gap)), gap[0] - gap[1]))
+    return fmean((low, high))
+
+
+def right(runs: Sequence[Tried], measure: str) -> int:
+    """Count the runs of which a measure says whether they pay, its threshold chosen on the runs of
+    all other tasks and sources."""
+    count = 0
+    for group in {(r.task, r.source) for r in runs}:
+        others = [r for r in runs if (r.task, r.source) != group]
+        here = [r for r in runs if (r.task, r.source) == group]
+        border = threshold([getattr(r, measure) for r in others], [r.gain > PAYS for r in others])
+        count += sum((getattr(r, measure) > border) is (r.gain > PAYS) for r in here)
+    return count
+
+
+def predicted_text(rows: list[dict[str, Any]], folder: Path) -> list[str]:
+    """Return how well what is measured untrained predicts what training gained."""
+    from scipy.stats import spearmanr
+
+    runs = tried(rows, folder)
+    if len(runs) < 4:
         return []
-    title = "## Rank correlation of what is measured untrained with the trained gain"
-    return [title, "", *markdown_table(head, lines, right=True), ""]
+    lines = []
+    for task in [*dict.fromkeys(r.task for r in runs), "all tasks"]:
+        of = [r for r in runs if task in (r.task, "all tasks")]
+        cells = []
+        for measure in MEASURES:
+            values, gains = [getattr(r, measure) for r in of], [r.gain for r in of]
+            varied = len({*values}) > 1 and len({*gains}) > 1
+            cells.append(f"{spearmanr(values, gains).statistic:.2f}" if varied else "")
+        lines.append((task, *cells, f"{len(of)}"))
+    out = [
+        "## What is measured untrained beside the trained gain",
+        "",
+        "Rank correlations with the gain of room (values found, less the source's) and of use (the "
+        "fall of the source's loss when gates open).",
+        "",
+        *markdown_table(("task", "room", "use", "runs"), lines, right=True),
+        "",
+    ]
+    groups = {(r.task, r.source) for r in runs}
+    if len(groups) > 1:
+        most = max(sum(r.gain > PAYS for r in runs), sum(r.gain <= PAYS for r in runs))
+        room, use = (right(runs, measure) for measure in MEASURES)
+        border = threshold([r.fall for r in runs], [r.gain > PAYS for r in runs])
+        out += [
+            f"Whether a conversion gains more than {100 * PAYS:.0f} point, said of each of "
+            f"{len(groups)} sources with thresholds from the others: by room right of {room}, by "
+            f"use of {use} of {len(runs)} runs; the commoner answer of {most}. Threshold of use "
+            f"over all: {border:.4f} nats.",
+            "",
+        ]
+    return out
 
 
 def picture(rows: list[dict[str, Any]]) -> bytes:
-    """Draw the gain against the state, in times of the source's: a panel for each task."""
+    """Draw the gain of every row, the least state below: a panel for each task, a colour for each
+    source, a dot for each seed, and intervals from four seeds on."""
+    from matplotlib.figure import Figure
+
     accuracy, state = table(rows, "accuracy"), table(rows, "state_bytes")
-    found: dict[str, list[PlotLine]] = collections.defaultdict(list)
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    times: dict[str, float] = {}
     for (task, source, line), values in accuracy.items():
-        base = accuracy.get((task, source, "trained on"))
-        if line.startswith("before") or line == "trained on" or not base:
+        base = accuracy.get((task, source, "trained on"), {})
+        gains = [100 * (x - base[seed]) for seed, x in values.items() if seed in base]
+        if line == "trained on" or line.startswith("before") or not gains:
             continue
-        of = paired(values, base)
-        if of is None:
-            continue
-        times = max(state[task, source, line].values()) / max(
-            state[task, source, "trained on"].values()
-        )
-        found[task].append(
-            PlotLine(f"{source}, {line}", [times], [100 * of.mean], [100 * of.low], [100 * of.high])
-        )
-    axes = [
-        PlotAxes(task, "state, times the source's", "points to the source trained on", lines)
-        for task, lines in found.items()
-    ]
-    return panels(axes, columns=2)
+        found.setdefault(task, {}).setdefault(line, {})[source] = gains
+        of = max(state[task, source, line].values())
+        times.setdefault(line, of / max(state[task, source, "trained on"].values()))
+    sources = list(dict.fromkeys(x for task in found.values() for of in task.values() for x in of))
+    heights = [0.9 + 0.34 * len(task) for task in found.values()]
+    with style():
+        figure = Figure(figsize=(7.2, sum(heights)))
+        grid: Any = figure.subplots(len(found), 1, squeeze=False, height_ratios=heights)
+        for ax, (task, of) in zip(grid[:, 0], found.items(), strict=True):
+            names = sorted(of, key=lambda n: (times[n], n))
+            for at, name in enumerate(names):
+                for n, source in enumerate(sources):
+                    gains = of[name].get(source, [])
+                    y = at + 0.5 * ((n + 0.5) / len(sources) - 0.5)
+                    look = {"color": COLORS[n], "zorder": 3}
+                    ax.plot(gains, [y] * len(gains), "o", fillstyle="none", alpha=0.6, **look)
+                    if len(gains) > 1:
+                        ax.plot([fmean(gains)], [y], "D", **look)
+                    if len(gains) > 3:
+                        mean, low, high, _ = interval(gains)
+                        ax.errorbar([mean], [y], xerr=[[mean - low], [high - mean]], **look)
+            ax.axvline(0, color="#555555", linewidth=0.8)
+            ax.set_yticks(range(len(names)), [f"{n}, {times[n]:.2f} x" for n in names])
+            ax.set_ylim(-0.6, len(names) - 0.4)
+            ax.set_title(task)
+        grid[-1, 0].set_xlabel("points of accuracy to the source trained on")
+        for n, source in enumerate(sources):
+            grid[0, 0].plot([], [], "D", color=COLORS[n], label=source)
+        grid[0, 0].legend(loc="lower right")
+        return encoded(figure)
 
 
 @app.command()
@@ -881,7 +970,7 @@ def report(
 ) -> None:
     """Write `report.md` and `gain.png` from the runs that are there."""
     rows = read_rows(out)
-    text = ["# Which conversion pays", "", *tasks_text(rows), *correlation_text(rows, out)]
+    text = ["# Which conversion pays", "", *tasks_text(rows), *predicted_text(rows, out)]
     text += language_text(read_rows(out / "language"))
     (out / "report.md").write_text("\n".join(text))
     write_bytes(out / "gain.png", picture(rows))

@@ -15,10 +15,10 @@ from typing import Any
 from glazoo.errors import extra
 from glazoo.stats import source_of
 
-__all__ = ["Axes", "Line", "encoded", "panels", "require", "style"]
+__all__ = ["COLORS", "Axes", "Line", "encoded", "panels", "require", "style"]
 
 # Okabe and Ito's palette without its yellow, which vanishes on paper.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#7F7F7F")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -115,13 +115,13 @@ def _styles(lines: Iterable[Line]) -> dict[str, dict[str, Any]]:
     forms: Counter[str] = Counter()
     out: dict[str, dict[str, Any]] = {}
     for label, source in sources.items():
-        again, i = divmod(families.index(source), len(_COLORS))
+        again, i = divmod(families.index(source), len(COLORS))
         form = source != label
         out[label] = {
-            "color": _COLORS[i],
+            "color": COLORS[i],
             "marker": _MARKERS[(i + again + 3 * form * forms[source]) % len(_MARKERS)],
             "linestyle": (0, (4, 2)) if form else (0, (1, 1)) if again else "-",
-            "markerfacecolor": "white" if form else _COLORS[i],
+            "markerfacecolor": "white" if form else COLORS[i],
         }
         forms[source] += form
     return out

@@ -96,6 +96,38 @@ def test_rare_words_by_occurrence() -> None:
     assert later == [17, 18, 19, 20]
 
 
+@pytest.mark.parametrize(
+    ("values", "pays", "expected"),
+    [
+        ([0.0, 1.0, 4.0, 5.0], [False, False, True, True], 2.5),
+        ([0.0, 1.0, 4.0, 5.0], [False, True, False, True], 0.5),
+        ([0.0, 1.0], [True, True], -0.5),
+        ([0.0, 1.0], [False, False], 1.5),
+    ],
+)
+def test_the_threshold_with_the_fewest_errors(
+    values: list[float], pays: list[bool], expected: float
+) -> None:
+    found = experiment.threshold(values, pays)
+    errors = [
+        sum((v > x) is not p for v, p in zip(values, pays, strict=True)) for x in (found, expected)
+    ]
+    assert errors[0] == errors[1]
+    if pays != [False, True, False, True]:
+        assert found == expected
+
+
+def test_thresholds_come_from_other_sources_than_they_are_tried_on() -> None:
+    def of(task: str, *pairs: tuple[float, float]) -> list[Any]:
+        return [experiment.Tried(task, "mamba2", room, 0.0, gain) for room, gain in pairs]
+
+    same = [*of("a", (0.0, 0.0), (1.0, 0.5)), *of("b", (0.1, 0.0), (0.9, 0.5))]
+    assert experiment.right(same, "room") == 4
+    # Of the task b the opposite holds: each task's threshold is wrong for the other.
+    opposite = [*of("a", (0.0, 0.0), (1.0, 0.5)), *of("b", (0.9, 0.0), (0.1, 0.5))]
+    assert experiment.right(opposite, "room") < 2
+
+
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny: dict[str, Any] = {"steps": 1, "batch": 2, "eval_examples": 16}
