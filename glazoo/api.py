@@ -156,9 +156,11 @@ def attention(
             cu_seqlens[n + 1] - 1 and may be empty.
         impl: "reference" (token by token, the definition), "chunked" (matrix products, any device),
             "compiled" (a CPU with numba, `pip install 'glazoo[cpu]'`: chunked, with compiled loops
-            for what no matrix product expresses), "triton" (GPU kernels), "fla" (the
-            kernels of flash-linear-attention, for the recurrences that it has), or "auto": compiled
-            where it runs, else chunked, which serves every spec and device.
+            for what no matrix product expresses), "traceable" (plain ATen operations, one scan
+            over tokens in a captured graph: for ONNX and other programs that run graphs), "triton"
+            (GPU kernels), "fla" (the kernels of flash-linear-attention, for the recurrences that it
+            has), or "auto": compiled where it runs, else chunked, which serves every spec and
+            device.
 
     Returns:
         `Output(output, final_state)`, with a third field `uncertainty` if asked for. Arithmetic and

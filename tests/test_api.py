@@ -89,7 +89,7 @@ def test_bad_operands(change, error, message) -> None:
         (
             {"impl": "fast"},
             ValueError,
-            r"impl: got 'fast', accepted are auto, reference, chunked, compiled, triton",
+            r"impl: got 'fast', accepted are auto, reference, chunked, compiled, traceable, triton",
         ),
         ({"scale": float("nan")}, ValueError, r"scale: got nan, accepted is a finite number"),
         (

@@ -1,4 +1,4 @@
-"""Engines that run a program: `reference`, `chunked`, `compiled`, `triton`, `fla`."""
+"""Engines that run a program: `reference`, `chunked`, `compiled`, `traceable`, `triton`, `fla`."""
 
 from __future__ import annotations
 
@@ -46,6 +46,12 @@ def _compiled(call: Call) -> Result:
     return lowered.run(call, compiled)
 
 
+def _traceable(call: Call) -> Result:
+    from glazoo.engines import lowered, traceable
+
+    return lowered.run(call, traceable)
+
+
 def _triton(call: Call) -> Result:
     from glazoo.engines import triton
 
@@ -62,6 +68,7 @@ _ENGINES: dict[str, Engine] = {
     "reference": reference.run,
     "chunked": _chunked,
     "compiled": _compiled,
+    "traceable": _traceable,
     "triton": _triton,
     "fla": _fla,
 }
@@ -90,12 +97,12 @@ _HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 
 def available() -> tuple[str, ...]:
-    """Return the names of the engines that run on a CPU here, in every precision.
+    """Return the names of the engines that compute on a CPU here, in every precision.
 
     `triton` and `fla` need a GPU, or Triton's interpreter, and have no float64; `compiled` needs
-    numba.
+    numba; `traceable` is for graphs that other programs run.
     """
-    missing = {"triton", "fla"} if _HAS_NUMBA else {"triton", "fla", "compiled"}
+    missing = {"traceable", "triton", "fla"} | (set() if _HAS_NUMBA else {"compiled"})
     return tuple(name for name in _ENGINES if name not in missing)
 
 

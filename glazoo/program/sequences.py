@@ -33,9 +33,10 @@ def previous(
         return x
     if cu_seqlens is None:
         start = x.new_zeros(x.shape[:1] + x.shape[2:]) if first is None else first.to(x.dtype)
-        return torch.cat([start[:, None], x[:, :-1]], 1)
+        # Of x alone a slice would have T - 1 tokens, which no graph of any T takes to be one.
+        return torch.cat([start[:, None], x], 1)[:, : x.shape[1]]
     sequence, is_first = positions(cu_seqlens, x.shape[1])
-    shifted = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
+    shifted = torch.cat([torch.zeros_like(x[:, :1]), x], 1)[:, : x.shape[1]]
     start = torch.zeros_like(x) if first is None else first.to(x.dtype)[sequence][None]
     return torch.where(is_first.view(1, -1, *[1] * (x.ndim - 2)), start, shifted)
 

@@ -19,7 +19,7 @@ FORMS = [(n, None) for n in ORACLES] + [
     (n, gate) for n in METAPLASTIC_ORACLES for gate in gate_shapes(n)
 ]
 # What differs from chunked in the compiled engine has tests of its own; here each loop meets one
-# form, and all forms in `make test-all`.
+# form, and all forms in `make test-all`, as the traceable engine does.
 LOOPS = {
     ("palimpsa", None),
     ("longhorn", None),
@@ -35,10 +35,11 @@ CASES = [
         name,
         gate,
         impl,
-        marks=[pytest.mark.slow] * (impl == "compiled" and (name, gate) not in LOOPS),
+        marks=[pytest.mark.slow]
+        * (impl == "traceable" or (impl == "compiled" and (name, gate) not in LOOPS)),
     )
     for name, gate in FORMS
-    for impl in available()
+    for impl in (*available(), "traceable")
     if impl != "reference"
 ]
 

@@ -1,5 +1,6 @@
 """The chunked engine: every core operation as matmuls over chunks of tokens, on any device."""
 
+from glazoo.engines.chunked.covariance import covariance
 from glazoo.engines.chunked.delta import delta
 from glazoo.engines.chunked.importance import importance
 from glazoo.engines.chunked.linear import linear
@@ -7,7 +8,6 @@ from glazoo.engines.chunked.riccati import riccati
 from glazoo.engines.chunked.solve import solve
 from glazoo.engines.chunked.synapse import synapse
 from glazoo.engines.chunked.synapse_delta import synapse_delta
-from glazoo.kernels.loops import covariance
 from glazoo.program.core import PosteriorStep
 
 posterior_step: PosteriorStep | None = None
