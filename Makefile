@@ -99,8 +99,7 @@ $(RELEASE): $(READY)
 	@touch $@
 
 # What an empty environment gets the wheel with, one after the other; core is none of the extras.
-EXTRAS ?= core cli models train eval compare cluster verify plots cpu fla all
-EXTRAS ?= core cli models train eval compare verify plots cpu fla export all
+EXTRAS ?= core cli models train eval compare cluster verify plots cpu fla export all
 EMPTY := build/empty
 IN_EMPTY := $(EMPTY)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
