@@ -741,12 +741,11 @@ def source_of(row: Mapping[str, Any]) -> tuple[str, bool]:
     return name, rest.startswith(("before, K", "bytes of"))
 
 
-Numbers = dict[int, float]
-
-
-def table(rows: Iterable[Mapping[str, Any]], column: str) -> dict[tuple[str, str, str], Numbers]:
-    """Return a number of every reported run, by task, source and row, and by seed."""
-    out: dict[tuple[str, str, str], Numbers] = collections.defaultdict(dict)
+def table(
+    rows: Iterable[Mapping[str, Any]], column: str
+) -> dict[tuple[str, str, str], dict[int, Any]]:
+    """Return a column of every reported run, by task, source and row, and by seed."""
+    out: dict[tuple[str, str, str], dict[int, Any]] = collections.defaultdict(dict)
     for row in rows:
         if not row["selection"]:
             task, _, rest = row["label"].rpartition(": ")
@@ -755,18 +754,31 @@ def table(rows: Iterable[Mapping[str, Any]], column: str) -> dict[tuple[str, str
     return out
 
 
+def passing(curve: Sequence[Mapping[str, float]], base: Sequence[Mapping[str, float]]) -> float:
+    """Return the further steps after which a row is as good as the source is at its end, as the
+    learning curves have it; infinity if it never is."""
+    return next((c["step"] for c in curve if c["accuracy"] >= base[-1]["accuracy"]), math.inf)
+
+
 def tasks_text(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the tables of the tasks: accuracy, and differences by seed."""
-    accuracy, state = table(rows, "accuracy"), table(rows, "state_bytes")
+    """Return the tables of the tasks: accuracy, differences by seed, and steps."""
+    accuracy, state, curves = (table(rows, x) for x in ("accuracy", "state_bytes", "curve"))
     lines = []
     for task in dict.fromkeys(t for t, _, _ in accuracy):
-        head = ("source", "row", "state (bytes)", "accuracy (%)", "to trained on", "seeds")
+        head = ("source", "row", "state (bytes)", "accuracy (%)", "to trained on")
+        head += ("steps to the source's end", "seeds")
         body = []
         for (name, source, line), values in accuracy.items():
             if name != task or line.startswith("before"):
                 continue
             difference = paired(values, accuracy[task, source, "trained on"])
             same = line == "trained on" or difference is None
+            ends = curves[task, source, "trained on"]
+            steps = sorted(
+                passing(curve, ends[seed])
+                for seed, curve in curves[name, source, line].items()
+                if seed in ends
+            )
             body.append(
                 (
                     source,
@@ -774,6 +786,12 @@ def tasks_text(rows: list[dict[str, Any]]) -> list[str]:
                     f"{max(state[name, source, line].values()):,}",
                     interval(list(values.values())).times(100).text(1),
                     "" if same or difference is None else difference.times(100).signed(),
+                    ""
+                    if same
+                    else " to ".join(
+                        f"{x:g}" if math.isfinite(x) else "never"
+                        for x in dict.fromkeys(steps[:: len(steps) - 1 or 1])
+                    ),
                     f"{len(values)}",
                 )
             )

@@ -117,6 +117,15 @@ def test_the_threshold_with_the_fewest_errors(
         assert found == expected
 
 
+def test_the_steps_after_which_a_row_is_as_good_as_the_source_at_its_end() -> None:
+    def curve(*accuracies: float) -> list[dict[str, float]]:
+        return [{"step": 16 * n, "accuracy": a} for n, a in enumerate(accuracies, 1)]
+
+    base = curve(0.5, 0.9, 0.8)
+    assert experiment.passing(curve(0.7, 0.8, 0.95), base) == 32
+    assert experiment.passing(curve(0.7, 0.79), base) == float("inf")
+
+
 def test_thresholds_come_from_other_sources_than_they_are_tried_on() -> None:
     def of(task: str, *pairs: tuple[float, float]) -> list[Any]:
         return [experiment.Tried(task, "mamba2", room, 0.0, gain) for room, gain in pairs]
