@@ -4,6 +4,7 @@
     python benchmarks/census.py --target gfx942 --shape 96/192
     python benchmarks/census.py --opcodes delta_state    its main loop by opcode
     python benchmarks/census.py --sum                    sums over passes, against their goals
+    python benchmarks/census.py --traffic [CASE]         bytes of kernels and of what is around them
     python benchmarks/census.py --check [--quick]        compare with benchmarks/budgets.toml
     python benchmarks/census.py --write-budgets          measure the matrix, write budgets
 
@@ -16,6 +17,9 @@ it is the whole kernel's. Of a kernel with several loops the longest that holds 
 The class with an importance for every synapse has a goal: the work of its passes that touch every
 synapse and token, one after the other, is at most GOALS. Passes over every key and token alone are
 left out; `--sum` lists them, divided by V. Approximate reciprocals, as they are the default.
+
+`--traffic` counts bytes per token and head of a whole `glazoo.attention(impl="triton")`, see
+traffic.py. Those of the eager operations around the kernels have budgets, too.
 """
 
 import argparse
@@ -38,6 +42,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import torch
+import traffic
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -53,7 +58,10 @@ from glazoo.kernels.step import (
     run_posterior_step,
 )
 
-BUDGETS = pathlib.Path(__file__).with_name("budgets.toml")
+HERE = pathlib.Path(__file__).parent
+BUDGETS = HERE / "budgets.toml"
+# The table of BUDGETS that is of no target.
+EAGER = "eager"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -518,17 +526,33 @@ def violations(found: Measurement, budget: dict[str, float] | None) -> list[str]
     return over
 
 
+def eager_bytes(pattern: str = "") -> dict[str, dict[str, float]]:
+    """Bytes of eager operations, by case so named and direction."""
+    return {x: traffic.eager_bytes(x) for x in traffic.CASES if re.search(pattern, x)}
+
+
+def eager_violations(found: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """In what eager bytes differ from their budgets: fewer are a budget to be written anew."""
+    budgets = read_budgets()[EAGER]
+    return [
+        f"eager bytes of {case}, {direction}: {x:.0f}, budget {budget}"
+        for case, directions in found.items()
+        for direction, x in directions.items()
+        if round(x) != (budget := budgets.get(case, {}).get(direction))
+    ]
+
+
 @functools.cache
 def read_budgets() -> dict[str, dict[str, dict[str, float]]]:
-    """Budgets by target and kernel."""
+    """Budgets by target and kernel, and of eager bytes by case and direction."""
     return tomllib.loads(BUDGETS.read_text())
 
 
 def write_budgets(found: list[Measurement], keep: bool) -> None:
     """Write what was measured, the largest over shapes, and with `keep` over what the file says."""
     most: dict[tuple[str, str], tuple[int, int, float]] = {}
-    for target, kernels in read_budgets().items() if keep and BUDGETS.exists() else ():
-        for name, x in kernels.items():
+    for target in TARGETS if keep and BUDGETS.exists() else ():
+        for name, x in read_budgets().get(target, {}).items():
             most[target, name] = (int(x["registers"]), int(x["shared"]), x["work"] / ROOM)
     for x in found:
         seen = most.get(x.key, (0, 0, 0.0))
@@ -547,6 +571,15 @@ def write_budgets(found: list[Measurement], keep: bool) -> None:
             for (at, name), (r, s, w) in sorted(most.items())
             if at == target
         ]
+    lines += [
+        "",
+        "# Bytes of eager operations, per token and head: see traffic.py.",
+    ]
+    lines += [f"[{EAGER}]"]
+    lines += [
+        f'"{case}" = {{ forward = {x["forward"]:.0f}, backward = {x["backward"]:.0f} }}'
+        for case, x in eager_bytes().items()
+    ]
     BUDGETS.write_text("\n".join(lines) + "\n")
 
 
@@ -592,6 +625,29 @@ def _print_totals(found: list[Total]) -> None:
     Console().print(table)
 
 
+def _print_traffic(pattern: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="bytes per token and head, K/V = 128/128, bfloat16")
+    table.add_column("case", overflow="fold")
+    for direction in traffic.DIRECTIONS:
+        for column in ("kernels", "eager", "sum"):
+            table.add_column(f"{direction} {column}", justify="right")
+    for case in traffic.CASES:
+        if re.search(pattern, case):
+            found = traffic.traffic(case).values()
+            cells = (y for x in found for y in (x.kernels, x.eager, x.total))
+            table.add_row(case, *(f"{y:,.0f}" for y in cells))
+    Console().print(table)
+
+
+def _interpreting() -> int:
+    """The same command where Triton interprets kernels, which it decides when it is imported."""
+    command = [sys.executable, *sys.orig_argv[1:]]
+    return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
+
+
 # What --quick compiles: a part of the kernels where most users are, and where limits are tight.
 QUICK = (
     ("sm_90", (128, 128), r"^(?!synapse|solve|riccati).*/head"),
@@ -617,11 +673,23 @@ def main() -> int:
     parser.add_argument(
         "--sum", action="store_true", help="sums of work that have goals; 1 if one is over"
     )
+    parser.add_argument(
+        "--traffic",
+        metavar="CASE",
+        nargs="?",
+        const="",
+        help="bytes that kernels and eager operations move, of all cases or those so named",
+    )
     parser.add_argument("--check", action="store_true", help="compare with the budgets; 1 if over")
     parser.add_argument("--quick", action="store_true", help="with --check: a part of the matrix")
     parser.add_argument("--write-budgets", action="store_true")
     options = parser.parse_args()
     shape = tuple(map(int, options.shape.split("/"))) if options.shape else None
+    if options.traffic is not None:
+        if not interpreting():
+            return _interpreting()
+        _print_traffic(options.traffic)
+        return 0
     one = [options.target or "sm_90"], [shape or (128, 128)]
     if options.sum:
         sums = [x for target, at in itertools.product(*one) for x in totals(target, at)]
@@ -644,6 +712,7 @@ def main() -> int:
         write_budgets(found, keep=len(parts) < len(TARGETS) * len(SHAPES))
         read_budgets.cache_clear()
     over = [y for x in found for y in violations(x, read_budgets().get(x.target, {}).get(x.name))]
+    over += eager_violations(eager_bytes())
     print(*over, f"{len(found)} kernels, {len(over)} over budget", sep="\n")
     return 1 if over else 0
 
