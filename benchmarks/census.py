@@ -49,7 +49,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from glazoo.kernels.common import Launch, interpreting, record_launches
-from glazoo.kernels.loops import Delta, Importance, Linear, Riccati, Solve, Synapse, SynapseDelta
+from glazoo.kernels.loops import (
+    GatedDelta,
+    GatedLinear,
+    Importance,
+    Riccati,
+    Solve,
+    Synapse,
+    SynapseDelta,
+    Whiten,
+)
 from glazoo.kernels.step import (
     Posterior,
     run_delta_step,
@@ -91,7 +100,7 @@ UNITS: dict[str, tuple[str | int, ...]] = {
     "solve": ("BR", "K"),
 }
 # Kernels whose machine code no V decides, and K by little but a tile that all shapes share.
-PLAIN = ("importance", "riccati", "chunk_gate", "chunk_table")
+PLAIN = ("importance", "riccati", "whiten", "chunk_gate", "chunk_table")
 
 
 def given(arguments: Mapping[str, Any], name: str) -> bool:
@@ -107,6 +116,7 @@ VARIANTS: dict[str, Callable[[str, Mapping[str, Any]], object]] = {
     "pre": lambda _, x: x.get("PRE"),
     "prev": lambda _, x: x.get("PREV"),
     "delta": lambda _, x: x.get("DELTA"),
+    "found": lambda _, x: x.get("FOUND"),
     "exact": lambda _, x: x.get("EXACT"),
     "diagonal": lambda _, x: x.get("DIAGONAL"),
     "uncertainty": lambda name, x: (
@@ -231,8 +241,10 @@ def _calls(K: int, V: int, gate: str, B: int, T: int) -> Iterator[Callable[[], o
         gates = (value_b, None if frozen else value_b, g)
         rest = (prior, state, state, None, *rule, uncertainty, False)
         yield passes("synapse_delta", SynapseDelta(q, k, w, *gates, e, k, *rest))
-    linear = Linear(q, k, w, g, state, None, "post")
-    delta = Delta(q, e, k, w, g, state, None, "decayed")
+    # With gates of writes where there is one of decays: without any these cost nothing.
+    write = None if gate == "none" else b
+    linear = GatedLinear(q, k, w, g, write, state, None, "post", 0.5)
+    delta = GatedDelta(q, e, k, w, g, write, write, state, None, "decayed", 0.5)
     scan = Importance(k, b, g, importance, None)
     if T == 1:
         yield lambda: run_linear_step(linear)
@@ -247,6 +259,9 @@ def _calls(K: int, V: int, gate: str, B: int, T: int) -> Iterator[Callable[[], o
     yield passes("delta", delta, 2)
     yield passes("importance", scan, 0)
     one, kept = b.unsqueeze(3), _meta(B, T, HV, K, dtype=torch.float32)
+    for at in ("written", "found"):
+        options = (at, g is not None, at == "found")
+        yield passes("whiten", Whiten(k, kept, g, prior, importance, None, *options))
     factors = {"none": (one, one, one), "head": (one, kept, one), "key": (kept, kept, one)}[gate]
     yield passes("riccati", Riccati(*factors, kept, importance, None), 0)
     if gate != "key":

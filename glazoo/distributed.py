@@ -333,6 +333,8 @@ class _Over:
     """The core operations of an engine over the tokens of all processes."""
 
     posterior_step = None
+    # What it finds of an importance, other processes may have.
+    whiten = None
 
     def __init__(self, core: Core, place: _Place, env: Env) -> None:
         self.core, self.place, self.env = core, place, env
@@ -394,21 +396,25 @@ class _Over:
         w: Tensor,
         g: Tensor | None = None,
         *,
+        beta: Tensor | None = None,
         initial_state: Tensor | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor]:
         start = self._start(initial_state, k, w.shape[2], k.shape[3], w.shape[3])
-        start = self._sums(start, [(k, w)], g)
-        return self.core.linear(q, k, w, g, initial_state=start, **options)
+        start = self._sums(start, [(k, self.env.times(beta, w))], g)
+        return self.core.linear(q, k, w, g, beta=beta, initial_state=start, **options)
 
     def delta(
         self,
         q: Tensor,
-        e: Tensor,
+        e: Tensor | None,
         k: Tensor,
         w: Tensor,
         g: Tensor | None = None,
         *,
+        beta: Tensor | None = None,
+        erase: Tensor | None = None,
+        scale: float = 1.0,
         initial_state: Tensor | None = None,
         base: str = "decayed",
         cu_seqlens: Tensor | None = None,
@@ -420,16 +426,37 @@ class _Over:
         nothing = torch.zeros_like(place.leaving(start))
         state = torch.cat([nothing, one.expand(*nothing.shape[:3], keys)], -1)
         written = torch.nn.functional.pad(place.cut(w), (0, keys))
-        read, predicted, key = (place.cut(x) for x in (q, e, k))
-        decay = None if g is None else place.cut(g)
+        predicted, decay, write, remove = (
+            None if x is None else place.cut(x) for x in (e, g, beta, erase)
+        )
         _, own = self.core.delta(
-            read, predicted, key, written, decay, initial_state=state, base=base
+            place.cut(q),
+            predicted,
+            place.cut(k),
+            written,
+            decay,
+            beta=write,
+            erase=remove,
+            initial_state=state,
+            base=base,
         )
         state = place.entering(start)
         for found in place.gather(own):
             state = found[..., values:] @ state + found[..., :values]
         start = place.entered(start, state)
-        return self.core.delta(q, e, k, w, g, initial_state=start, base=base, cu_seqlens=cu_seqlens)
+        return self.core.delta(
+            q,
+            e,
+            k,
+            w,
+            g,
+            beta=beta,
+            erase=erase,
+            scale=scale,
+            initial_state=start,
+            base=base,
+            cu_seqlens=cu_seqlens,
+        )
 
     def importance(
         self,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .step import delta_step, importance_step, linear_step, posterior_step
     from .synapse import synapse, synapse_step
     from .synapse_delta import synapse_delta, synapse_delta_step
+    from .whiten import whiten
 
 __all__ = [
     "covariance",
@@ -35,6 +36,7 @@ __all__ = [
     "synapse_delta",
     "synapse_delta_step",
     "synapse_step",
+    "whiten",
 ]
 # Modules that hold them; the loops have what has no kernel.
 _PLACES = [
@@ -46,6 +48,7 @@ _PLACES = [
     "step",
     "synapse",
     "synapse_delta",
+    "whiten",
     "loops",
 ]
 

@@ -27,6 +27,7 @@ from .common import (
     launch,
     level_mask,
     level_mask_by_pairs,
+    load_factors,
     locate_chunk,
     multiply,
     pair_decay,
@@ -147,6 +148,7 @@ def chunk_solve_kernel(
     e,
     k,
     gate,
+    erase,
     matrix,
     inverse,
     cu_seqlens,
@@ -163,7 +165,7 @@ def chunk_solve_kernel(
     BK: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """(I + L)^-1 of a chunk, L[i, j] = e_i . prod (j, i] k_j, j < i.
+    """(I + L)^-1 of a chunk, L[i, j] = erase_i e_i . prod (j, i] k_j, j < i.
 
     With a key-shaped gate L is `matrix`.
     """
@@ -193,6 +195,8 @@ def chunk_solve_kernel(
             r_hi, r_lo = reader_decay(p_d, o_t, length - t0, HV, SHIFT)
             c_hi, c_lo = writer_decay(p_d, o_t, length - t0, HV)
             b_l *= decay_between(r_hi[:, None], r_lo[:, None], c_hi[None, :], c_lo[None, :])
+        if erase is not None:
+            b_l *= load_factors(erase, row0, o_t, m_t, i_h, HV)[:, None]
         b_l = tl.where(o_t[:, None] > o_t[None, :], b_l, 0.0)
     b_m = invert_unit_lower(b_l, BT, PREC)
     p_out = inverse + (row0 * HV + i_h) * BT + o_t[:, None] * (HV * BT) + o_t[None, :]
@@ -205,6 +209,8 @@ def chunk_intra_kernel(
     k,
     g,
     table,
+    factor,
+    write,
     score,
     xg,
     kg,
@@ -214,6 +220,7 @@ def chunk_intra_kernel(
     T,
     DIAGONAL: tl.constexpr,
     SHIFT: tl.constexpr,
+    SCALE: tl.constexpr,
     HX: tl.constexpr,
     HK: tl.constexpr,
     HV: tl.constexpr,
@@ -226,8 +233,8 @@ def chunk_intra_kernel(
     """Scores of a reader x (q or e) and the decayed x P and k R of a chunk with a key-shaped gate.
 
     score[i, j] = x_i . prod (j, i] k_j for j < i, and for j = i if DIAGONAL; prod (j, i) if SHIFT.
-    What is None is left out. Pairs inside 16 tokens go through small dots, 16 tokens by 16, the
-    others through the whole chunk's.
+    What is None is left out. x is multiplied by SCALE and a factor per token, k by write. Pairs
+    inside 16 tokens go through small dots, 16 tokens by 16, the others through the whole chunk's.
     """
     NB: tl.constexpr = BT // 16
     i_c = (tl.program_id(0) // HV).to(tl.int64)
@@ -248,6 +255,15 @@ def chunk_intra_kernel(
     m_t = o_t < rows
     b_s = tl.zeros([BT, BT], tl.float32)
     d_s = tl.zeros([NB, 16, 16], tl.float32)
+    # In the layouts of the tiles that they multiply.
+    b_f = tl.full([NB, 16, 1], SCALE, tl.float32)
+    b_f2 = tl.full([BT, 1], SCALE, tl.float32)
+    if factor is not None:
+        b_f *= load_factors(factor, row0, o_b, o_b < rows, i_h, HV)
+        b_f2 *= load_factors(factor, row0, o_t, m_t, i_h, HV)[:, None]
+    if write is not None:
+        b_c = load_factors(write, row0, o_b, o_b < rows, i_h, HV)
+        b_c2 = load_factors(write, row0, o_t, m_t, i_h, HV)[:, None]
     for i_k in range(tl.cdiv(K, BK)):
         o_k = i_k * BK + tl.arange(0, BK)
         m_k = o_k < K
@@ -256,7 +272,9 @@ def chunk_intra_kernel(
         c_p, c_r = pair_decay(p_g, o_b, o_3, m_k[None, None, :], rows, HV * K)
         if score is not None:
             b_k = tl.load(p_k + o_b * (HK * K) + o_3, mask=m_3, other=0.0)
-            b_x = tl.load(p_x + o_b * (HX * K) + o_3, mask=m_3, other=0.0).to(tl.float32)
+            b_x = tl.load(p_x + o_b * (HX * K) + o_3, mask=m_3, other=0.0).to(tl.float32) * b_f
+            if write is not None:
+                b_k = (b_k * b_c).to(b_k.dtype)
             # A reader's product starts at its own decay, or at 1 where it reads before that decay.
             if DIAGONAL:
                 b_y = tl.sum(b_x * b_k.to(tl.float32), 2)
@@ -285,6 +303,9 @@ def chunk_intra_kernel(
         o_2 = o_k[None, :]
         b_k2 = tl.load(p_k + o_t[:, None] * (HK * K) + o_2, mask=m_tk, other=0.0)
         b_x2 = tl.load(p_x + o_t[:, None] * (HX * K) + o_2, mask=m_tk, other=0.0).to(tl.float32)
+        b_x2 *= b_f2
+        if write is not None:
+            b_k2 = (b_k2 * b_c2).to(b_k2.dtype)
         if not SHIFT:
             b_a2 = tl.load(p_g + o_t[:, None] * (HV * K) + o_2, mask=m_tk, other=0.0)
             b_x2 *= tl.exp(b_a2.to(tl.float32))
@@ -312,6 +333,7 @@ def chunk_output_kernel(
     k,
     w,
     gate,
+    write,
     state,
     score,
     o,
@@ -320,6 +342,7 @@ def chunk_output_kernel(
     chunk_offsets,
     T,
     GATE: tl.constexpr,
+    SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
     HQ: tl.constexpr,
     HK: tl.constexpr,
@@ -331,7 +354,10 @@ def chunk_output_kernel(
     BV: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """o = (q P) h + A w. With a key-shaped gate q arrives as q P and A as `score`."""
+    """o = SCALE ((q P) h + A (write w)).
+
+    With a key-shaped gate q arrives as q P and A as `score`, both multiplied.
+    """
     i_v = tl.program_id(1)
     i_c = (tl.program_id(0) // HV).to(tl.int64)
     i_h = tl.program_id(0) % HV
@@ -370,6 +396,10 @@ def chunk_output_kernel(
             c_hi, c_lo = writer_decay(p_d, o_t, length - t0, HV)
             b_o *= decay_from_start(r_hi, r_lo)[:, None]
             b_s *= decay_between(r_hi[:, None], r_lo[:, None], c_hi[None, :], c_lo[None, :])
+        b_o *= SCALE
+        b_s *= SCALE
+        if write is not None:
+            b_s *= load_factors(write, row0, o_t, m_t, i_h, HV)[None, :]
         if SHIFT:
             b_s = tl.where(o_t[:, None] > o_t[None, :], b_s, 0.0)
         else:
@@ -386,6 +416,7 @@ def chunk_dvalue_kernel(
     q,
     k,
     gate,
+    write,
     do,
     dstate,
     score,
@@ -395,6 +426,7 @@ def chunk_dvalue_kernel(
     chunk_offsets,
     T,
     GATE: tl.constexpr,
+    SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
     HAS_STATE: tl.constexpr,
     HQ: tl.constexpr,
@@ -407,7 +439,10 @@ def chunk_dvalue_kernel(
     BV: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """dw = A^T do, plus (k R) dh_next if HAS_STATE. With a key-shaped gate k arrives as k R."""
+    """dw = write (SCALE A^T do, plus (k R) dh_next if HAS_STATE).
+
+    With a key-shaped gate k arrives as k R and A as `score`, both multiplied.
+    """
     i_v = tl.program_id(1)
     i_c = (tl.program_id(0) // HV).to(tl.int64)
     i_h = tl.program_id(0) % HV
@@ -452,6 +487,11 @@ def chunk_dvalue_kernel(
             e_hi, e_lo = whole_decay(p_d, length - t0, HV, BT)
             b_dw *= decay_between(e_hi, e_lo, c_hi, c_lo)[:, None]
             b_s *= decay_between(r_hi[None, :], r_lo[None, :], c_hi[:, None], c_lo[:, None])
+        b_s *= SCALE
+        if write is not None:
+            b_f = load_factors(write, row0, o_t, m_t, i_h, HV)[:, None]
+            b_dw *= b_f
+            b_s *= b_f
         if SHIFT:
             b_s = tl.where(o_t[:, None] < o_t[None, :], b_s, 0.0)
         else:
@@ -470,6 +510,8 @@ def chunk_dkey_kernel(
     k,
     w,
     gate,
+    erase,
+    write,
     state,
     dstate,
     do,
@@ -478,6 +520,7 @@ def chunk_dkey_kernel(
     de,
     dk,
     dg,
+    dfactor,
     cu_seqlens,
     chunk_ids,
     chunk_offsets,
@@ -485,6 +528,8 @@ def chunk_dkey_kernel(
     dg_stride,
     GATE: tl.constexpr,
     HAS_E: tl.constexpr,
+    SAME: tl.constexpr,
+    SCALE: tl.constexpr,
     SHIFT_Q: tl.constexpr,
     SHIFT_E: tl.constexpr,
     HQ: tl.constexpr,
@@ -500,6 +545,8 @@ def chunk_dkey_kernel(
 ):
     """Gradients of q, e, k and g of a chunk, for one tile of keys. No gate or a head-shaped one.
 
+    q is multiplied by SCALE, e by erase, k by write: dfactor, of these two, is a sum over the tile.
+    SAME: e is k, and dk that of both.
     e reads the state with output gradient -dw (dw: gradient of the values the delta rule is given).
     The gate's gradient at t sums what every pair (writer before t, reader at or after t)
     contributes. Pairs with one end outside the chunk are summed directly; pairs inside are a
@@ -558,6 +605,11 @@ def chunk_dkey_kernel(
         mask=m_tk,
         other=0.0,
     )
+    b_dq *= SCALE
+    b_ds *= SCALE
+    if write is not None:
+        b_f = load_factors(write, row0, o_t, m_t, i_h, HV)
+        b_k = (b_k * b_f[:, None]).to(b_k.dtype)
     b_e = b_q
     if HAS_E:
         p_e = e + (row0 * HE + i_h // (HV // HE)) * K + o_row * (HE * K) + o_k[None, :]
@@ -586,13 +638,20 @@ def chunk_dkey_kernel(
             b_dl *= decay_between(r_hi[:, None], r_lo[:, None], c_hi[None, :], c_lo[None, :])
         b_s = tl.where(o_t[:, None] > o_t[None, :], b_dl, 0.0).to(b_k.dtype)
         b_de = tl.dot(b_s, b_k, b_de, input_precision=PREC, out_dtype=tl.float32)
+        b_y = tl.sum(b_e * b_de, 1)
+        if erase is not None:
+            # Not the tile of e, for which registers would have no room.
+            b_f = load_factors(erase, row0, o_t, m_t, i_h, HV)
+            b_s = (b_s * b_f[:, None]).to(b_k.dtype)
+            p_factor = dfactor + i_k.to(tl.int64) * dg_stride + (row0 + o_t) * HV + i_h
+            tl.store(p_factor, b_y, mask=m_t)
+            b_y *= b_f
         b_ik = tl.dot(tl.trans(b_s), b_e, b_ik, input_precision=PREC, out_dtype=tl.float32)
     if GATE == 1:
         b_x = tl.sum(b_q * b_dq, 1)
         if SHIFT_Q:
             b_now += b_x
         if HAS_E:
-            b_y = tl.sum(b_e * b_de, 1)
             b_x += b_y
             if SHIFT_E:
                 b_now += b_y
@@ -609,8 +668,19 @@ def chunk_dkey_kernel(
         b_dk += b_own[:, None] * b_q
     p_out = (row0 * HV + i_h) * K + o_row * (HV * K) + o_k[None, :]
     tl.store(dq + p_out, b_dq.to(dq.dtype.element_ty), mask=m_tk)
+    if write is not None:
+        # Read again, after that store: kept until here, it takes registers.
+        p_factor = dfactor + i_k.to(tl.int64) * dg_stride + (row0 + o_t) * HV + i_h
+        p_k = k + (row0 * HK + i_h // (HV // HK)) * K + o_row * (HK * K) + o_k[None, :]
+        b_given = tl.load(p_k, mask=m_tk, other=0.0)
+        tl.store(p_factor, tl.sum(b_given * b_dk, 1), mask=m_t)
+        b_dk *= load_factors(write, row0, o_t, m_t, i_h, HV)[:, None]
+    if erase is not None:
+        b_de *= load_factors(erase, row0, o_t, m_t, i_h, HV)[:, None]
+    if SAME:
+        b_dk += b_de
     tl.store(dk + p_out, b_dk.to(dk.dtype.element_ty), mask=m_tk)
-    if HAS_E:
+    if HAS_E and not SAME:
         tl.store(de + p_out, b_de.to(de.dtype.element_ty), mask=m_tk)
 
 
@@ -625,6 +695,7 @@ def chunk_dscore_kernel(
     chunk_ids,
     chunk_offsets,
     T,
+    SCALE: tl.constexpr,
     HAS_E: tl.constexpr,
     HV: tl.constexpr,
     V: tl.constexpr,
@@ -632,7 +703,7 @@ def chunk_dscore_kernel(
     BV: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """Gradients of the scores, do w^T, and of L, -dw w^T. Neither is masked."""
+    """Gradients of the scores, SCALE do w^T, and of L, -dw w^T. Neither is masked."""
     i_c = (tl.program_id(0) // HV).to(tl.int64)
     i_h = tl.program_id(0) % HV
     bos, t0, length = locate_chunk(i_c, T, cu_seqlens, chunk_ids, chunk_offsets, BT)
@@ -655,12 +726,12 @@ def chunk_dscore_kernel(
             b_dw = tl.load(dw + p_w, mask=m_tv, other=0.0)
             b_dl = tl.dot(b_dw, b_wt, b_dl, input_precision=PREC, out_dtype=tl.float32)
     p_out = (row0 * HV + i_h) * BT + o_t[:, None] * (HV * BT) + o_t[None, :]
-    tl.store(dscore + p_out, b_ds.to(dscore.dtype.element_ty), mask=m_t[:, None])
+    tl.store(dscore + p_out, (b_ds * SCALE).to(dscore.dtype.element_ty), mask=m_t[:, None])
     if HAS_E:
         tl.store(dsolve + p_out, (-b_dl).to(dsolve.dtype.element_ty), mask=m_t[:, None])
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "dg_stride"])
 def chunk_dkey_keyed_kernel(
     q,
     e,
@@ -668,6 +739,8 @@ def chunk_dkey_keyed_kernel(
     w,
     g,
     table,
+    erase,
+    write,
     state,
     dstate,
     do,
@@ -678,11 +751,15 @@ def chunk_dkey_keyed_kernel(
     de,
     dk,
     dg,
+    dfactor,
     cu_seqlens,
     chunk_ids,
     chunk_offsets,
     T,
+    dg_stride,
     HAS_E: tl.constexpr,
+    SAME: tl.constexpr,
+    SCALE: tl.constexpr,
     SHIFT_Q: tl.constexpr,
     SHIFT_E: tl.constexpr,
     HQ: tl.constexpr,
@@ -733,11 +810,15 @@ def chunk_dkey_keyed_kernel(
     b_q = tl.load(p_q + o_b * (HQ * K) + o_3, mask=m_3, other=0.0)
     b_a = tl.exp(tl.load(p_g + o_b * (HV * K) + o_3, mask=m_3, other=0.0).to(tl.float32))
     b_ds = tl.load(p_ds + o_b * (HV * BT) + o_c, mask=m_b, other=0.0)
+    if write is not None:
+        b_k = (b_k * load_factors(write, row0, o_b, m_b, i_h, HV)).to(b_k.dtype)
     b_e = b_q
     b_dl = b_ds
     if HAS_E:
         b_e = tl.load(p_e + o_b * (HE * K) + o_3, mask=m_3, other=0.0)
         b_dl = tl.load(p_dl + o_b * (HV * BT) + o_c, mask=m_b, other=0.0)
+    if erase is not None:
+        b_e = (b_e * load_factors(erase, row0, o_b, m_b, i_h, HV)).to(b_e.dtype)
     c_p = tl.full([NB, 16, BK], 1.0, tl.float32)
     c_r = tl.full([NB, 16, BK], 1.0, tl.float32)
     c_q = tl.zeros([NB, 16, BK], tl.float32)
@@ -780,9 +861,17 @@ def chunk_dkey_keyed_kernel(
     b_k2 = tl.load(p_k + o_t[:, None] * (HK * K) + o_2, mask=m_tk, other=0.0)
     b_q2 = tl.load(p_q + o_t[:, None] * (HQ * K) + o_2, mask=m_tk, other=0.0)
     b_a2 = tl.exp(tl.load(p_g + o_t[:, None] * (HV * K) + o_2, mask=m_tk, other=0.0).to(tl.float32))
+    b_given = b_k2
+    if write is not None:
+        b_f = load_factors(write, row0, o_t, m_t, i_h, HV)
+        b_k2 = (b_k2 * b_f[:, None]).to(b_k2.dtype)
     b_e2 = b_q2
     if HAS_E:
         b_e2 = tl.load(p_e + o_t[:, None] * (HE * K) + o_2, mask=m_tk, other=0.0)
+    if erase is not None:
+        b_given = b_e2
+        b_f = load_factors(erase, row0, o_t, m_t, i_h, HV)
+        b_e2 = (b_e2 * b_f[:, None]).to(b_e2.dtype)
     for level in range(4, LEVELS):
         m_s2 = level_mask(o_t, o_t, level)
         o_tt = o_t[:, None] * (HV * BT) + o_t[None, :]
@@ -831,17 +920,26 @@ def chunk_dkey_keyed_kernel(
             b_dw = tl.load(dw + p_w, mask=m_tv, other=0.0)
             b_de = tl.dot(b_dw, b_h, b_de, input_precision=PREC, out_dtype=tl.float32)
     p_2 = (row0 * HV + i_h) * K + o_t[:, None] * (HV * K) + o_2
-    b_iq += b_dq * (b_p if SHIFT_Q else b_p * b_a2)
+    b_iq += b_dq * ((b_p if SHIFT_Q else b_p * b_a2) * SCALE)
     b_late = b_q2 * b_iq
     if not SHIFT_Q:
         b_iq += b_own * b_k2
     tl.store(dq + p_2, b_iq.to(dq.dtype.element_ty), mask=m_tk)
+    p_factor = dfactor + i_k.to(tl.int64) * dg_stride + (row0 + o_t) * HV + i_h
+    b_same = tl.zeros([BT, BK], tl.float32)
     b_now = tl.zeros([BT, BK], tl.float32)
     if SHIFT_Q:
         b_now += b_late
     if HAS_E:
         b_ie -= b_de * (b_p if SHIFT_E else b_p * b_a2)
-        tl.store(de + p_2, b_ie.to(de.dtype.element_ty), mask=m_tk)
+        b_de = b_ie
+        if erase is not None:
+            tl.store(p_factor, tl.sum(b_given * b_de, 1), mask=m_t)
+            b_de *= b_f[:, None]
+        if SAME:
+            b_same = b_de
+        else:
+            tl.store(de + p_2, b_de.to(de.dtype.element_ty), mask=m_tk)
         b_ie *= b_e2
         b_late += b_ie
         if SHIFT_E:
@@ -851,6 +949,11 @@ def chunk_dkey_keyed_kernel(
     b_ik += b_dk
     if not SHIFT_Q:
         b_ik += b_own * b_q2
+    if write is not None:
+        tl.store(p_factor, tl.sum(b_given * b_ik, 1), mask=m_t)
+        b_ik *= b_f[:, None]
+    if SAME:
+        b_ik += b_same
     tl.store(dk + p_2, b_ik.to(dk.dtype.element_ty), mask=m_tk)
     b_dk *= b_k2
     b_last *= tl.load(p_table + (BT - 2) * K + o_k, mask=m_k, other=1.0)
@@ -865,33 +968,38 @@ def chunk_tokens(dtype: torch.dtype) -> int:
 
 
 class Gate(NamedTuple):
-    """A decay as the kernels take it.
+    """A decay as the kernels take it, and what operands are multiplied by.
 
     GATE: 0 none, 1 one per head, 2 one per key. gate, float32: what `chunk_gate_kernel` (GATE 1,
-    [B, T, HV, 2]) or `chunk_table_kernel` (GATE 2, [chunks, HV, BT, K]) made of g.
+    [B, T, HV, 2]) or `chunk_table_kernel` (GATE 2, [chunks, HV, BT, K]) made of g. scale: of q.
+    [B, T, HV] or None: write, of k, in `linear`; erase and beta, of e and w, in `delta`.
     """
 
     GATE: int
     g: Tensor | None
     gate: Tensor | None
+    scale: float = 1.0
+    write: Tensor | None = None
+    erase: Tensor | None = None
+    beta: Tensor | None = None
 
 
-def chunk_gate(g: Tensor | None, chunks: Chunks) -> Gate:
-    """Prepare a gate [B, T, HV] or [B, T, HV, K], or none."""
+def chunk_gate(g: Tensor | None, chunks: Chunks, **factors: Any) -> Gate:
+    """Prepare a gate [B, T, HV] or [B, T, HV, K], or none, and `factors` of operands."""
     if g is None:
-        return Gate(0, None, None)
+        return Gate(0, None, None, **factors)
     if g.ndim == 3:
         HV = g.shape[2]
         sums = g.new_empty(*g.shape, 2, dtype=torch.float32)
         BH = min(16, power_of_two(HV))
         grid = (chunks.number, -(-HV // BH))
         launch(chunk_gate_kernel, grid, Tiles(1, 1, 4, 1), chunks, g=g, sums=sums, BH=BH)
-        return Gate(1, g, sums)
+        return Gate(1, g, sums, **factors)
     HV, K = g.shape[2:]
     tiles = chunk_tiles("chunk_table_kernel", K, K, g.dtype)
     table = g.new_empty(chunks.number, HV, chunks.BT, K, dtype=torch.float32)
     launch(chunk_table_kernel, chunks.number, tiles, chunks, across="K", g=g, table=table)
-    return Gate(2, g, table)
+    return Gate(2, g, table, **factors)
 
 
 def chunk_solve(
@@ -924,8 +1032,11 @@ def chunk_intra(
     chunks: Chunks,
     diagonal: bool,
     shift: bool,
+    scale: float,
+    factor: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Fill `score` for reader x; x P and, with `keys`, k R. For a key-shaped gate."""
+    """Fill `score` for reader x, times a scale and a factor; x P and, with `keys`, k R. For a
+    key-shaped gate."""
     assert gate.g is not None
     K = k.shape[3]
     xg = k.new_empty(gate.g.shape)
@@ -944,6 +1055,8 @@ def chunk_intra(
         kg=kg,
         DIAGONAL=diagonal,
         SHIFT=shift,
+        scale=scale,
+        factor=factor,
         LEVELS=chunks.BT.bit_length() - 1,
     )
     return xg, kg
@@ -964,11 +1077,11 @@ def chunk_readers(
     B, T, HV, _ = gate.g.shape
     score = k.new_empty(B, T, HV, chunks.BT)
     matrix = k.new_empty(B, T, HV, chunks.BT, dtype=torch.float32) if solve else None
-    qg, kg = chunk_intra(q, k, gate, score, True, chunks, not shift_q, shift_q)
+    qg, kg = chunk_intra(q, k, gate, score, True, chunks, not shift_q, shift_q, gate.scale, None)
     assert kg is not None
     eg = None
     if e is not None:
-        eg, _ = chunk_intra(e, k, gate, matrix, False, chunks, False, shift_e)
+        eg, _ = chunk_intra(e, k, gate, matrix, False, chunks, False, shift_e, 1.0, gate.erase)
     return score, matrix, qg, eg, kg
 
 
@@ -1034,7 +1147,7 @@ def chunk_dvalue(
 
 
 def chunk_dscore(
-    w: Tensor, do: Tensor, dw: Tensor | None, chunks: Chunks
+    w: Tensor, do: Tensor, dw: Tensor | None, chunks: Chunks, scale: float
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the scores and, with dw, of what is solved (see `chunk_dscore_kernel`)."""
     B, T, HV, V = w.shape
@@ -1050,6 +1163,7 @@ def chunk_dscore(
         dw=dw,
         dscore=dscore,
         dsolve=dsolve,
+        scale=scale,
         HAS_E=dw is not None,
     )
     return dscore, dsolve
@@ -1068,25 +1182,29 @@ def chunk_dkey(
     chunks: Chunks,
     shift_q: bool,
     shift_e: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, e, k per value head and of g; empty where absent."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, e, k per value head, of g, and of what multiplies k or e; empty where absent.
+    Where e is k, that of k is of both."""
     (B, T, HV, V), K = w.shape, q.shape[3]
     kernel: Any = chunk_dkey_keyed_kernel if gate.GATE == 2 else chunk_dkey_kernel
     tiles = chunk_tiles(kernel.__name__, K, V, w.dtype, gate.GATE)
     blocks = -(-K // tiles.BK)
     dq = w.new_empty(B, T, HV, K)
     dk = torch.empty_like(dq)
-    de = torch.empty_like(dq) if e is not None else w.new_empty(0)
+    same = e is k
+    de = w.new_empty(0) if e is None or same else torch.empty_like(dq)
+    multiplied = gate.write is not None or gate.erase is not None
+    dfactor = w.new_empty(blocks if multiplied else 0, B, T, HV, dtype=torch.float32)
     own: dict[str, Any]
     if gate.GATE == 2:
         assert gate.g is not None
-        dscore, dsolve = chunk_dscore(w, do, dw, chunks)
+        dscore, dsolve = chunk_dscore(w, do, dw, chunks, gate.scale)
         dg = torch.empty_like(gate.g)
         levels = chunks.BT.bit_length() - 1
         own = {"table": gate.gate, "dscore": dscore, "dsolve": dsolve, "LEVELS": levels}
     else:
         dg = w.new_empty(0 if gate.g is None else blocks, B, T, HV, dtype=torch.float32)
-        own = {"dg_stride": B * T * HV}
+        own = {}
     launch(
         kernel,
         chunks.number,
@@ -1106,13 +1224,19 @@ def chunk_dkey(
         de=de,
         dk=dk,
         dg=dg,
+        dfactor=dfactor,
+        dg_stride=B * T * HV,
         HAS_E=e is not None,
+        SAME=same,
         SHIFT_Q=shift_q,
         SHIFT_E=shift_e,
         **own,
     )
-    if gate.g is None:
-        return dq, de, dk, w.new_empty(0)
-    if gate.GATE == 2:
-        return dq, de, dk, dg
-    return dq, de, dk, (dg[0] if blocks == 1 else dg.sum(0)).to(gate.g.dtype)
+    if gate.GATE == 1:
+        dg = _over_tiles(dg)
+    return dq, de, dk, dg, _over_tiles(dfactor) if multiplied else dfactor
+
+
+def _over_tiles(x: Tensor) -> Tensor:
+    """The sum over tiles of keys."""
+    return x[0] if x.shape[0] == 1 else x.sum(0)

@@ -114,6 +114,12 @@ def decay_between(r_hi, r_lo, c_hi, c_lo):
 
 
 @triton.jit
+def load_factors(x, row0, o_t, m_t, i_h, HV: tl.constexpr):
+    """What a head's tokens are multiplied by: x [.., HV], a number for each."""
+    return tl.load(x + (row0 + o_t) * HV + i_h, mask=m_t, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def multiply(a, b):
     return a * b
 
@@ -331,7 +337,7 @@ _AXES = {
         ("x", "B T HX K"),
         ("r", "B T HR K"),
         ("w v do b beta", "B T HV V"),
-        ("g dq u z", "B T HV K"),
+        ("g dq u z j", "B T HV K"),
         ("sums inverse", "B T HV"),
         ("state", "N HV K V"),
         ("enter", "N HV . K V"),
@@ -357,6 +363,7 @@ _CHOICES: dict[str, tuple[str, Callable[[Any], object]]] = {
     "DIAGONAL": ("correction", lambda correction: correction == "diagonal"),
     "OWN": ("own", bool),
     "RECIP": ("exact", reciprocal_kind),
+    "SCALE": ("scale", float),
 }
 
 

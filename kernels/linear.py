@@ -21,6 +21,7 @@ from .common import (
     decay_between,
     decay_from_start,
     launch,
+    load_factors,
     locate_sequence,
     make_chunks,
     reader_decay,
@@ -29,10 +30,11 @@ from .common import (
     whole_decay,
     writer_decay,
 )
-from .loops import Linear
+from .loops import GatedLinear
 from .operands import (
     as_result,
     check_choice,
+    check_factors,
     check_operands,
     final_state,
     given_or_zeros,
@@ -49,6 +51,7 @@ def linear_state_kernel(
     k,
     w,
     gate,
+    write,
     initial,
     state,
     final,
@@ -65,7 +68,10 @@ def linear_state_kernel(
     BV: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """State at the start of every chunk, and the final one. With a key gate k arrives as k R."""
+    """State at the start of every chunk, and the final one; k is multiplied by write.
+
+    With a key-shaped gate k arrives as k R, multiplied.
+    """
     NK: tl.constexpr = (K + BK - 1) // BK
     i_k = tl.program_id(1) % NK
     i_v = tl.program_id(1) // NK
@@ -93,11 +99,18 @@ def linear_state_kernel(
         tl.store(p_h, b_h.to(state.dtype.element_ty), mask=m_kv)
         b_k = tl.load(p_k, mask=m_k[:, None] & m_t[None, :], other=0.0)
         b_w = tl.load(p_w, mask=m_t[:, None] & m_v[None, :], other=0.0)
+        if GATE != 2 and write is not None:
+            b_f = load_factors(write, bos + i_t * BT, o_t, m_t, i_h, HV)
+        if GATE == 0 and write is not None:
+            b_k = (b_k * b_f[None, :]).to(b_k.dtype)
         if GATE == 1:
             p_d = gate + ((bos + i_t * BT) * HV + i_h) * 2
             c_hi, c_lo = writer_decay(p_d, o_t, length - i_t * BT, HV)
             e_hi, e_lo = whole_decay(p_d, length - i_t * BT, HV, BT)
-            b_k = (b_k * decay_between(e_hi, e_lo, c_hi, c_lo)[None, :]).to(b_k.dtype)
+            b_r = decay_between(e_hi, e_lo, c_hi, c_lo)
+            if write is not None:
+                b_r *= b_f
+            b_k = (b_k * b_r[None, :]).to(b_k.dtype)
             b_h *= decay_from_start(e_hi, e_lo)
         if GATE == 2:
             p_a = gate + (i_c * HV + i_h) * (BT * K) + (BT - 2) * K + o_k
@@ -120,6 +133,7 @@ def linear_dstate_kernel(
     chunk_offsets,
     T,
     GATE: tl.constexpr,
+    SCALE: tl.constexpr,
     SHIFT: tl.constexpr,
     HQ: tl.constexpr,
     HV: tl.constexpr,
@@ -130,9 +144,10 @@ def linear_dstate_kernel(
     BV: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """Gradient of the state at the end of every chunk, and of the initial one.
+    """Gradient of the state at the end of every chunk, and of the initial one; q is multiplied by
+    SCALE.
 
-    With a key-shaped gate q arrives as q P.
+    With a key-shaped gate q arrives as q P, multiplied.
     """
     NK: tl.constexpr = (K + BK - 1) // BK
     i_k = tl.program_id(1) % NK
@@ -161,11 +176,13 @@ def linear_dstate_kernel(
         p_o = do + (row0 * HV + i_h) * V + o_row[:, None] * (HV * V) + o_v[None, :]
         b_q = tl.load(p_q, mask=m_k[:, None] & m_t[None, :], other=0.0)
         b_do = tl.load(p_o, mask=m_t[:, None] & m_v[None, :], other=0.0)
+        if GATE == 0 and SCALE != 1.0:
+            b_q = (b_q.to(tl.float32) * SCALE).to(b_q.dtype)
         if GATE == 1:
             p_d = gate + (row0 * HV + i_h) * 2
             r_hi, r_lo = reader_decay(p_d, o_t, length - i_t * BT, HV, SHIFT)
             e_hi, e_lo = whole_decay(p_d, length - i_t * BT, HV, BT)
-            b_q = (b_q * decay_from_start(r_hi, r_lo)[None, :]).to(b_q.dtype)
+            b_q = (b_q * (decay_from_start(r_hi, r_lo) * SCALE)[None, :]).to(b_q.dtype)
             b_dh *= decay_from_start(e_hi, e_lo)
         if GATE == 2:
             p_a = gate + (i_c * HV + i_h) * (BT * K) + (BT - 2) * K + o_k
@@ -219,14 +236,14 @@ def _linear_dstate(
     return dstate, dinitial
 
 
-def _begin(x: Linear) -> tuple[Linear, Chunks, Gate]:
+def _begin(x: GatedLinear) -> tuple[GatedLinear, Chunks, Gate]:
     """Operands as the kernels take them, of one dtype."""
     x = prepare(x, x.w.dtype, ("q", "k"), ("initial_state",))
     chunks = make_chunks(x.w.shape[0], x.w.shape[1], x.cu_seqlens, chunk_tokens(x.w.dtype))
-    return x, chunks, chunk_gate(x.g, chunks)
+    return x, chunks, chunk_gate(x.g, chunks, scale=x.scale, write=x.beta)
 
 
-def forward(x: Linear, keep: bool) -> tuple[Tensor, Tensor]:
+def forward(x: GatedLinear, keep: bool) -> tuple[Tensor, Tensor]:
     """Output and final state."""
     if is_step(x.w, x.cu_seqlens, keep):
         state = own_state(x.initial_state, x.w, x.k.shape[3])
@@ -241,7 +258,7 @@ def forward(x: Linear, keep: bool) -> tuple[Tensor, Tensor]:
     return chunk_output(x.q, x.k, x.w, gate, state, None, chunks, pre), final
 
 
-def gradients(x: Linear, grads: Any, _wanted: Any) -> tuple[Tensor | None, ...]:
+def gradients(x: GatedLinear, grads: Any, _wanted: Any) -> tuple[Tensor | None, ...]:
     """Gradients of the operands, in order."""
     pre = x.read == "pre"
     x, chunks, gate = _begin(x)
@@ -257,19 +274,20 @@ def gradients(x: Linear, grads: Any, _wanted: Any) -> tuple[Tensor | None, ...]:
         state, _ = _linear_state(x.k, x.w, gate, x.initial_state, chunks)
         dstate, dinitial = _linear_dstate(x.q, do, gate, dfinal, chunks, pre)
         dw = chunk_dvalue(x.q, x.k, gate, do, dstate, None, chunks, pre)
-    dq, _, dk, dg = chunk_dkey(
+    dq, _, dk, dg, dbeta = chunk_dkey(
         x.q, None, x.k, x.w, gate, state, dstate, do, None, chunks, pre, False
     )
-    return reduce_heads(dq, x.q.shape[2]), reduce_heads(dk, x.k.shape[2]), dw, dg, dinitial, None
+    dq, dk = reduce_heads(dq, x.q.shape[2]), reduce_heads(dk, x.k.shape[2])
+    return dq, dk, dw, dg, dbeta, dinitial, None
 
 
-def _allocate(x: Linear, _keep: bool) -> tuple[Tensor, Tensor]:
+def _allocate(x: GatedLinear, _keep: bool) -> tuple[Tensor, Tensor]:
     return as_result(x.w), final_state(x.w, x.k.shape[3], x.cu_seqlens)
 
 
 _linear = register(
     "linear",
-    Linear,
+    GatedLinear,
     results=("out", "final"),
     forward=forward,
     allocate=_allocate,
@@ -284,19 +302,23 @@ def linear(
     g: Tensor | None = None,
     *,
     initial_state: Tensor | None = None,
+    beta: Tensor | None = None,
+    scale: float = 1.0,
     read: str = "post",
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gated linear recurrence of key-value products.
 
-        S_t = Diag(exp g_t) S_{t-1} + k_t w_t^T
-        o_t = S_t^T q_t              (read "pre": o_t = S_{t-1}^T q_t, before decay and write of t)
+        S_t = Diag(exp g_t) S_{t-1} + k_t (beta_t w_t)^T
+        o_t = scale S_t^T q_t        (read "pre": scale S_{t-1}^T q_t, before decay and write of t)
 
     Args:
-        q: queries, scaled, [B, T, H or HV, K].
+        q: queries, [B, T, H or HV, K].
         k: keys, [B, T, H or HV, K].
-        w: values times write gate, [B, T, HV, V]; float32, float16 or bfloat16.
+        w: values, [B, T, HV, V]; float32, float16 or bfloat16.
         g: natural log decay, <= 0, -inf allowed; [B, T, HV] or [B, T, HV, K]; None is no decay.
+        beta: write gate, [B, T, HV]; None is 1.
+        scale: of the queries.
         initial_state: [N, HV, K, V], zeros if None.
         read: "post" or "pre".
         cu_seqlens: int64 [N + 1], packs N sequences into B = 1; empty ones allowed.
@@ -310,4 +332,5 @@ def linear(
     """
     check_choice("read", read, ("post", "pre"))
     check_operands(w, {"q": q, "k": k}, g, [initial_state], cu_seqlens)
-    return _linear(q, k, w, g, initial_state, cu_seqlens, read)
+    check_factors(w, beta=beta)
+    return _linear(q, k, w, g, beta, initial_state, cu_seqlens, read, scale)

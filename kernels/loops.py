@@ -145,6 +145,20 @@ def _walk(
     return [torch.stack(x, 1) for x in zip(*rows, strict=True)], list(states)
 
 
+def times(factor: Tensor | None, x: Tensor) -> Tensor:
+    """A gate [B, T, HV] times tokens, in the compute dtype; without one the tokens as they are."""
+    if factor is None:
+        return x
+    if x.shape[2] != factor.shape[2]:
+        x = x.repeat_interleave(factor.shape[2] // x.shape[2], 2)
+    return factor.unsqueeze(3) * x.to(compute_dtype(x, factor))
+
+
+def scaled(q: Tensor, scale: float) -> Tensor:
+    """Queries times a scale, in the compute dtype."""
+    return q if scale == 1 else q.to(compute_dtype(q)) * scale
+
+
 def linear(
     q: Tensor,
     k: Tensor,
@@ -246,6 +260,48 @@ def importance(
     return j, final
 
 
+class GatedLinear(NamedTuple):
+    """Operands of `linear`, of which kernels multiply w by beta and q by scale."""
+
+    q: Tensor
+    k: Tensor
+    w: Tensor
+    g: Tensor | None
+    beta: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    read: str
+    scale: float
+
+    def loop(self) -> Any:
+        q, w = scaled(self.q, self.scale), times(self.beta, self.w)
+        o, final = Linear(q, self.k, w, self.g, *self[5:8]).loop()
+        return o.to(self.w.dtype), final
+
+
+class GatedDelta(NamedTuple):
+    """Operands of `delta`, of which kernels multiply w by beta, e by erase and q by scale; e is k
+    where it is None."""
+
+    q: Tensor
+    e: Tensor | None
+    k: Tensor
+    w: Tensor
+    g: Tensor | None
+    beta: Tensor | None
+    erase: Tensor | None
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    base: str
+    scale: float
+
+    def loop(self) -> Any:
+        e = times(self.erase, self.k if self.e is None else self.e)
+        q, w = scaled(self.q, self.scale), times(self.beta, self.w)
+        o, final = Delta(q, e, self.k, w, self.g, *self[7:10]).loop()
+        return o.to(self.w.dtype), final
+
+
 class Importance(NamedTuple):
     """Operands of `importance`."""
 
@@ -257,6 +313,60 @@ class Importance(NamedTuple):
 
     def loop(self) -> Any:
         return importance(**self._asdict())
+
+
+def whiten(
+    x: Tensor,
+    j: Tensor,
+    g: Tensor | None,
+    *,
+    prior: Tensor,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    at: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x / I, the log decay of a mean whose importance decays to the prior, sum x^2 / I, sum x^2."""
+    given = _Given(j[..., 0], cu_seqlens, compute_dtype(x, j))
+    (B, T, HV, K), dtype = j.shape, x.dtype
+    j, x, first = j.to(given.dtype), given.token(x), given.state(initial_state, K)
+    g = (
+        torch.zeros(B, T, HV, 1, dtype=given.dtype, device=j.device)
+        if g is None
+        else given.token(g)
+    )
+    parts = [(i, 0, T) for i in range(B)]
+    if cu_seqlens is not None:
+        parts = [(0, *x) for x in itertools.pairwise(cu_seqlens.tolist())]
+    rows = [torch.cat([first[n : n + 1], j[i, a:b]])[:-1] for n, (i, a, b) in enumerate(parts)]
+    last = torch.cat(rows).reshape(j.shape)
+    prior = prior.to(given.dtype)
+    before = g.exp() * last + prior
+    total = before if at == "found" else j + prior
+    scaled = x / total
+    sums = (x * scaled).sum(-1), x.square().sum(-1)
+    return scaled.to(dtype), g + ((last + prior) / before).log(), *sums
+
+
+class Whiten(NamedTuple):
+    """Operands of `whiten`."""
+
+    x: Tensor
+    j: Tensor
+    g: Tensor | None
+    prior: Tensor
+    initial_state: Tensor | None
+    cu_seqlens: Tensor | None
+    at: str
+    forgets: bool
+    sums: bool
+
+    def loop(self) -> Any:
+        scaled, f, *sums = whiten(
+            self.x, self.j, self.g, prior=self.prior, initial_state=self.initial_state,
+            cu_seqlens=self.cu_seqlens, at=self.at,
+        )  # fmt: skip
+        kept = (self.forgets, self.sums, self.sums)
+        return scaled, *(y if k else y.new_empty(0) for y, k in zip((f, *sums), kept, strict=True))
 
 
 def synapse(

@@ -89,6 +89,17 @@ def check_operands(
         check_state(state, shape)
 
 
+def check_factors(w: Tensor, **factors: Tensor | None) -> None:
+    """Refuse what multiplies tokens and is not one number for each of w's [B, T, HV]."""
+    for name, x in factors.items():
+        if x is not None:
+            if x.shape != w.shape[:3]:
+                raise ValueError(
+                    f"{name}: got shape {tuple(x.shape)}; expected {tuple(w.shape[:3])}"
+                )
+            check_device(name, x)
+
+
 def check_importance(
     k: Tensor, b: Tensor, g: Tensor | None, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> None:

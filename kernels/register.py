@@ -36,7 +36,14 @@ from .loops import without_autocast
 # A copy of this package under another name, from the kernels hub, has operators of its own.
 _NAMESPACE = (__package__ or "glazoo").partition(".")[0]
 _LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
-_KINDS = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool", int: "int", str: "str"}
+_KINDS = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    int: "int",
+    float: "float",
+    str: "str",
+}
 
 
 def wants_derivative(*operands: object) -> bool:

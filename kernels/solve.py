@@ -27,7 +27,7 @@ from .common import (
     split_log,
 )
 from .linear import gradients as linear_gradients
-from .loops import Linear, Solve
+from .loops import GatedLinear, Solve
 from .operands import (
     check_precision,
     check_state,
@@ -195,8 +195,11 @@ def gradients(x: Solve, grads: Any, wanted: Any, solved: Tensor) -> tuple[Tensor
     room, final = _allocate(x, False)
     dx, dfinal = given_or_zeros(grads[0], room), given_or_zeros(grads[1], final)
     z, _ = forward(x._replace(q=dx), False)
-    read = Linear(z, x.k, _weighted(x.k, x.beta), x.g, x.initial_state, x.cu_seqlens, "post")
-    _, dk, dw, dg, dmatrix, _ = linear_gradients(read, ((-solved).to(x.k.dtype), dfinal), wanted)
+    read = GatedLinear(
+        z, x.k, _weighted(x.k, x.beta), x.g, None, x.initial_state, x.cu_seqlens, "post", 1.0
+    )
+    found = linear_gradients(read, ((-solved).to(x.k.dtype), dfinal), wanted)
+    _, dk, dw, dg, _, dmatrix, _ = found
     assert dk is not None
     assert dw is not None
     wide = x.k.repeat_interleave(HV // HK, 2)

@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import GAINS, Tiles, current_target, launch, power_of_two
-from .loops import Delta, Importance, Linear
+from .loops import GatedDelta, GatedLinear, Importance
 from .operands import (
     as_result,
     check_choice,
     check_device,
+    check_factors,
     check_importance,
     check_operands,
     check_step,
@@ -33,8 +34,10 @@ def linear_step_kernel(
     k,
     w,
     g,
+    beta,
     state,
     o,
+    SCALE: tl.constexpr,
     KEYED: tl.constexpr,
     PRE: tl.constexpr,
     HQ: tl.constexpr,
@@ -45,7 +48,8 @@ def linear_step_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """S = Diag(exp g) S + k w^T, o = S^T q of the new state, or of the old one if PRE."""
+    """S = Diag(exp g) S + k (beta w)^T, o = SCALE S^T q of the new state, or of the old one if
+    PRE."""
     i_n = (tl.program_id(0) // HV).to(tl.int64)
     i_h = tl.program_id(0) % HV
     row = i_n * HV + i_h
@@ -59,6 +63,8 @@ def linear_step_kernel(
     b_q = tl.load(q + (i_n * HQ + i_h // (HV // HQ)) * K + o_k, mask=m_k, other=0.0).to(tl.float32)
     b_k = tl.load(k + (i_n * HK + i_h // (HV // HK)) * K + o_k, mask=m_k, other=0.0).to(tl.float32)
     b_w = tl.load(w + row * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+    if beta is not None:
+        b_w *= tl.load(beta + row).to(tl.float32)
     b_old = b_s
     if g is not None:
         if KEYED:
@@ -67,6 +73,7 @@ def linear_step_kernel(
             b_s *= tl.exp(tl.load(g + row).to(tl.float32))
     b_s += b_k[:, None] * b_w[None, :]
     tl.store(p_s, b_s, mask=m_kv)
+    b_q *= SCALE
     b_o = tl.sum(b_old * b_q[:, None], 0) if PRE else tl.sum(b_s * b_q[:, None], 0)
     tl.store(o + row * V + o_v, b_o.to(o.dtype.element_ty), mask=m_v)
 
@@ -78,8 +85,11 @@ def delta_step_kernel(
     k,
     w,
     g,
+    beta,
+    erase,
     state,
     o,
+    SCALE: tl.constexpr,
     KEYED: tl.constexpr,
     PREV: tl.constexpr,
     HQ: tl.constexpr,
@@ -91,7 +101,8 @@ def delta_step_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """S' = Diag(exp g) S, S = S' + k (w - X^T e)^T, X = S' or the old S if PREV, o = S^T q."""
+    """S' = Diag(exp g) S, S = S' + k (beta w - erase X^T e)^T, X = S' or the old S if PREV,
+    o = SCALE S^T q."""
     i_n = (tl.program_id(0) // HV).to(tl.int64)
     i_h = tl.program_id(0) % HV
     row = i_n * HV + i_h
@@ -106,6 +117,11 @@ def delta_step_kernel(
     b_e = tl.load(e + (i_n * HE + i_h // (HV // HE)) * K + o_k, mask=m_k, other=0.0).to(tl.float32)
     b_k = tl.load(k + (i_n * HK + i_h // (HV // HK)) * K + o_k, mask=m_k, other=0.0).to(tl.float32)
     b_w = tl.load(w + row * V + o_v, mask=m_v, other=0.0).to(tl.float32)
+    if beta is not None:
+        b_w *= tl.load(beta + row).to(tl.float32)
+    if erase is not None:
+        b_e *= tl.load(erase + row).to(tl.float32)
+    b_q *= SCALE
     b_old = b_s
     if g is not None:
         if KEYED:
@@ -284,14 +300,14 @@ def _run_step(kernel: Any, x: Any) -> tuple[Tensor]:
     return (o,)
 
 
-def run_linear_step(x: Linear) -> tuple[Tensor]:
+def run_linear_step(x: GatedLinear) -> tuple[Tensor]:
     """Output of one token; the state is updated in place."""
     return _run_step(linear_step_kernel, x)
 
 
-def run_delta_step(x: Delta) -> tuple[Tensor]:
+def run_delta_step(x: GatedDelta) -> tuple[Tensor]:
     """Output of one token; the state is updated in place."""
-    return _run_step(delta_step_kernel, x)
+    return _run_step(delta_step_kernel, x if x.e is not None else x._replace(e=x.k))
 
 
 def run_importance_step(x: Importance) -> tuple[Tensor]:
@@ -358,7 +374,7 @@ def _output(x: Any) -> tuple[Tensor]:
 
 _linear_step = register_step(
     "linear_step",
-    Linear,
+    GatedLinear,
     results=("out",),
     updates=("initial_state",),
     step=run_linear_step,
@@ -366,7 +382,7 @@ _linear_step = register_step(
 )
 _delta_step = register_step(
     "delta_step",
-    Delta,
+    GatedDelta,
     results=("out",),
     updates=("initial_state",),
     step=run_delta_step,
@@ -390,12 +406,20 @@ _posterior_step = register_step(
 
 
 def linear_step(
-    q: Tensor, k: Tensor, w: Tensor, g: Tensor | None = None, *, state: Tensor, read: str = "post"
+    q: Tensor,
+    k: Tensor,
+    w: Tensor,
+    g: Tensor | None = None,
+    *,
+    state: Tensor,
+    beta: Tensor | None = None,
+    scale: float = 1.0,
+    read: str = "post",
 ) -> Tensor:
     """One token of `linear`, without gradients; `state` [B, HV, K, V] float32 is updated in place.
 
     Args:
-        q, k, w, g, read: as in `linear`, T = 1.
+        q, k, w, g, beta, scale, read: as in `linear`, T = 1.
         state: contiguous float32 [B, HV, K, V].
 
     Returns:
@@ -408,23 +432,27 @@ def linear_step(
     check_choice("read", read, ("post", "pre"))
     check_step("w", w, k.shape[3], state)
     check_operands(w, {"q": q, "k": k}, g, [], None)
-    return _linear_step(q, k, w, g, state, None, read)
+    check_factors(w, beta=beta)
+    return _linear_step(q, k, w, g, beta, state, None, read, scale)
 
 
 def delta_step(
     q: Tensor,
-    e: Tensor,
+    e: Tensor | None,
     k: Tensor,
     w: Tensor,
     g: Tensor | None = None,
     *,
     state: Tensor,
+    beta: Tensor | None = None,
+    erase: Tensor | None = None,
+    scale: float = 1.0,
     base: str = "decayed",
 ) -> Tensor:
     """One token of `delta`, without gradients; `state` [B, HV, K, V] float32 is updated in place.
 
     Args:
-        q, e, k, w, g, base: as in `delta`, T = 1.
+        q, e, k, w, g, beta, erase, scale, base: as in `delta`, T = 1.
         state: contiguous float32 [B, HV, K, V].
 
     Returns:
@@ -436,8 +464,10 @@ def delta_step(
     """
     check_choice("base", base, ("decayed", "prev"))
     check_step("w", w, k.shape[3], state)
-    check_operands(w, {"q": q, "e": e, "k": k}, g, [], None)
-    return _delta_step(q, e, k, w, g, state, None, base)
+    keys = {"q": q, "k": k} if e is None else {"q": q, "e": e, "k": k}
+    check_operands(w, keys, g, [], None)
+    check_factors(w, beta=beta, erase=erase)
+    return _delta_step(q, e, k, w, g, beta, erase, state, None, base, scale)
 
 
 def importance_step(k: Tensor, b: Tensor, g: Tensor | None = None, *, state: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from glazoo.engines.call import Call, Result
 from glazoo.kernels.loops import without_autocast
 from glazoo.program import Core
-from glazoo.program.env import Env
+from glazoo.program.env import Env, Values
 from glazoo.state import State
 
 __all__ = ["run", "token_dtype"]
@@ -44,18 +44,19 @@ def run(call: Call, core: Core, dtype: torch.dtype | None = None) -> Result:
         # What a token of decoding costs is its calls.
         x[operand.name] = given if given.dtype == dtype else given.to(dtype)
     with without_autocast(x["q"]):
-        if call.scale != 1:
-            x["q"] = x["q"] * call.scale
         if "g" in x and x["g"].ndim == 1:
             x["g"] = x["g"].expand(*x["q"].shape[:2], -1)
         if call.initial_state is not None:
             parts = call.initial_state._asdict()
             x |= {name: part for name, part in parts.items() if part is not None}
-        env = Env(x, core, narrow, wide, call.cu_seqlens, call.uncertainty)
+        values = Values(x)
+        if call.scale != 1:
+            values.postpone("q", x["q"], scale=call.scale)
+        env = Env(values, core, narrow, wide, call.cu_seqlens, call.uncertainty)
         if call.spread is not None:
             env = call.spread(env)
         for step in call.program.steps:
             step.run(env)
-    state = State(x["memory"], *(x.get(name) for name in State._fields[1:]))
-    uncertainty = x.get("uncertainty")
-    return Result(x["y"], state, None if uncertainty is None else uncertainty.to(wide))
+    state = State(values["memory"], *(values.get(name) for name in State._fields[1:]))
+    uncertainty = values.get("uncertainty")
+    return Result(values["y"], state, None if uncertainty is None else uncertainty.to(wide))

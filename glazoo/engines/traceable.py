@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from glazoo.kernels import loops
-from glazoo.kernels.loops import compute_dtype
-from glazoo.program.core import PosteriorStep
+from glazoo.kernels.loops import compute_dtype, scaled, times
+from glazoo.program.core import PosteriorStep, Whiten
 
 __all__ = [
     "covariance",
@@ -28,10 +28,13 @@ __all__ = [
     "solve",
     "synapse",
     "synapse_delta",
+    "whiten",
 ]
 
 posterior_step: PosteriorStep | None = None
 """A token is several operations here, as any number of them."""
+whiten: Whiten | None = None
+"""Keys are divided by steps here."""
 
 Tokens = Sequence[Tensor | None]
 Rule = Callable[[Tokens, Sequence[Tensor]], tuple[Sequence[Tensor], Sequence[Tensor]]]
@@ -105,11 +108,14 @@ def linear(
     w: Tensor,
     g: Tensor | None = None,
     *,
+    beta: Tensor | None = None,
+    scale: float = 1.0,
     initial_state: Tensor | None = None,
     read: str = "post",
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gated linear attention, as `glazoo.kernels.loops.linear`."""
+    q, w = scaled(q, scale), times(beta, w).to(w.dtype)
 
     def rule(x: Tokens, states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         o, s = loops.linear(*x, initial_state=states[0], read=read)  # type: ignore[arg-type]
@@ -123,16 +129,20 @@ def linear(
 
 def delta(
     q: Tensor,
-    e: Tensor,
+    e: Tensor | None,
     k: Tensor,
     w: Tensor,
     g: Tensor | None = None,
     *,
+    beta: Tensor | None = None,
+    erase: Tensor | None = None,
+    scale: float = 1.0,
     initial_state: Tensor | None = None,
     base: str = "decayed",
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The delta rule, as `glazoo.kernels.loops.delta`."""
+    q, e, w = scaled(q, scale), times(erase, k if e is None else e), times(beta, w).to(w.dtype)
 
     def rule(x: Tokens, states: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         o, s = loops.delta(*x, initial_state=states[0], base=base)  # type: ignore[arg-type]

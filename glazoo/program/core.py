@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Core", "Kernel", "PosteriorStep", "automatic"]
+__all__ = ["Core", "Kernel", "PosteriorStep", "Whiten", "automatic"]
 
 
 class Kernel(StrEnum):
@@ -57,12 +57,38 @@ class PosteriorStep(Protocol):
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]: ...
 
 
+class Whiten(Protocol):
+    """A key or query over an importance, and how the mean is forgotten that it belongs to."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        j: Tensor,
+        g: Tensor | None = None,
+        *,
+        prior: Tensor,
+        initial_state: Tensor | None = None,
+        at: str = "written",
+        forgets: bool = False,
+        sums: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]: ...
+
+
 class Core(Protocol):
     """The core operations of an engine; their modules say what each one computes.
+
+    Gates per head [B, T, HV] of what linear and delta write and erase, and the scale of their
+    queries, are operands of their own, so that an engine can multiply where it has both at hand.
 
     Tokens q, k, v, w, e are [B, T, heads, channels] in any one dtype, gates and states are float32
     or float64.
     """
+
+    @property
+    def whiten(self) -> Whiten | None:
+        """Keys over an importance and what they leave of a memory, where the engine has it in one
+        pass."""
 
     @property
     def posterior_step(self) -> PosteriorStep | None:
@@ -75,6 +101,8 @@ class Core(Protocol):
         w: Tensor,
         g: Tensor | None = None,
         *,
+        beta: Tensor | None = None,
+        scale: float = 1.0,
         initial_state: Tensor | None = None,
         read: str = "post",
         cu_seqlens: Tensor | None = None,
@@ -83,11 +111,14 @@ class Core(Protocol):
     def delta(
         self,
         q: Tensor,
-        e: Tensor,
+        e: Tensor | None,
         k: Tensor,
         w: Tensor,
         g: Tensor | None = None,
         *,
+        beta: Tensor | None = None,
+        erase: Tensor | None = None,
+        scale: float = 1.0,
         initial_state: Tensor | None = None,
         base: str = "decayed",
         cu_seqlens: Tensor | None = None,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -12,14 +14,54 @@ from glazoo.kernels.register import wants_derivative
 from glazoo.program import elementwise, sequences
 from glazoo.program.core import Core
 
-__all__ = ["Env"]
+__all__ = ["Env", "Product", "Values"]
+
+
+class Product(NamedTuple):
+    """Tokens times a gate per head [B, T, HV], or times a number."""
+
+    of: Float[Tensor, "B T H D"]
+    gate: Float[Tensor, "B T HV"] | None = None
+    scale: float = 1.0
+
+
+class Values(dict[str, Tensor]):
+    """Tensors by name, some of which are computed when somebody asks for them: products, which an
+    engine may take by their factors, and what functions give."""
+
+    def __init__(self, given: dict[str, Tensor]) -> None:
+        super().__init__(given)
+        self.products: dict[str, Product] = {}
+        self.functions: dict[str, Callable[[], Tensor]] = {}
+
+    def __missing__(self, name: str) -> Tensor:
+        if name in self.functions:
+            x = self.functions[name]()
+        else:
+            of, gate, scale = self.products[name]
+            x = of * scale if gate is None else Env.times(gate, of)
+        self[name] = x
+        return x
+
+    def postpone(
+        self, name: str, of: Tensor, gate: Tensor | None = None, scale: float = 1.0
+    ) -> None:
+        """Let a name stand for a product."""
+        self.pop(name, None)
+        self.products[name] = Product(of, gate, scale)
+
+    def factors(self, name: str) -> Product:
+        """Return what a name stands for as a product, multiplied or not."""
+        if name in self or name not in self.products:
+            return Product(self[name])
+        return self.products[name]
 
 
 @dataclass(slots=True)
 class Env:
     """What the names of a program stand for while it runs."""
 
-    x: dict[str, Tensor]
+    x: Values
     """Operands, parts of the state, and what steps make: q is scaled, g is per token. A part of the
     state is the initial one until the step that carries it has run, and then the final one."""
     core: Core
@@ -40,6 +82,11 @@ class Env:
     interleave = staticmethod(sequences.interleave)
 
     @property
+    def queries(self) -> Tensor:
+        """The queries, scaled or not, for their shape."""
+        return self.x.factors("q").of
+
+    @property
     def tiny(self) -> float:
         """The smallest normal number of the wide dtype."""
         return torch.finfo(self.wide).tiny
@@ -55,7 +102,10 @@ class Env:
 
     def token(self, name: str) -> Tensor:
         """Return a tensor in the dtype of tokens."""
-        x = self.x[name]
+        return self.narrowed(self.x[name])
+
+    def narrowed(self, x: Tensor) -> Tensor:
+        """Round to the dtype of tokens."""
         return x if x.dtype == self.narrow else x.to(self.narrow)
 
     @staticmethod
@@ -67,11 +117,12 @@ class Env:
         """Return a tensor with a head per value head."""
         return self.spread(self.x[name], self.x["v"].shape[2])
 
-    def times(self, gate: Tensor | None, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T HV D"]:
+    @staticmethod
+    def times(gate: Tensor | None, x: Float[Tensor, "B T H D"]) -> Float[Tensor, "B T HV D"]:
         """Multiply by a gate [B, T, HV] or [B, T, HV, D]."""
         if gate is None:
             return x
-        x = self.spread(x, gate.shape[2])
+        x = Env.spread(x, gate.shape[2])
         return x * (gate if gate.ndim == x.ndim else gate[..., None])
 
     @staticmethod
@@ -84,7 +135,7 @@ class Env:
 
     def prior(self) -> Float[Tensor, "HV K"]:
         """Return the prior of every key channel."""
-        return self.x["prior"].expand(-1, self.x["q"].shape[-1])
+        return self.x["prior"].expand(-1, self.queries.shape[-1])
 
     def rate(self, beta: str | None, v: str) -> Tensor:
         """Return the write gate of values, [B, T, HV] or as it is; without one it is one."""
@@ -106,11 +157,11 @@ class Env:
 
     def over_keys(self, x: Tensor) -> Tensor:
         """Repeat what is one for all keys for each of them."""
-        return x.expand(*x.shape[:-1], self.x["q"].shape[-1])
+        return x.expand(*x.shape[:-1], self.queries.shape[-1])
 
     def sequences(self) -> int:
         """Return the number of sequences."""
-        return self.x["q"].shape[0] if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+        return self.queries.shape[0] if self.cu_seqlens is None else len(self.cu_seqlens) - 1
 
     def take(self, result: tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]) -> None:
         """Keep output, memory, importance and variance of a class that gives them together."""
@@ -126,4 +177,5 @@ class Env:
 
     def wants_derivative(self) -> bool:
         """Return whether a derivative with respect to anything here may be asked for."""
-        return wants_derivative(*self.x.values())
+        products = self.x.products.values()
+        return wants_derivative(*self.x.values(), *(y for x in products for y in x[:2]))

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 __all__ = ["Program", "lower"]
 
 
+Part = Step | step.Tempered | step.OneToken
+"""What a program runs: a step, or several of which an engine may have all in one piece."""
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """A step of a program, for tables."""
@@ -44,7 +48,7 @@ class Program:
 
     spec: Spec
     operands: tuple[Operand, ...]
-    steps: tuple[Step | step.OneToken, ...]
+    steps: tuple[Part, ...]
     kernel: Kernel
     """The class of its first core call, which costs most."""
     state: tuple[StatePart, ...]
@@ -152,7 +156,7 @@ def _lower(spec: Spec) -> Program:
     steps, taken = tuple(_steps(spec)), tuple(operands(spec))
     names, rows, times = _names(taken), [], 1
     for part in steps:
-        for one in part.steps if isinstance(part, step.OneToken) else (part,):
+        for one in _leaves(part):
             known, lines = dict(names.x), len(names.lines)
             one.write(names)
             made = {name: x for name, x in names.x.items() if known.get(name) != x}
@@ -175,6 +179,15 @@ def _lower(spec: Spec) -> Program:
     )
 
 
+def _leaves(part: Part) -> Iterator[Step]:
+    """List the steps of which a step consists."""
+    if isinstance(part, Step):
+        yield part
+    else:
+        for one in part.steps:
+            yield from _leaves(one)
+
+
 def _names(taken: tuple[Operand, ...]) -> Names:
     """Name the operands as formulas do: a decay by its exponential, a query with its scale."""
     names = Names({})
@@ -195,7 +208,7 @@ def _names(taken: tuple[Operand, ...]) -> Names:
     return names
 
 
-def _steps(spec: Spec) -> Iterator[Step | step.OneToken]:
+def _steps(spec: Spec) -> Iterator[Part]:
     """Decide what a spec computes: the one place where its axes become operations."""
     p, imp, erase, count = spec.posterior, spec.importance, spec.erase, spec.steps.count
     given = spec.decay.shape != "none" and spec.decay.source != "derived"
@@ -408,13 +421,20 @@ def _matrix(spec: Spec, g: str | None, beta: str | None, e: str) -> Iterator[Ste
 
 def _per_key(
     spec: Spec, g: str | None, beta: str | None, e: str, removed: str | None
-) -> Iterator[Step]:
+) -> Iterator[Step | step.Tempered]:
     """Importance that is constant, one number or one vector over keys: the classes of matrix
     products."""
     p, imp, when = spec.posterior, spec.importance, spec.read.when
     q, k, w, forget, found, symbol = "q", "k", "v", g, None, "S"
     J = "J" if when == "post" else "J_previous"
     isotropic, diffuse = p.precision == "isotropic", spec.forgetting == "diffuse"
+    # Of what importance makes of keys, an engine may have all in one pass.
+    at_once = imp is not None and imp.preconditioner is None and spec.forgetting == "temper"
+    at_once = at_once and not isotropic
+    if p.gain != "first_order" and p.correction == "diagonal":
+        # What is left of the mean needs the quotient before it is rounded.
+        at_once = False
+    forgets = None
     # Importance over axes of its own, while the mean stays where the keys are.
     axes = imp is not None and imp.basis == "rotated" and diffuse
     own = diffuse and spec.hebbian and not (axes or isotropic)
@@ -445,7 +465,8 @@ def _per_key(
         yield step.Variance(J)
         symbol = "h" if spec.hebbian else "mu"
         if spec.hebbian:
-            yield step.Divide("read", "q", J)
+            divide = step.Divide("read", "q", J)
+            yield step.Tempered(None, divide) if at_once else divide
             q = "read"
         elif discount:
             forget = None
@@ -453,14 +474,17 @@ def _per_key(
                 yield step.Discounted(g)
                 found = "found"
         elif pulled:
-            yield step.Forget(g)
+            forgets = step.Forget(g)
+            if not at_once:
+                yield forgets
             forget, found = None if g is None else "forget", "found"
     if p.gain != "first_order":
         diagonal, scaled = p.correction == "diagonal", "k"
         if axes:
             yield from _over_found("scaled", axes)
             found, scaled = None, "scaled"
-        yield step.Gain(beta, found, forget, diagonal, _gain(spec), scaled)
+        gain = step.Gain(beta, found, forget, diagonal, _gain(spec), scaled)
+        yield step.Tempered(forgets, gain) if at_once else gain
         if diagonal:
             yield step.Linear(q, "kappa", w, "kept", symbol=symbol)
         else:
@@ -487,7 +511,8 @@ def _per_key(
         yield step.Turn("kappa", "k_axes", back=True)
         k = "kappa"
     elif imp is not None and imp.preconditioner is None:
-        yield step.Divide("kappa", "k", "J")
+        divide = step.Divide("kappa", "k", "J")
+        yield step.Tempered(forgets, divide) if at_once else divide
         k = "kappa"
         if removed is not None:
             yield step.Divide("removed_key", removed, "J")

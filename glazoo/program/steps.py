@@ -18,6 +18,8 @@ from glazoo.program.core import Kernel
 from glazoo.program.terms import NUMBER, Names, Shape, Term, apply, number
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from glazoo.program.env import Env
 
 _KEY: Shape = ("K", "")
@@ -86,7 +88,11 @@ class Times(Step):
     of: str
 
     def run(self, env: Env) -> None:
-        env.x[self.out] = env.times(env.x[self.gate], env.x[self.of])
+        gate, of = env.x[self.gate], env.x[self.of]
+        if gate.ndim == 3:
+            env.x.postpone(self.out, of, gate)
+        else:
+            env.x[self.out] = env.times(gate, of)
 
     def write(self, names: Names) -> None:
         names.x[self.out] = names.x[self.gate] * names.x[self.of]
@@ -221,7 +227,9 @@ class Importance(Step):
         x["importance"] = final
         x["J"] = env.over_keys(J)
         if self.keeps_previous:
-            x["J_previous"] = env.over_keys(env.previous(J, first))
+            x.functions["J_previous"] = lambda: env.over_keys(env.previous(J, first))
+            if first is not None:
+                x["J_first"] = first
 
     def write(self, names: Names) -> None:
         x, shape = names.x, NUMBER if self.isotropic else _KEY
@@ -478,13 +486,17 @@ class Gain(Step):
 
     def run(self, env: Env) -> None:
         x, key = env.x, env.heads("k")
-        beta, square = env.gate(self.beta), None
         if self.found is not None:
-            scaled, found, square = env.whitened(key, x[self.found])
+            self.strengthen(env, *env.whitened(key, x[self.found]))
         else:
             scaled, wide = env.heads(self.scaled), key.to(env.wide)
             found = (wide * scaled).sum(-1)
             square = (wide * wide).sum(-1) if self.kind == "exact_rate" else None
+            self.strengthen(env, scaled, found, square)
+
+    def strengthen(self, env: Env, scaled: Tensor, found: Tensor, square: Tensor | None) -> None:
+        """Make the strength of the key over I', of k.k / I' and of k.k."""
+        x, key, beta = env.x, env.heads("k"), env.gate(self.beta)
         if self.kind == "flow":
             x["rate"] = env.flow_strength(beta, found)
         else:
@@ -783,11 +795,14 @@ class Linear(Step):
     operations = (("KV", 5),)
 
     def run(self, env: Env) -> None:
+        q, w = env.x.factors(self.q), env.x.factors(self.w)
         env.x["y"], env.x["memory"] = env.core.linear(
-            env.token(self.q),
+            env.narrowed(q.of),
             env.token(self.k),
-            env.token(self.w),
+            env.narrowed(w.of),
             env.gate(self.g),
+            beta=w.gate,
+            scale=q.scale,
             initial_state=env.x.get("memory"),
             read=self.read,
             cu_seqlens=env.cu_seqlens,
@@ -829,12 +844,17 @@ class Delta(Step):
     operations = (("KV", 7),)
 
     def run(self, env: Env) -> None:
+        q, e, w = (env.x.factors(name) for name in (self.q, self.e, self.w))
+        k = env.x[self.k]
         env.x["y"], env.x["memory"] = env.core.delta(
-            env.token(self.q),
-            env.token(self.e),
-            env.token(self.k),
-            env.token(self.w),
+            env.narrowed(q.of),
+            None if e.of is k else env.narrowed(e.of),
+            env.narrowed(k),
+            env.narrowed(w.of),
             env.gate(self.g),
+            beta=w.gate,
+            erase=e.gate,
+            scale=q.scale,
             initial_state=env.x.get("memory"),
             base=self.base,
             cu_seqlens=env.cu_seqlens,
@@ -998,13 +1018,61 @@ class SynapseDelta(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class Tempered:
+    """Steps of which an engine may have all in one pass over the keys: how a mean is forgotten when
+    its importance decays, if it is, and a key or query over the importance."""
+
+    forget: Forget | None
+    divide: Divide | Gain
+    """Of a gain the importance is the one that a token finds."""
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Both of them."""
+        return (self.divide,) if self.forget is None else (self.forget, self.divide)
+
+    def run(self, env: Env) -> None:
+        x, divide, whiten = env.x, self.divide, env.core.whiten
+        if whiten is None:
+            for part in self.steps:
+                part.run(env)
+            return
+        if isinstance(divide, Gain):
+            name, at = "k", "found"
+        else:
+            name, at = divide.of, "found" if divide.importance == "J_previous" else "written"
+        of = x.factors(name)
+        g = None if self.forget is None else env.gate(self.forget.g)
+        scaled, forget, reached, square = whiten(
+            of.of,
+            x["J"],
+            g,
+            prior=env.prior(),
+            initial_state=x.get("J_first"),
+            at=at,
+            forgets=g is not None,
+            sums=isinstance(divide, Gain),
+            cu_seqlens=env.cu_seqlens,
+        )
+        if forget is not None:
+            x["forget"] = forget
+        if isinstance(divide, Gain):
+            assert reached is not None
+            divide.strengthen(env, scaled, reached, square)
+        elif of.scale == 1:
+            x[divide.out] = scaled
+        else:
+            x.postpone(divide.out, scaled, scale=of.scale)
+
+
+@dataclass(frozen=True, slots=True)
 class OneToken:
     """Steps of which an engine may have a token of decoding in one piece: a memory with one write,
     and an importance over keys or per synapse, if any, that decays as it does."""
 
     before: tuple[Step, ...]
     """What makes a tied key and a gated erase key."""
-    memory: tuple[Step, ...]
+    memory: tuple[Step | Tempered, ...]
     """The memory itself."""
     beta: str | None
     b: str | None
@@ -1023,7 +1091,7 @@ class OneToken:
     base: str
 
     @property
-    def steps(self) -> tuple[Step, ...]:
+    def steps(self) -> tuple[Step | Tempered, ...]:
         """All of them."""
         return (*self.before, *self.memory)
 
@@ -1033,8 +1101,8 @@ class OneToken:
         x, step = env.x, env.core.posterior_step
         whole = step is not None and x["v"].shape[1] == 1 and env.cu_seqlens is None
         if self.b is None or self.synapse or not whole or env.wants_derivative():
-            for part in self.memory:
-                part.run(env)
+            for memory in self.memory:
+                memory.run(env)
             return
         assert step is not None
         own, e = self.erase is not None, self.p

@@ -60,10 +60,17 @@ def walk(
     return y, torch.stack(finals)
 
 
-def linear_loop(q, k, w, g=None, initial_state=None, *, read="post", cu_seqlens=None):
-    """S = Diag(exp g) S + k w^T, o = S^T q."""
+def times(factor: Tensor | None, x: Tensor) -> Tensor:
+    """A gate [B, T, HV], or none, times tokens."""
+    return x if factor is None else factor[..., None] * per_head(x, factor.shape[2])
+
+
+def linear_loop(
+    q, k, w, g=None, beta=None, initial_state=None, *, scale=1.0, read="post", cu_seqlens=None
+):
+    """S = Diag(exp g) S + k (beta w)^T, o = scale S^T q."""
     B, T, HV, V = w.shape
-    q, k = per_head(q, HV), per_head(k, HV)
+    q, k, w = per_head(q, HV) * scale, per_head(k, HV), times(beta, w)
 
     def step(i, t, s):
         new = decay(g, i, t, s) * s + k[i, t][..., None] * w[i, t][:, None, :]
@@ -73,10 +80,24 @@ def linear_loop(q, k, w, g=None, initial_state=None, *, read="post", cu_seqlens=
     return (w * 0 if o is None else o.reshape(B, T, HV, V)), final
 
 
-def delta_loop(q, e, k, w, g=None, initial_state=None, *, base="decayed", cu_seqlens=None):
-    """S' = Diag(exp g) S, S = S' + k (w - X^T e)^T, o = S^T q."""
+def delta_loop(
+    q,
+    e,
+    k,
+    w,
+    g=None,
+    beta=None,
+    erase=None,
+    initial_state=None,
+    *,
+    scale=1.0,
+    base="decayed",
+    cu_seqlens=None,
+):
+    """S' = Diag(exp g) S, S = S' + k (beta w - erase X^T e)^T, o = scale S^T q; e is k if None."""
     B, T, HV, V = w.shape
-    q, e, k = per_head(q, HV), per_head(e, HV), per_head(k, HV)
+    q, k, w = per_head(q, HV) * scale, per_head(k, HV), times(beta, w)
+    e = per_head(times(erase, k if e is None else e), HV)
 
     def step(i, t, s):
         decayed = decay(g, i, t, s) * s
@@ -214,7 +235,8 @@ def make_operands(
     sequences: int | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor | None]:
-    """Random float64 operands by name: of "qekwb", with g and initial_state.
+    """Random float64 operands by name: of "qekwb", with g and initial_state; with w and a gate of
+    decays also the gates of w and e.
 
     Every length of a key is about one, and e is shorter than k, so that a delta rule is stable.
     """
@@ -231,9 +253,17 @@ def make_operands(
             x = x / x.norm(dim=-1, keepdim=True).clamp_min(1e-30)
             found[name] = x * torch.rand(*x.shape[:3], 1, dtype=torch.float64) if name == "e" else x
     found["g"] = make_gate(gate, (B, T, HV, K), resets, strong)
+    for name, of in (("beta", "w"), ("erase", "e")):
+        if of in names:
+            factor = torch.rand(B, T, HV, dtype=torch.float64)
+            found[name] = None if gate == "none" else factor
     shape = (sequences or B, HV, K) if "b" in names else (sequences or B, HV, K, V)
     found["initial_state"] = torch.randn(shape, dtype=torch.float64) if state else None
     return found
+
+
+FACTORS = ("beta", "erase", "prior", "initial_state")
+"""Names of operands that are float32 whatever the dtype of tokens, longer than a letter."""
 
 
 def in_dtype(operands: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str, Tensor | None]:
@@ -241,7 +271,7 @@ def in_dtype(operands: dict[str, Tensor | None], dtype: torch.dtype) -> dict[str
     return {
         name: None
         if x is None
-        else x.to(torch.float32 if name in (*"gbacdu", "prior", "initial_state") else dtype)
+        else x.to(torch.float32 if name in (*"gbacduj", *FACTORS) else dtype)
         for name, x in operands.items()
     }
 

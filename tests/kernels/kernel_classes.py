@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from budget import assert_within_budget, witnesses
 from kernel_cases import (
+    FACTORS,
     assert_matches_loop,
     delta_loop,
     importance_loop,
@@ -51,6 +52,11 @@ class Place:
 def lettered(letters: str) -> Callable[..., Any]:
     """What makes operands of these names."""
     return lambda B, at, **x: make_operands(letters, B, at.T, HEADS, at.K, at.V, **x)
+
+
+def scaled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """With queries that are multiplied."""
+    return functools.partial(function, scale=0.3)
 
 
 def single(
@@ -110,8 +116,8 @@ def double(
 
 
 CLASSES = {
-    "linear": single(linear, linear_loop, lettered("qkw")),
-    "delta": single(delta, delta_loop, lettered("qekw")),
+    "linear": single(scaled(linear), scaled(linear_loop), lettered("qkw")),
+    "delta": single(scaled(delta), scaled(delta_loop), lettered("qekw")),
     "importance": single(importance, importance_loop, lettered("kb")),
     "riccati": single(
         riccati, riccati_loop, lambda B, at, **x: riccati_operands(B, at.T, 2, at.K, **x)
@@ -149,7 +155,7 @@ def assert_decodes(name: str, gate: str, at: Place) -> None:
     given = {
         c: None
         if x is None
-        else x.to(at.device, torch.float32 if c in (*WIDE, *STATES) else at.dtype)
+        else x.to(at.device, torch.float32 if c in (*WIDE, *FACTORS, *STATES) else at.dtype)
         for c, x in operands.items()
     }
     exact = {c: None if x is None else x.double() for c, x in given.items()}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_cases import FACTORS
 from kernel_classes import CLASSES, OPTIONS, STATES, Place, assert_decodes, gates
 from synapse_cases import WIDE
 
@@ -115,7 +116,7 @@ def test_compiled_as_one_graph(name, at):
     for T in (65, 130) if on_gpu else (2,):
         operands = of["operands"](dataclasses.replace(at, T=T), "head")
         given = {
-            c: x.to(at.device, torch.float32 if c in (*WIDE, *STATES, "b") else at.dtype)
+            c: x.to(at.device, torch.float32 if c in (*WIDE, *FACTORS, *STATES, "b") else at.dtype)
             for c, x in operands.items()
             if x is not None
         }

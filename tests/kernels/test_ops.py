@@ -15,7 +15,7 @@ from glazoo.kernels import (
 )
 
 ONE = {"q": 1, "e": 1, "k": 1, "w": 2}
-OPTION = {"linear": ["post"], "delta": ["decayed"], "importance": [], "riccati": []}
+OPTION = {"linear": ["post", 0.5], "delta": ["decayed", 0.5], "importance": [], "riccati": []}
 NAMES = [("linear", "qkw"), ("delta", "qekw"), ("importance", "kb")]
 
 
@@ -114,6 +114,8 @@ def bad(names="qkw", **changes):
         (linear, bad(w=lambda x: x[0]), {}, r"expected \[B, T, HV, V\]"),
         (linear, bad(g=lambda x: x[..., None]), {}, "g: got shape"),
         (linear, bad(initial_state=lambda x: x[0]), {}, "initial_state: got shape"),
+        (linear, bad(beta=lambda x: x[..., None]), {}, r"beta: got shape \(1, 5, 2, 1\); expected"),
+        (delta, bad("qekw", erase=lambda x: x[:, :3]), {}, r"erase: got shape \(1, 3, 2\)"),
         (linear, bad(), {"read": "late"}, "read: got 'late'"),
         (
             linear,

@@ -18,6 +18,7 @@ from glazoo.kernels import delta, importance, linear, riccati
 from glazoo.kernels.common import interpreting
 
 pytestmark = pytest.mark.usefixtures("poison")
+scaled = functools.partial(functools.partial, scale=0.3)
 ONE = {"q": 1, "e": 1, "k": 1, "w": 1}
 GATES = ("none", "head", "key")
 DTYPES = (torch.float32, torch.float16)
@@ -37,7 +38,13 @@ def test_these_tests_run_the_kernels():
 @pytest.mark.parametrize(("gate", "dtype"), GATES_AND_DTYPES, ids=str)
 def test_linear(gate, dtype):
     operands = make_operands("qkw", 1, 70, ONE, 16, 16, gate=gate)
-    assert_matches_loop(linear, linear_loop, operands, dtype)
+    assert_matches_loop(scaled(linear), scaled(linear_loop), operands, dtype)
+
+
+def test_linear_with_a_write_gate_alone():
+    operands = make_operands("qkw", 1, 40, {"q": 1, "k": 1, "w": 2}, 16, 16)
+    operands["g"] = None
+    assert_matches_loop(linear, linear_loop, operands, torch.float32)
 
 
 @pytest.mark.parametrize("gate", ["head", "key"])
@@ -75,7 +82,22 @@ def test_linear_sizes(T, K, V):
 @pytest.mark.parametrize(("gate", "dtype"), GATES_AND_DTYPES, ids=str)
 def test_delta(gate, dtype):
     operands = make_operands("qekw", 1, 70, ONE, 16, 16, gate=gate)
-    assert_matches_loop(delta, delta_loop, operands, dtype)
+    assert_matches_loop(scaled(delta), scaled(delta_loop), operands, dtype)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_delta_whose_key_erases(gate):
+    """Written and erased with gates of their own, of one of two heads, or without gates."""
+    heads = {"q": 1, "e": 1, "k": 1, "w": 2}
+    operands = make_operands("qekw", 1, 40, heads, 17, 16, gate=gate) | {"e": None}
+    assert_matches_loop(delta, delta_loop, operands, torch.float32)
+
+
+@pytest.mark.parametrize("alone", ["beta", "erase"])
+def test_delta_with_one_gate_alone(alone):
+    operands = make_operands("qekw", 1, 40, ONE, 16, 16)
+    operands["beta" if alone == "erase" else "erase"] = operands["g"] = None
+    assert_matches_loop(delta, delta_loop, operands, torch.float32)
 
 
 @pytest.mark.parametrize("gate", ["head", "key"])

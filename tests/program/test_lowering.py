@@ -29,8 +29,12 @@ def test_a_program_has_its_core_calls_and_the_state_of_its_steps(label: str) -> 
         calls[-1:] if program.kernel in matrices else []
     )
     assert {part.name for part in program.state} <= set(glazoo.State._fields)
-    inner = [s for step in program.steps for s in getattr(step, "steps", (step,))]
-    assert inner == [row.step for row in program.rows]
+
+    def inner(step):
+        parts = getattr(step, "steps", None)
+        return [step] if parts is None else [s for part in parts for s in inner(part)]
+
+    assert [s for step in program.steps for s in inner(step)] == [row.step for row in program.rows]
     sizes = (64, 32)
     assert program.flops_per_token(*sizes) == sum(r.operations(*sizes) for r in program.rows) > 0
 

@@ -8,10 +8,12 @@ from glazoo.engines.chunked.riccati import riccati
 from glazoo.engines.chunked.solve import solve
 from glazoo.engines.chunked.synapse import synapse
 from glazoo.engines.chunked.synapse_delta import synapse_delta
-from glazoo.program.core import PosteriorStep
+from glazoo.program.core import PosteriorStep, Whiten
 
 posterior_step: PosteriorStep | None = None
 """A token of decoding takes the same few operations here, in one piece or in several."""
+whiten: Whiten | None = None
+"""Keys are divided by steps here, which a compiler fuses."""
 
 __all__ = [
     "covariance",
@@ -23,4 +25,5 @@ __all__ = [
     "solve",
     "synapse",
     "synapse_delta",
+    "whiten",
 ]

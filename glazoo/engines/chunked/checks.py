@@ -61,6 +61,12 @@ def shape(name: str, x: Tensor | None, *accepted: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {list(x.shape)}; accepted: {shown}")
 
 
+def factors(w: Tensor, **gates: Tensor | None) -> None:
+    """Gates [B, T, HV]."""
+    for name, x in gates.items():
+        shape(name, x, tuple(w.shape[:3]))
+
+
 def packing(cu_seqlens: Tensor | None, w: Tensor) -> None:
     if cu_seqlens is None:
         return

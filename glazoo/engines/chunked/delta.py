@@ -256,11 +256,14 @@ _delta = register(
 
 def delta(
     q: Float[Tensor, "B T Hq K"],
-    e: Float[Tensor, "B T He K"],
+    e: Float[Tensor, "B T He K"] | None,
     k: Float[Tensor, "B T Hk K"],
     w: Float[Tensor, "B T HV V"],
     g: Float[Tensor, "B T HV"] | Float[Tensor, "B T HV K"] | None = None,
     *,
+    beta: Float[Tensor, "B T HV"] | None = None,
+    erase: Float[Tensor, "B T HV"] | None = None,
+    scale: float = 1.0,
     initial_state: Float[Tensor, "N HV K V"] | None = None,
     base: str = "decayed",
     cu_seqlens: Int[Tensor, " N+1"] | None = None,
@@ -269,6 +272,8 @@ def delta(
 
         S'_t = Diag(exp g_t) S_{t-1}        S_t = S'_t + k_t u_t^T        o_t = S_t^T q_t
         u_t  = w_t - X_t^T e_t              X_t = S'_t (base "decayed") or S_{t-1} (base "prev")
+
+    with w multiplied by beta, e by erase and q by scale.
 
     With D(i, j) the product of the decays of tokens j+1 .. i (without that of i for base "prev"
     where e_i reads), the u of a chunk that starts at state S solve a unit lower triangular system,
@@ -280,11 +285,14 @@ def delta(
     and head.
 
     Args:
-        q: queries, already scaled. Any floating dtype.
-        e: erase keys (the input gate belongs to them: beta k for Gated DeltaNet).
+        q: queries. Any floating dtype.
+        e: erase keys; None is k.
         k: write keys.
-        w: what is written, beta v for Gated DeltaNet; its dtype is the output's.
+        w: values; their dtype is the output's.
         g: natural log of the decay, <= 0, -inf allowed; None is no decay.
+        beta: write gate, which multiplies w; None is 1.
+        erase: erase gate, which multiplies e: the write gate for Gated DeltaNet; None is 1.
+        scale: multiplies q.
         initial_state: S_0; None is zeros.
         base: the state that is corrected, "decayed" or "prev".
         cu_seqlens: borders of packed sequences (then B = 1); empty sequences are allowed.
@@ -299,12 +307,16 @@ def delta(
         Yang et al., "Gated Delta Networks: Improving Mamba2 with Delta Rule", ICLR 2025,
         arXiv:2412.06464, section 3.3.
     """
+    e = k if e is None else e
     checks.choice("base", base, ("decayed", "prev"))
     checks.tokens(q=q, e=e, k=k, w=w)
     checks.heads(w.shape[2], q=q, e=e, k=k)
     checks.gate("g", g, k, w)
     checks.packing(cu_seqlens, w)
     checks.state("initial_state", initial_state, cu_seqlens, w, k.shape[3], w.shape[3])
+    checks.factors(w, beta=beta, erase=erase)
+    q, w = loops.scaled(q, scale), loops.times(beta, w).to(w.dtype)
+    e = loops.times(erase, e)
     if w.shape[1] == 1 and cu_seqlens is None:
         return loops.delta(q, e, k, w, g, initial_state=initial_state, base=base)
     out, final = _delta(q, e, k, w, g, initial_state, cu_seqlens, base)

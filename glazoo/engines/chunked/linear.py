@@ -163,6 +163,8 @@ def linear(
     w: Float[Tensor, "B T HV V"],
     g: Float[Tensor, "B T HV"] | Float[Tensor, "B T HV K"] | None = None,
     *,
+    beta: Float[Tensor, "B T HV"] | None = None,
+    scale: float = 1.0,
     initial_state: Float[Tensor, "N HV K V"] | None = None,
     read: str = "post",
     cu_seqlens: Int[Tensor, " N+1"] | None = None,
@@ -170,6 +172,8 @@ def linear(
     """Gated linear attention in chunks of 64 tokens.
 
         S_t = Diag(exp g_t) S_{t-1} + k_t w_t^T        o_t = S_t^T q_t   (read "pre": S_{t-1}^T q_t)
+
+    with w multiplied by beta and q by scale.
 
     With D(i, j) the product of the decays of tokens j+1 .. i, a chunk that starts at state S is
 
@@ -180,10 +184,12 @@ def linear(
     which are all that is kept (K V / 64 numbers per token and head).
 
     Args:
-        q: queries, already scaled. Any floating dtype.
+        q: queries. Any floating dtype.
         k: keys.
-        w: values times write gate; its dtype is the output's.
+        w: values; their dtype is the output's.
         g: natural log of the decay, <= 0, -inf allowed; None is no decay.
+        beta: write gate, which multiplies w; None is 1.
+        scale: multiplies q.
         initial_state: S_0; None is zeros.
         read: "post" reads after the write of the token, "pre" before its decay and write.
         cu_seqlens: borders of packed sequences (then B = 1); empty sequences are allowed.
@@ -204,6 +210,8 @@ def linear(
     checks.gate("g", g, k, w)
     checks.packing(cu_seqlens, w)
     checks.state("initial_state", initial_state, cu_seqlens, w, k.shape[3], w.shape[3])
+    checks.factors(w, beta=beta)
+    q, w = loops.scaled(q, scale), loops.times(beta, w).to(w.dtype)
     if w.shape[1] == 1 and cu_seqlens is None:
         return loops.linear(q, k, w, g, initial_state=initial_state, read=read)
     out, final = _linear(q, k, w, g, initial_state, cu_seqlens, read)

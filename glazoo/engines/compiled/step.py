@@ -18,7 +18,7 @@ from glazoo.engines import chunked
 from glazoo.engines.call import Call, Given, Result, TokenRun
 from glazoo.engines.compiled import loops
 from glazoo.engines.compiled.host import run
-from glazoo.kernels.loops import compute_dtype
+from glazoo.kernels.loops import compute_dtype, scaled, times
 from glazoo.kernels.register import register_step, wants_derivative
 from glazoo.program import OneToken
 from glazoo.state import State
@@ -287,16 +287,19 @@ def linear(
     w: Tensor,
     g: Tensor | None = None,
     *,
+    beta: Tensor | None = None,
+    scale: float = 1.0,
     initial_state: Tensor | None = None,
     read: str = "post",
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Linear attention, `glazoo.engines.chunked.linear`, of which a few tokens are one loop."""
-    if not few(cu_seqlens, initial_state, q, k, w, g):
+    if not few(cu_seqlens, initial_state, q, k, w, g, beta):
         return chunked.linear(
-            q, k, w, g, initial_state=initial_state, read=read, cu_seqlens=cu_seqlens
-        )
-    given = (q, k, w, None, None, g, None, None, initial_state, None)
+            q, k, w, g,
+            beta=beta, scale=scale, initial_state=initial_state, read=read, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+    given = (scaled(q, scale), k, w, beta, None, g, None, None, initial_state, None)
     options = ("none", "first_order", read, "decayed", False, False, False)
     out, final, *_ = few_tokens(*given, *options)
     return out, final
@@ -304,21 +307,27 @@ def linear(
 
 def delta(
     q: Tensor,
-    e: Tensor,
+    e: Tensor | None,
     k: Tensor,
     w: Tensor,
     g: Tensor | None = None,
     *,
+    beta: Tensor | None = None,
+    erase: Tensor | None = None,
+    scale: float = 1.0,
     initial_state: Tensor | None = None,
     base: str = "decayed",
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The delta rule, `glazoo.engines.chunked.delta`, of which a few tokens are one loop."""
-    if not few(cu_seqlens, initial_state, q, e, k, w, g):
+    if not few(cu_seqlens, initial_state, q, e, k, w, g, beta, erase):
         return chunked.delta(
-            q, e, k, w, g, initial_state=initial_state, base=base, cu_seqlens=cu_seqlens
-        )
-    given = (q, k, w, None, None, g, e, None, initial_state, None)
+            q, e, k, w, g,
+            beta=beta, erase=erase, scale=scale,
+            initial_state=initial_state, base=base, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+    e = times(erase, k if e is None else e)
+    given = (scaled(q, scale), k, w, beta, None, g, e, None, initial_state, None)
     options = ("full", "first_order", "post", base, True, False, False)
     out, final, *_ = few_tokens(*given, *options)
     return out, final

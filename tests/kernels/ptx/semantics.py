@@ -308,6 +308,7 @@ _add("neg.f32", "f32", "f32", np.negative)
 _add("abs.f32", "f32", "f32", np.abs)
 _add("neg.bf16", "bf16", "bf16", lambda a: a ^ U16.type(0x8000))
 _add("neg.f16", "f16", "f16", np.negative)
+_add("neg.bf16x2", "bf16x2", "bf16x2", lambda a: a ^ np.uint32(0x80008000))
 # In bfloat16 too, and with its signs of zeros: 1, -1, -0.
 for name, function in {
     "add": lambda a, b: _fma_bf16(a, np.full_like(a, 0x3F80), b),
