@@ -68,6 +68,9 @@ LEAST = 0.05
 NEARLY = 0.8
 """Share of the best form's gain that makes a form with less state as good as that one."""
 
+LEAST_FALL = 0.001
+"""Nats a token that the loss must fall by when gates open, for a form to be advised."""
+
 PLASTICITIES = (0.001, 0.01, 0.1, 1.0)
 """Plasticities kappa at which gates are opened."""
 
@@ -115,8 +118,8 @@ class Opening:
 
     @property
     def falls(self) -> bool:
-        """Whether the loss falls, with certainty."""
-        return self.change.seeds > 1 and self.change.high < 0
+        """Whether the loss falls by enough, and with certainty."""
+        return self.change.seeds > 1 and self.change.high < 0 and self.change.mean <= -LEAST_FALL
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +247,7 @@ class AdviceReport(Report):
             return (
                 f"**None is expected to help**: the memories of {_listed(p.form for p in opened)} "
                 "would find more, but this model does not ask for it. With their gates open, "
-                "untrained, its loss on this text does not fall."
+                f"untrained, its loss on this text does not fall by {LEAST_FALL} nats a token."
             )
         if self.advice is None:
             return (
@@ -438,8 +441,9 @@ def advise_checkpoint(
 
     Returns:
         What the keys are like, what every form would hold, and the advice: of the forms with a gain
-        of at least five points whose interval excludes zero, and with a loss that falls when their
-        gates open, the one with the least state whose gain is at least four fifths of the best.
+        of at least five points whose interval excludes zero, and with a loss that falls by 0.001
+        nats when their gates open, the one with the least state whose gain is at least four fifths
+        of the best.
 
     Raises:
         ConversionError: the folder cannot be converted, or the text has fewer than four contexts.

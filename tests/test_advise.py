@@ -118,6 +118,7 @@ def prediction(
         ([("per key", 0.30, 0.1, 2, RISES)], None),
         ([("per key", 0.30, 0.1, 2, RISES), ("full", 0.20, 0.1, 4)], "full"),
         ([("per key", 0.30, 0.1, 2, Opening(0.1, Interval(-1, -1, -1, 1), {}))], None),
+        ([("per key", 0.30, 0.1, 2, Opening(0.1, Interval(-2e-4, -3e-4, -1e-4, 4), {}))], None),
     ],
 )
 def test_the_cheapest_of_those_that_are_nearly_best_and_serve_the_loss(
