@@ -157,6 +157,11 @@ def _float(name: str, kind: str, xs: list[int]) -> int | Near:
     return encode(exact, kind, zero[name])
 
 
+def _flushed_bits(x: int) -> int:
+    """A float32 whose exponent is zero as a zero of its sign."""
+    return x if x >> 23 & 255 else x & 1 << 31
+
+
 def _approximate(name: str, ftz: bool, xs: list[int]) -> Near:
     a, b = (decode(x, "f32") for x in (*xs, 0)[:2])
     a = flushed(a) if ftz else a
@@ -248,6 +253,10 @@ def evaluate(opcode: str, operands: tuple[str, ...], result: str, xs: list[int])
     if kind == "bf16x2":
         pairs = [_float(name, "bf16", [x >> shift & 0xFFFF for x in xs]) for shift in (0, 16)]
         return pairs[1] << 16 | pairs[0]
+    if kind in FLOATS and "ftz" in modifiers:
+        found = _float(name, kind, [_flushed_bits(x) for x in xs])
+        assert isinstance(found, int)
+        return _flushed_bits(found)
     if kind in FLOATS:
         return _float(name, kind, xs)
     return wrap(_integer(name, kind, xs), result)

@@ -294,6 +294,7 @@ for rounding in ("", ".rn"):
     _add(f"sub{rounding}.f32", "f32", "f32 f32", np.subtract)
     _add(f"mul{rounding}.f32", "f32", "f32 f32", np.multiply)
 _add("fma.rn.f32", "f32", "f32 f32 f32", _fma)
+_add("fma.rn.ftz.f32", "f32", "f32 f32 f32", lambda *x: flush(_fma(*map(flush, x))))
 
 
 def _least(a: Array, b: Array) -> Array:
@@ -318,6 +319,7 @@ for name, function in {
     _add(f"{name}.bf16x2", "bf16x2", "bf16x2 bf16x2", _pairwise(function, U16))
 _add("fma.rn.bf16x2", "bf16x2", "bf16x2 bf16x2 bf16x2", _pairwise(_fma_bf16, U16))
 _add("div.full.f32", "f32", "f32 f32", np.divide)
+_add("div.rn.f32", "f32", "f32 f32", np.divide)
 _add("ex2.approx.f32", "f32", "f32", np.exp2)
 _add("ex2.approx.ftz.f32", "f32", "f32", lambda a: flush(np.exp2(flush(a))))
 _add("rcp.approx.ftz.f32", "f32", "f32", lambda a: flush(F32.type(1) / flush(a)))

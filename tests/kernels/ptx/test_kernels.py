@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+import whiten_cases
 from kernel_classes import CLASSES, OPTIONS, Place, assert_decodes, gates
 
 from ptx.launches import Executor, executing
@@ -72,6 +73,29 @@ def compare(executor, name, gate, place, options=None, change=lambda x: x, loop=
 )
 def test_a_class(executor, name, gate, place):
     compare(executor, name, gate, place, resets=gate != "none")
+
+
+@pytest.mark.parametrize(
+    ("at_token", "gate", "dtype", "K"),
+    choices(
+        [("found", "key", BF16, 19)],
+        [(x, gate, dtype, 80) for x in ("written", "found") for gate in ("head", "key")
+         for dtype in (BF16, F16, F32)],
+    ),
+    ids=str,
+)  # fmt: skip
+def test_keys_over_an_importance(executor, at_token, gate, dtype, K):
+    given = whiten_cases.operands(1, 40, 1, 2, K, gate, resets=False)
+    with executing(executor):
+        whiten_cases.compare(given, dtype, at=at_token, forgets=True, sums=at_token == "found")
+    assert executor.kernels == ["whiten_kernel", "whiten_backward_kernel"]
+
+
+@pytest.mark.parametrize("gate", ["none", pytest.param("key", marks=pytest.mark.slow)])
+def test_a_key_that_erases(executor, gate):
+    given = CLASSES["delta"]["operands"](at(BF16, 70, 16), gate) | {"e": None}
+    with executing(executor):
+        CLASSES["delta"]["compare"](given, at(BF16, 70, 16), {}, {})
 
 
 @pytest.mark.parametrize(
