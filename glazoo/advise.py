@@ -3,9 +3,11 @@ text."""
 
 from __future__ import annotations
 
+import math
+import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +32,7 @@ from glazoo.converters.source import Checkpoint, inspect_checkpoint
 from glazoo.converters.texts import read_tokens
 from glazoo.errors import ConversionError
 from glazoo.layers import gates, set_plasticity
+from glazoo.layers.conversion import metaplastic_layers
 from glazoo.layers.plasticity import Observation
 from glazoo.program import lower
 from glazoo.spec import Spec
@@ -74,6 +77,10 @@ LEAST_FALL = 0.001
 PLASTICITIES = (0.001, 0.01, 0.1, 1.0)
 """Plasticities kappa at which gates are opened."""
 
+_CONTEXTS = 4
+"""Contexts at least: axes come from a half of them and are measured on the other, and intervals
+need two."""
+
 _VALUES = 64
 """Value channels of the measurement at most: what is found hardly depends on more."""
 
@@ -102,7 +109,8 @@ class KeyUse:
     def writes(self) -> tuple[float, ...]:
         """Writes within the window per direction."""
         pairs = zip(self.window, self.directions, strict=True)
-        return tuple(w / d for w, d in pairs)
+        # Of a head whose keys are all zero, the directions are none.
+        return tuple(w / max(1.0, d) for w, d in pairs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +120,8 @@ class Opening:
     plasticity: float
     """The kappa that was best on every second context."""
     change: Interval
-    """Of the loss on the other contexts, in nats a token; above zero the loss rises."""
+    """Of the loss on the other contexts, in nats a token; above zero the loss rises. Infinite where
+    no plasticity leaves it finite."""
     tried: dict[float, float]
     """The change at each kappa, mean over all contexts."""
 
@@ -170,7 +179,7 @@ class AdviceReport(Report):
             return None
         options = "".join(f" --{n} {x}" for n, x in FORMS[self.advice].items())
         more = " --calibrate TEXT" if self.advice == "rotated" else ""
-        return f"glazoo convert {self.folder} DST{options}{more}"
+        return f"glazoo convert {shlex.quote(self.folder)} DST{options}{more}"
 
     def to_markdown(self) -> str:
         source = self.predictions[0]
@@ -366,7 +375,11 @@ def predict(
 
 
 @torch.no_grad()
-def opened(model: nn.Module, losses: Callable[[], Float[Tensor, "C"]]) -> dict[float, list[float]]:
+def opened(
+    model: nn.Module,
+    losses: Callable[[], Float[Tensor, "C"]],
+    layers: Collection[int] | None = None,
+) -> dict[float, list[float]]:
     """Measure what opening the gates of a form does to a loss, untrained.
 
         L_c(kappa) - L_c(0) ,   the same kappa for all heads
@@ -377,17 +390,28 @@ def opened(model: nn.Module, losses: Callable[[], Float[Tensor, "C"]]) -> dict[f
     Args:
         model: a model that `glazoo.metaplasticize` made; at kappa = 0 afterwards.
         losses: the loss of every context.
+        layers: indices of those that it made so; what was metaplastic before stays as it is.
+            Default: all.
 
     Returns:
-        The change of every context, by kappa.
+        The change of every context, by kappa; infinite where an opened gate leaves no finite loss.
+
+    Raises:
+        ConversionError: the loss at kappa = 0 is not finite.
     """
-    set_plasticity(model, 0.0)
+    chosen = [
+        m for m, gate, _ in metaplastic_layers(model) if layers is None or gate.layer in layers
+    ]
+    form = nn.ModuleList(chosen)
+    set_plasticity(form, 0.0)
     closed = losses()
+    if not bool(closed.isfinite().all()):
+        raise ConversionError("the model's loss on this text is not finite: there is none to lower")
     changes = {}
     for plasticity in PLASTICITIES:
-        set_plasticity(model, plasticity)
-        changes[plasticity] = (losses() - closed).tolist()
-    set_plasticity(model, 0.0)
+        set_plasticity(form, plasticity)
+        changes[plasticity] = (losses() - closed).nan_to_num(math.inf, math.inf).tolist()
+    set_plasticity(form, 0.0)
     return changes
 
 
@@ -399,7 +423,9 @@ def best_opening(changes: Mapping[float, Sequence[float]]) -> Opening:
     """
     best = min(changes, key=lambda kappa: sum(changes[kappa][::2]))
     tried = {kappa: _mean(x) for kappa, x in changes.items()}
-    return Opening(best, interval(changes[best][1::2]), tried)
+    held_out = changes[best][1::2]
+    finite = all(map(math.isfinite, held_out))
+    return Opening(best, interval(held_out if finite else [math.inf]), tried)
 
 
 def advise_checkpoint(
@@ -446,7 +472,8 @@ def advise_checkpoint(
         of the best.
 
     Raises:
-        ConversionError: the folder cannot be converted, or the text has fewer than four contexts.
+        ConversionError: the folder cannot be converted or holds no language model, the text has
+            fewer than four contexts, or the model's keys or its loss on it are not finite.
     """
     begun = time.monotonic()
     stats.require()
@@ -455,6 +482,15 @@ def advise_checkpoint(
     found = checkpoint.found
     if checkpoint.quantised:
         raise ConversionError(next(iter(checkpoint.quantised.values())))
+    if not checkpoint.family.source_model(checkpoint.architecture).can_generate():
+        raise ConversionError(
+            f"{folder} holds a {checkpoint.architecture}, which predicts no next token: there is "
+            "no loss to measure"
+        )
+    if tokens < _CONTEXTS * LENGTH:
+        raise ConversionError(
+            f"tokens: got {tokens}, accepted is at least four contexts of {LENGTH}"
+        )
     specs, impossible = _forms(checkpoint)
     ids = read_tokens(
         texts,
@@ -465,7 +501,7 @@ def advise_checkpoint(
         limit=tokens,
     )[:tokens]
     contexts = len(ids) // LENGTH
-    if contexts < 4:
+    if contexts < _CONTEXTS:
         raise ConversionError(
             f"texts: got {len(ids)} tokens, expected at least four contexts of {LENGTH}"
         )
@@ -474,12 +510,18 @@ def advise_checkpoint(
     told("keys of the text", 0, contexts)
     seen: dict[int, list[Observation]] = {}
     for observation in observed(model, torch.from_numpy(ids)):
+        # Layers that are metaplastic already stay as they are.
+        if observation.layer not in found:
+            continue
         of = seen.setdefault(observation.layer, [])
-        of.append(observation._replace(keys=observation.keys.half().cpu(), g=observation.g.cpu()))
+        of.append(observation._replace(keys=observation.keys.float().cpu(), g=observation.g.cpu()))
         told("keys of the text", len(of), contexts)
     del model
     keys = {layer: torch.cat([x.keys for x in of]) for layer, of in sorted(seen.items())}
-    use = tuple(key_use(n, k.float(), _decays(seen[n], len(k))) for n, k in keys.items())
+    for layer, k in keys.items():
+        if not bool(k.isfinite().all()):
+            raise ConversionError(f"layer {layer}: its keys on this text are not finite")
+    use = tuple(key_use(n, k, _decays(seen[n], len(k))) for n, k in keys.items())
     sizes = {n: (found[n].key, found[n].value) for n in keys}
     # Layers of another size, which no family has so far, are described and not measured.
     size = sizes[next(iter(sizes))]
@@ -496,7 +538,7 @@ def advise_checkpoint(
             form = load_to_observe(checkpoint, _settings(checkpoint, **FORMS[p.form])).to(device)
             _turn(form, keys)
             losses = partial(_losses, form, torch.from_numpy(ids).view(contexts, LENGTH))
-            predictions[n] = replace(p, opening=best_opening(opened(form, losses)))
+            predictions[n] = replace(p, opening=best_opening(opened(form, losses, found)))
             del form
     return AdviceReport(
         folder=str(folder),
@@ -583,7 +625,7 @@ def _predictions(
 def _turn(model: nn.Module, keys: Mapping[int, Tensor]) -> None:
     """Turns the axes of rotated importances to the eigenvectors of the keys' moments."""
     for _, gate in gates(model):
-        if gate.axes is not None:
+        if gate.axes is not None and gate.layer in keys:
             k = keys[gate.layer].double().flatten(0, 1)
             turn(gate, torch.einsum("thi,thj->hij", k, k) / len(k))
 
@@ -652,14 +694,15 @@ def advise(
             jobs=jobs,
             told=told,
         )
-    if report is not None:
-        result.write(report)
     if as_json:
         print_json(result.to_json())
-        return
-    out = console()
-    out.print(Markdown(result.to_markdown()))
-    keys = result.keys
-    out.print(heat_map("directions of keys", {u.layer: u.directions for u in result.use}, keys))
-    shares = {u.layer: u.changing for u in result.use}
-    out.print(heat_map("share that changes from context to context", shares, 1.0))
+    else:
+        out = console()
+        out.print(Markdown(result.to_markdown()))
+        keys = result.keys
+        out.print(heat_map("directions of keys", {u.layer: u.directions for u in result.use}, keys))
+        shares = {u.layer: u.changing for u in result.use}
+        out.print(heat_map("share that changes from context to context", shares, 1.0))
+    # Last: a file that cannot be written takes nothing of what was measured.
+    if report is not None:
+        result.write(report)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from converters.tiny import tiny_model
 from typer.testing import CliRunner
 
 import glazoo.advise
@@ -17,6 +19,7 @@ from glazoo import load, metaplasticize
 from glazoo.advise import (
     FORMS,
     PLASTICITIES,
+    AdviceReport,
     Opening,
     Prediction,
     _advice,
@@ -137,6 +140,16 @@ def test_the_plasticity_is_chosen_on_other_contexts_than_it_is_measured_on() -> 
     assert not found.falls
 
 
+def test_a_plasticity_without_a_finite_loss_is_not_chosen() -> None:
+    inf = float("inf")
+    found = best_opening({0.01: [-1.0, 2.0, -1.0, 3.0], 0.1: [inf, -1.0, -9.0, -1.0]})
+    assert found.plasticity == 0.01
+    assert found.tried[0.1] == inf
+    none = best_opening({0.01: [0.0, inf, 0.0, -3.0]})
+    assert not none.falls
+    assert _opening_text(none) == "+inf at 0.01"
+
+
 def test_opening_is_measured_against_the_closed_gate_which_is_left(folder: Path) -> None:
     model = metaplasticize(GlazooForCausalLM.from_pretrained(folder))
     ids = torch.arange(40).view(2, 20) % 7
@@ -160,21 +173,36 @@ def test_opening_is_measured_against_the_closed_gate_which_is_left(folder: Path)
     assert small < large
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_of(*pattern: str) -> GlazooForCausalLM:
     torch.manual_seed(0)
-    made = tmp_path_factory.mktemp("advise") / "model"
     config: dict[str, Any] = {
-        "pattern": "gla",
+        "pattern": list(pattern),
         "vocab_size": 260,
         "hidden_size": 16,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": len(pattern),
         "num_heads": 2,
         "head_k_dim": 4,
         "head_v_dim": 4,
     }
-    GlazooForCausalLM(GlazooConfig(**config)).save_pretrained(made)
+    return GlazooForCausalLM(GlazooConfig(**config))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("advise") / "model"
+    model_of("gla", "gla").save_pretrained(made)
     return made
+
+
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A text of a few short contexts, on which every form is opened."""
+    monkeypatch.setattr(glazoo.advise, "_candidates", lambda found: found[1:])
+    monkeypatch.setattr(glazoo.advise, "LENGTH", 64)
+    monkeypatch.setattr(glazoo.converters.calibration, "LENGTH", 64)
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(32 + (i * i + i // 7) % 60 for i in range(300)))
+    return text
 
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:
@@ -202,15 +230,8 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     )
 
 
-def test_every_form_is_opened_that_would_find_enough(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = tmp_path / "text.txt"
-    text.write_bytes(bytes(32 + (i * i + i // 7) % 60 for i in range(2200)))
-    monkeypatch.setattr(glazoo.advise, "_candidates", lambda found: found[1:])
-    monkeypatch.setattr(glazoo.advise, "LENGTH", 128)
-    monkeypatch.setattr(glazoo.converters.calibration, "LENGTH", 128)
-    found = advise_checkpoint(folder, [text], tokenizer="bytes", tokens=512, seeds=2)
+def test_every_form_is_opened_that_would_find_enough(folder: Path, quick: Path) -> None:
+    found = advise_checkpoint(folder, [quick], tokenizer="bytes", tokens=256, seeds=2)
     assert found.predictions[0].opening is None
     opened = {p.form: p.opening for p in found.predictions[1:]}
     assert {*opened, *found.impossible} == set(FORMS)
@@ -224,8 +245,72 @@ def test_every_form_is_opened_that_would_find_enough(
     assert all(_opening_text(x) in found.to_markdown() for x in opened.values())
 
 
+def test_layers_that_are_metaplastic_already_stay_as_they_are(
+    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tmp_path / "mixed"
+    monkeypatch.setattr(glazoo.advise, "FORMS", {"rotated": FORMS["rotated"]})
+    set_plasticity(model_of("gla", "metaplastic_gla"), 0.5).save_pretrained(made)
+    found = advise_checkpoint(made, [quick], tokenizer="bytes", tokens=256, seeds=2)
+    assert [u.layer for u in found.use] == [0]
+    model = metaplasticize(GlazooForCausalLM.from_pretrained(made))
+    own = model.get_parameter("model.layers.1.mixer.metaplastic.b_scale")
+    given, seen = torch.full((2,), 0.5), []
+
+    def losses() -> torch.Tensor:
+        seen.append(own.detach().clone())
+        return torch.zeros(2)
+
+    opened(model, losses, [0])
+    assert len(seen) == 1 + len(PLASTICITIES)
+    assert all(torch.equal(x, given) for x in [*seen, own])
+
+
+def test_numbers_that_are_not_finite_are_refused_by_name(quick: Path, tmp_path: Path) -> None:
+    model = model_of("gla")
+    for name, message in (
+        ("lm_head.weight", "the model's loss on this text is not finite"),
+        ("model.layers.0.mixer.k_proj.weight", "layer 0: its keys on this text are not finite"),
+    ):
+        with torch.no_grad():
+            model.get_parameter(name)[0] = float("nan")
+        model.save_pretrained(tmp_path / "model")
+        with pytest.raises(ConversionError, match=message):
+            advise_checkpoint(tmp_path / "model", [quick], tokenizer="bytes", tokens=256, seeds=2)
+
+
+def test_what_predicts_no_token_is_refused_before_it_is_read(quick: Path, tmp_path: Path) -> None:
+    made = tmp_path / "model"
+    tiny_model("mamba2").backbone.save_pretrained(made)
+    with pytest.raises(ConversionError, match="a Mamba2Model, which predicts no next token"):
+        advise_checkpoint(made, [quick], tokenizer="bytes")
+
+
+def test_what_was_measured_is_printed_where_the_report_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = prediction("source", 0.0, 0.0, 1, None)
+    found = AdviceReport(
+        "a b", "glazoo", "gla", 4, 4, 2048, (4,), (), (source,), {}, advice=None, seconds=1.0
+    )
+    monkeypatch.setattr(glazoo.advise, "advise_checkpoint", lambda *_, **__: found)
+    absent = tmp_path / "absent" / "advice.md"
+    result = CliRunner().invoke(app, ["advise", "a b", "text", "--report", str(absent)])
+    assert isinstance(result.exception, ConversionError)
+    assert "None is expected to help" in result.stdout
+    assert str(replace(found, advice="per key").command) == "glazoo convert 'a b' DST"
+
+
+def test_a_head_without_keys_has_no_directions() -> None:
+    use = key_use(0, torch.zeros(4, 6, 1, 4))
+    assert use.directions == (0.0,)
+    assert use.writes == (6.0,)
+
+
 def test_texts_that_are_too_short_are_refused(folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("short")
-    with pytest.raises(ConversionError, match="four contexts of 512"):
+    with pytest.raises(ConversionError, match=r"texts: got .* four contexts of 512"):
         advise_checkpoint(folder, [text], tokenizer="bytes")
+    with pytest.raises(ConversionError, match=r"tokens: got 2047, .* four contexts of 512"):
+        advise_checkpoint(folder, [text], tokenizer="bytes", tokens=2047)
