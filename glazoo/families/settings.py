@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Unpack, cast
+from typing import Any, Literal, Unpack, cast, get_args
 
 from glazoo.errors import ConversionError
 from glazoo.layers.plasticity import default_rank, refused_plasticity
@@ -64,13 +64,16 @@ class Settings:
     @property
     def form(self) -> Counterpart:
         """The form of the spec, as options of `glazoo.metaplasticize`."""
-        return {
+        form: Counterpart = {
             "gate": self.gate,
-            "gain": self.gain,
             "precision": self.precision,
             "basis": self.basis,
             "forgetting": self.forgetting,
         }
+        # A flow is the source's own, for which there is no option.
+        if self.gain in get_args(Gain):
+            form["gain"] = self.gain
+        return form
 
     @classmethod
     def make(
@@ -93,7 +96,9 @@ class Settings:
         if reason := refused_plasticity(source, plasticity):
             raise ConversionError(reason)
         gain = form.get("gain")
-        if gain is None and no_exact_gain is not None:
+        # A gain of the source's own, a flow, stays.
+        own = source.posterior.gain != "first_order"
+        if gain is None and no_exact_gain is not None and not own:
             form["gain"] = "first_order"
         if gain == "exact" and no_exact_gain is not None:
             raise ConversionError(f"gain: 'exact' is not possible here: {no_exact_gain}")

@@ -70,10 +70,12 @@ def test_axes_come_from_a_text_and_change_nothing(tmp_path: Path) -> None:
         convert_checkpoint(source, tmp_path / "no", calibrate=[given], basis="own")
 
 
-def test_axes_of_a_model_made_of_specs(tmp_path: Path) -> None:
-    # It had ended in an assertion: its mixers are turned into others in their own way.
+@pytest.mark.parametrize("name", ["mamba2", "efla"])
+def test_axes_of_a_model_made_of_specs(name: str, tmp_path: Path) -> None:
+    # It had ended in an assertion: its mixers are turned into others in their own way. The second
+    # has a gain of its own, and was refused.
     config = GlazooConfig(
-        pattern="mamba2", vocab_size=260, hidden_size=16, num_hidden_layers=1, num_heads=2
+        pattern=name, vocab_size=260, hidden_size=16, num_hidden_layers=1, num_heads=2
     )
     GlazooForCausalLM(config).save_pretrained(tmp_path / "source")
     given = text(tmp_path / "text.txt")
