@@ -530,7 +530,10 @@ def advise_checkpoint(
         arrays: Any = {f"layer_{n}": k.numpy() for n, k in keys.items() if sizes[n] == size}
         np.savez(file, **arrays)
         values = min(_VALUES, size[1])
-        pairs, shares = predict(str(file), specs, values=values, seeds=seeds, jobs=jobs, told=told)
+        memories = {n: _mapped_already(spec) for n, spec in specs.items()}
+        pairs, shares = predict(
+            str(file), memories, values=values, seeds=seeds, jobs=jobs, told=told
+        )
     predictions = list(_predictions(checkpoint, specs, shares))
     for n, p in enumerate(predictions):
         if p in _candidates(predictions):
@@ -584,6 +587,14 @@ def _forms(checkpoint: Checkpoint) -> tuple[dict[str, Spec], dict[str, str]]:
         else:
             specs[name] = spec
     return specs, impossible
+
+
+def _mapped_already(spec: Spec) -> Spec:
+    """Return the spec of the same memory for keys that its feature map has made already."""
+    data = spec.model_dump()
+    for path in ("q", "k"):
+        data["layer"][path]["feature_map"] = "none"
+    return Spec.model_validate(data)
 
 
 def _decays(seen: Sequence[Observation], contexts: int) -> Tensor:

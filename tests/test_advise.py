@@ -14,6 +14,7 @@ from converters.tiny import tiny_model
 from typer.testing import CliRunner
 
 import glazoo.advise
+import glazoo.compare.probe
 import glazoo.converters.calibration
 from glazoo import load, metaplasticize
 from glazoo.advise import (
@@ -305,6 +306,22 @@ def test_a_head_without_keys_has_no_directions() -> None:
     use = key_use(0, torch.zeros(4, 6, 1, 4))
     assert use.directions == (0.0,)
     assert use.writes == (6.0,)
+
+
+def test_keys_are_mapped_once(quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Keys are recorded as the recurrence takes them: 4 channels make 1 + 4 + 16.
+    sizes = set()
+
+    def attention(spec: Any, q: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        sizes.add(q.shape[-1])
+        return glazoo.attention(spec, q, *rest, **options)
+
+    monkeypatch.setattr(glazoo.compare.probe, "attention", attention)
+    monkeypatch.setattr(glazoo.advise, "FORMS", {"per key": {}})
+    model_of("based").save_pretrained(tmp_path / "model")
+    found = advise_checkpoint(tmp_path / "model", [quick], tokenizer="bytes", tokens=256, seeds=2)
+    assert found.keys == 21
+    assert sizes == {21}
 
 
 def test_texts_that_are_too_short_are_refused(folder: Path, tmp_path: Path) -> None:
