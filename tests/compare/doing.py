@@ -31,7 +31,8 @@ def run_of(label: str, seed: int = 0, **changes: Any) -> Run:
 
 def pid_of(file: Path) -> int:
     """The process that wrote its number to a file, while it lives."""
-    pid = int(file.read_text()) if file.exists() else 0
+    # A file that is there may still be empty.
+    pid = int(file.read_text() or 0) if file.exists() else 0
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -78,7 +78,9 @@ def test_rates_come_from_the_seed_that_is_not_reported() -> None:
 
 def row(line: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
     common = {"selection": False, "state_bytes": 8, "key": f"{line} {seed}", "before": "x"}
-    return common | {"label": f"records: gla, {line}", "seed": seed, "accuracy": accuracy} | more
+    curve = [{"step": 8, "accuracy": accuracy / 2}, {"step": 16, "accuracy": accuracy}]
+    common |= {"label": f"records: gla, {line}", "seed": seed, "curve": curve}
+    return common | {"accuracy": accuracy} | more
 
 
 def test_differences_are_by_seed() -> None:
@@ -87,7 +89,7 @@ def test_differences_are_by_seed() -> None:
     rows += [row("full", 1000, 0.0, selection=True)]
     text = "\n".join(experiment.tasks_text(rows))
     # A tenth more on both seeds, which are four tenths apart.
-    assert "| gla | full | 12 | 50.0 ± 254.1 | +10.0 ± 0.0 | 2 |" in text
+    assert "| gla | full | 12 | 50.0 ± 254.1 | +10.0 ± 0.0 | 16 | 2 |" in text
 
 
 def test_rare_words_by_occurrence() -> None:

@@ -94,6 +94,10 @@ def stopped(pool: Pool, folder: Path) -> None:
     for event in events:
         assert isinstance(event, Moved)
         break
+    # It says that it has begun before it says which process it is.
+    deadline = time.monotonic() + 60
+    while not pid_of(file) and time.monotonic() < deadline:
+        time.sleep(0.05)
     assert pid_of(file)
     events.close()
     deadline = time.monotonic() + 20
