@@ -13,8 +13,9 @@ known to the tokens of a process before the keys that it divides are.
 from __future__ import annotations
 
 import functools
+import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from glazoo.api import check_domains, count_sequences, validated
 from glazoo.engines import pick
-from glazoo.program import Core, lower
+from glazoo.program import Core, Program, lower
 from glazoo.program.env import Env
 from glazoo.spec import Spec
 from glazoo.state import Output, OutputWithUncertainty, State
@@ -59,8 +60,9 @@ def attention(
     function, and runs its backward pass, with operands that are alike but for T: the number of
     tokens of a process is its own, and may be 0. Outputs and gradients are those of
     `glazoo.attention` on all tokens at once, where the loss is the sum of the losses of all
-    processes. Of what all processes have alike (`initial_state`, `prior`, `u`, `basis`, `center`, a
-    fixed decay) each gets the gradient of its own tokens: sum these over the group.
+    processes; there are no second derivatives. Of what all processes have alike (`initial_state`,
+    `prior`, `u`, `basis`, `center`, a fixed decay) each gets the gradient of its own tokens: sum
+    these over the group.
 
     The classes linear, delta, synapse and full exchange one map per process at once. What has none
     (a gain per synapse, an importance whose variance grows, a covariance) passes its state from
@@ -87,8 +89,10 @@ def attention(
         process's tokens.
 
     Raises:
-        ValueError: there is no process group; processes have different B, or cu_seqlens does not
-            end at the sum of their T; what `glazoo.attention` refuses.
+        ValueError: there is no process group; what should be alike on all processes is not, which
+            each of them says; cu_seqlens does not end at the sum of their T; what
+            `glazoo.attention` refuses, on the process that has it: the others wait for it until it
+            ends, or the group's time is over.
         TypeError: an operand is not a tensor.
     """
     if not (dist.is_available() and dist.is_initialized()):
@@ -107,7 +111,9 @@ def attention(
     given = dict.fromkeys(o.name for o in program.operands) | own
     # What is wrong with the operands is said before other processes are waited for.
     validated(program, given, scale, None, None, output_uncertainty)
-    place, borders = _place(q, cu_seqlens, group)
+    options = {"output_final_state": output_final_state, "output_uncertainty": output_uncertainty}
+    alike = _alike(program, own, initial_state, cu_seqlens, options)
+    place, borders = _place(q, cu_seqlens, alike, group)
     call = validated(program, given, scale, initial_state, borders, output_uncertainty)
     tensors = [*call.operands.values(), *(initial_state or ())]
     place.operands += [x for x in tensors if x is not None and x.requires_grad]
@@ -243,17 +249,61 @@ class _Place:
         return self.sum(torch.where(ends, state, 0.0))
 
 
+def _alike(
+    program: Program,
+    operands: Mapping[str, Tensor | float | None],
+    state: State | None,
+    cu_seqlens: Any,
+    options: Mapping[str, bool],
+) -> dict[str, str]:
+    """Return in words what has to be the same on all processes: what differs would be exchanged all
+    the same and taken for what it is not, or waited for forever."""
+
+    def described(name: str, x: Tensor) -> str:
+        operand = program.operand(name)
+        shape = x.shape[2:] if operand is not None and operand.per_token else x.shape
+        return f"{name} {list(shape)} {str(x.dtype)[6:]}"
+
+    given = {n: x for n, x in sorted(operands.items()) if isinstance(x, Tensor)}
+    starts = {} if state is None else {n: x for n, x in state._asdict().items() if x is not None}
+    learned = any(x.requires_grad for x in (*given.values(), *starts.values()))
+    bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else cu_seqlens
+    return {
+        "spec": f"{program.spec.name} ({'; '.join(program.recurrence)})",
+        "operands but for B and T": ", ".join(described(n, x) for n, x in given.items()),
+        "initial_state": ", ".join(described(n, x) for n, x in starts.items()) or "None",
+        "cu_seqlens": str(bounds),
+        "options": ", ".join(f"{n}={x}" for n, x in options.items()),
+        "whether gradients are asked for": str(learned and torch.is_grad_enabled()),
+    }
+
+
+def _number(text: str) -> int:
+    """Return a number that stands for a text, the same one on every process."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
+
+
 def _place(
-    q: Tensor, cu_seqlens: Tensor | None, group: dist.ProcessGroup | None
+    q: Tensor,
+    cu_seqlens: Tensor | None,
+    alike: Mapping[str, str],
+    group: dist.ProcessGroup | None,
 ) -> tuple[_Place, Tensor | None]:
     """Return where this process stands, and the bounds of packed sequences among its tokens."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
-    sizes = torch.tensor(q.shape[:2], device=q.device)
+    sizes = torch.tensor([*q.shape[:2], *map(_number, alike.values())], device=q.device)
     every = [torch.empty_like(sizes) for _ in range(world)]
     dist.all_gather(every, sizes, group)
-    batches, lengths = zip(*torch.stack(every).tolist(), strict=True)
+    batches, lengths, *numbers = zip(*torch.stack(every).tolist(), strict=True)
     if len(set(batches)) > 1:
         raise ValueError(f"q: got B = {list(batches)} on the processes, accepted is one B on all")
+    for (what, text), found in zip(alike.items(), numbers, strict=True):
+        others = [r for r in range(world) if found[r] != found[rank]]
+        if others:
+            raise ValueError(
+                f"{what}: got {text} on process {rank} and something else on {others}, accepted is "
+                "the same on all"
+            )
     starts = [0, *accumulate(lengths)]
     mine, full = range(starts[rank], starts[rank + 1]), [r for r in range(world) if lengths[r]]
     count_sequences(cu_seqlens, q.shape[0], starts[-1])

@@ -154,15 +154,33 @@ def measure(case: Case, group: Any) -> dict[str, Tensor]:
     return found
 
 
-def mismatch(group: Any) -> str:
-    """What is said of batches that differ."""
-    case = Case("gla", (12,), packed=False)
-    ops = {n: x.detach()[: 1 + dist.get_rank(group) % 2] for n, x in case.leaves()[0].items()}
-    try:
-        run(distributed.attention, case.spec, ops, group=group)
-    except ValueError as e:
-        return str(e)
-    return ""
+def mismatches(group: Any) -> dict[str, str]:
+    """What this process is told where the last one does something else than the others."""
+    world = dist.get_world_size(group)
+    last = dist.get_rank(group) == world - 1
+    leaves, start = Case("gla", (12,), packed=True).leaves()
+    assert start is not None
+    ops = {n: x.detach() for n, x in leaves.items()}
+    bounds = world * torch.tensor(BORDERS)
+    # What the last does, and what the others do.
+    changes: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "batch": ({n: torch.cat([x, x]) for n, x in ops.items()}, {}),
+        "dtype": ({"q": ops["q"].float()}, {}),
+        "bounds": ({"cu_seqlens": bounds[-1] - bounds.flip(0)}, {"cu_seqlens": bounds}),
+        "unpacked": ({}, {"cu_seqlens": bounds}),
+        "gradient": ({"q": leaves["q"]}, {}),
+        "state": ({"initial_state": start.map(torch.zeros_like)}, {}),
+        "final": ({"output_final_state": True}, {}),
+        "spec": ({"spec": "simple_gla", "g": ops["g"][..., 0]}, {}),
+    }
+    changes["state"][0]["cu_seqlens"] = changes["state"][1]["cu_seqlens"] = bounds
+    found = {}
+    for name, change in changes.items():
+        try:
+            distributed.attention(**{"spec": "gla"} | ops | change[not last], group=group)
+        except ValueError as e:
+            found[name] = str(e)
+    return found
 
 
 def _work(rank: int, world: int, folder: str, cases: Sequence[Case]) -> None:
@@ -177,7 +195,7 @@ def _work(rank: int, world: int, folder: str, cases: Sequence[Case]) -> None:
     for case in cases:
         if rank < len(case.lengths):
             found[str(case)] = measure(case, groups[len(case.lengths)])
-    found["mismatch"] = mismatch(groups[world])
+    found["mismatches"] = mismatches(groups[world])
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -162,9 +162,25 @@ def test_processes_lose_no_digits(few: list[dict[str, Any]], case: Case) -> None
         assert_within_budget(x, expected[i], witness=[r[i] for r in runs], name=name)
 
 
-def test_batches_that_differ_are_refused(few: list[dict[str, Any]]) -> None:
-    for found in few:
-        assert "B = [1, 2, 1] on the processes" in found["mismatch"]
+def test_what_differs_is_refused_everywhere(few: list[dict[str, Any]]) -> None:
+    last = {
+        "batch": "q: got B = [1, 1, 2] on the processes",
+        "dtype": "operands but for B and T: got g [4, 4] float64, k [2, 4] float64, q [2, 4] floa",
+        "bounds": "cu_seqlens: got [0, 9, 9, 21, 30, 30, 36] on process 2",
+        "unpacked": "cu_seqlens: got None on process 2",
+        "gradient": "whether gradients are asked for: got True on process 2",
+        "state": "initial_state: got memory [6, 4, 4, 3] float64 on process 2",
+        "final": "options: got output_final_state=True, output_uncertainty=False on process 2",
+        "spec": "spec: got simple_gla (",
+    }
+    for rank, found in enumerate(few):
+        assert found["mismatches"].keys() == last.keys()
+        for name, message in found["mismatches"].items():
+            if rank == 2:
+                assert message.startswith(last[name])
+            if name != "batch":
+                others = [0, 1] if rank == 2 else [2]
+                assert f"on process {rank} and something else on {others}" in message
 
 
 @pytest.fixture
