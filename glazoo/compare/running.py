@@ -93,12 +93,14 @@ def run_plan(plan: Plan, store: Store, *, pool: Pool, threads: int, quiet: bool)
                         f"{name}: {run.task.measure} {100 * r['accuracy']:.1f} %, "
                         f"{r['seconds']:.0f} s{about}",
                         highlight=False,
+                        soft_wrap=True,
                     )
             elif isinstance(event, Failed):
                 running.pop(line, None)
                 clock.ended(run)
                 message = f"{name}: {event.reason}"
-                screen.print(message + ("; it starts again" if event.again else ""), style="yellow")
+                again = "; it starts again" if event.again else ""
+                screen.print(message + again, style="yellow", soft_wrap=True)
                 if not event.again:
                     lost.append(message)
             if live:

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.process import BaseProcess
@@ -87,10 +88,15 @@ class Processes:
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
         """Start a call in a process that is free, or in a new one."""
-        free = next((j for j in self._by_job if j.done() and j.exception() is None), None)
-        if free is not None:
+        for free in [j for j in self._by_job if j.done() and j.exception() is None]:
             executor, process = self._by_job.pop(free)
-            job = executor.submit(function, *args)
+            try:
+                job = executor.submit(function, *args)
+            except BrokenProcessPool:
+                # It was killed while it waited, which costs nothing.
+                executor.shutdown()
+                continue
+            break
         else:
             executor, known = ProcessPoolExecutor(1, _CONTEXT, _begin), {*active_children()}
             job = executor.submit(function, *args)

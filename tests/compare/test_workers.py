@@ -77,6 +77,20 @@ def test_killed_and_failing_processes_cost_only_their_own_runs(tmp_path: Path, j
     assert not pool.folder.exists()
 
 
+@pytest.mark.usefixtures("preloaded")
+def test_a_process_that_is_killed_while_it_waits_costs_nothing() -> None:
+    pool = Processes(1)
+    first = pool.submit(os.getpid)
+    ((executor, _),) = pool._by_job.values()
+    os.kill(first.result(), signal.SIGKILL)
+    # Until its executor knows of it, it is the next call that fails.
+    deadline = time.monotonic() + 20
+    while not executor._broken and time.monotonic() < deadline:  # type: ignore[attr-defined]
+        time.sleep(0.05)
+    assert pool.submit(os.getpid).result() != first.result()
+    pool.close()
+
+
 @pytest.mark.slow
 def test_killed_and_failing_jobs_cost_only_their_own_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -165,7 +165,7 @@ def test_processes_lose_no_digits(few: list[dict[str, Any]], case: Case) -> None
 def test_what_differs_is_refused_everywhere(few: list[dict[str, Any]]) -> None:
     last = {
         "batch": "q: got B = [1, 1, 2] on the processes",
-        "dtype": "operands but for B and T: got g [4, 4] float64, k [2, 4] float64, q [2, 4] floa",
+        "dtype": "operands but for B and T: got g [4, 4] float64, k [2, 4] float64, q [2, 4] ",
         "bounds": "cu_seqlens: got [0, 9, 9, 21, 30, 30, 36] on process 2",
         "unpacked": "cu_seqlens: got None on process 2",
         "gradient": "whether gradients are asked for: got True on process 2",

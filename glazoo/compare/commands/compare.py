@@ -236,7 +236,8 @@ def compare(
             lost = run_plan(plan, store, pool=pool, threads=threads, quiet=as_json)
         except KeyboardInterrupt:
             Console(stderr=True).print(
-                f"stopped; {len(store.results)} runs are kept in {out}: the same command goes on"
+                f"stopped; {len(store.results)} runs are kept in {out}: the same command goes on",
+                soft_wrap=True,
             )
             raise
         found = rows(plan, store.results)
