@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from glazoo.errors import extra
-from glazoo.terminal import AsJson, print_json, step_progress
+from glazoo.terminal import AsJson, print_json, refusals, step_progress
 
 with extra("cli"):
     import typer
@@ -56,4 +56,5 @@ def train(
 
 if __name__ == "__main__":
     # What torchrun starts: torchrun --nproc-per-node 8 -m glazoo.train CONFIG
-    typer.run(train)
+    with refusals():
+        typer.run(train)

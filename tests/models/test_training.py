@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -413,6 +414,17 @@ BAD = [
 def test_bad_configurations_are_named(tmp_path: Path, change: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_config(write(tmp_path, tables(tmp_path) | change))
+
+
+def test_what_torchrun_starts_refuses_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", str(tmp_path / "absent.toml")])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(glazoo.train.__file__), run_name="__main__")
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("glazoo: cannot read the configuration")
 
 
 def test_bad_runs_are_named(tmp_path: Path) -> None:
