@@ -627,24 +627,29 @@ def run_command(
             store.add(result)
             return ready()
 
-        options = cluster_option or ()
-        pool = pool_for(cluster, weights.absolute(), jobs=jobs, device=device, options=options)
+        options, failed = cluster_option or (), 0
         at_work = functools.partial(work, folder=weights.absolute())
-        events = run_all(ready(), pool=pool, more=more, work=at_work, until=end)
-        with closing(events):
-            for event in events:
-                if isinstance(event, Finished):
-                    r = event.result
-                    print(
-                        f"{r['label']}, seed {r['seed']}: {r['accuracy']:.4f}, loss {r['loss']:.4f}"
-                        f" ({r['seconds']:.0f} s)",
-                        flush=True,
-                    )
-                if isinstance(event, Failed):
-                    finished.update(() if event.again else (event.run.key,))
-                    print(f"{event.run.label}: {event.reason}", flush=True)
+        # Runs that follow a failed one are nobody's: they start anew.
+        while time.monotonic() < end and (runs := ready()):
+            pool = pool_for(cluster, weights.absolute(), jobs=jobs, device=device, options=options)
+            with closing(run_all(runs, pool=pool, more=more, work=at_work, until=end)) as events:
+                for event in events:
+                    if isinstance(event, Finished):
+                        r = event.result
+                        print(
+                            f"{r['label']}, seed {r['seed']}: {r['accuracy']:.4f}, "
+                            f"loss {r['loss']:.4f} ({r['seconds']:.0f} s)",
+                            flush=True,
+                        )
+                    if isinstance(event, Failed):
+                        finished.update(() if event.again else (event.run.key,))
+                        failed += not event.again
+                        print(f"{event.run.label}: {event.reason}", flush=True)
         if time.monotonic() > end:
             print("out of time: repeat the command to go on")
+    if failed:
+        print(f"{failed} runs failed: repeat the command to try them again")
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -6,14 +6,17 @@ import dataclasses
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from glazoo import load
 from glazoo.compare.model import shape_for
 from glazoo.compare.store import Store
+from glazoo.compare.workers import Failed
 
 PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "conversion.py"
 spec = importlib.util.spec_from_file_location("conversion_experiment", PATH)
@@ -137,6 +140,26 @@ def test_thresholds_come_from_other_sources_than_they_are_tried_on() -> None:
     # Of the task b the opposite holds: each task's threshold is wrong for the other.
     opposite = [*of("a", (0.0, 0.0), (1.0, 0.5)), *of("b", (0.9, 0.0), (0.1, 0.5))]
     assert experiment.right(opposite, "room") < 2
+
+
+def test_runs_that_fail_do_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def run_all(runs: list[Any], *, pool: Any, **_: Any) -> Iterator[Any]:
+        pool.close()
+        for run in runs:
+            tried.append(run.seed)
+            yield Failed(run, "as asked", again=False)
+
+    monkeypatch.setattr(experiment, "run_all", run_all)
+    arguments = ["run", "records", "--sources", "mamba2", "--only", "trained on", "--seeds", "3"]
+    folders = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    result = CliRunner().invoke(experiment.app, [*arguments, *folders, "--jobs", "1"])
+    assert tried == [0, 1, 2]
+    assert result.exit_code == 1
+    assert "3 runs failed: repeat the command" in result.stdout
 
 
 @pytest.mark.slow
