@@ -25,34 +25,47 @@ class Product(NamedTuple):
     scale: float = 1.0
 
 
-class Values(dict[str, Tensor]):
+class Values:
     """Tensors by name, some of which are computed when somebody asks for them: products, which an
     engine may take by their factors, and what functions give."""
 
+    # No subclass of dict: the compiler follows none with methods of its own.
     def __init__(self, given: dict[str, Tensor]) -> None:
-        super().__init__(given)
+        self.made = dict(given)
         self.products: dict[str, Product] = {}
         self.functions: dict[str, Callable[[], Tensor]] = {}
 
-    def __missing__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self.made:
+            return self.made[name]
         if name in self.functions:
             x = self.functions[name]()
         else:
             of, gate, scale = self.products[name]
             x = of * scale if gate is None else Env.times(gate, of)
-        self[name] = x
+        self.made[name] = x
         return x
+
+    def __setitem__(self, name: str, x: Tensor) -> None:
+        self.made[name] = x
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.made
+
+    def get(self, name: str) -> Tensor | None:
+        """Return a tensor that is there, not one that would be computed."""
+        return self.made.get(name)
 
     def postpone(
         self, name: str, of: Tensor, gate: Tensor | None = None, scale: float = 1.0
     ) -> None:
         """Let a name stand for a product."""
-        self.pop(name, None)
+        self.made.pop(name, None)
         self.products[name] = Product(of, gate, scale)
 
     def factors(self, name: str) -> Product:
         """Return what a name stands for as a product, multiplied or not."""
-        if name in self or name not in self.products:
+        if name in self.made or name not in self.products:
             return Product(self[name])
         return self.products[name]
 
@@ -178,4 +191,4 @@ class Env:
     def wants_derivative(self) -> bool:
         """Return whether a derivative with respect to anything here may be asked for."""
         products = self.x.products.values()
-        return wants_derivative(*self.x.values(), *(y for x in products for y in x[:2]))
+        return wants_derivative(*self.x.made.values(), *(y for x in products for y in x[:2]))

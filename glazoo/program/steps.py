@@ -159,7 +159,8 @@ class SubTokens(Step):
             like = next(x for x in spread if x is not None)
             zero = like.new_zeros(like.shape) if None in parts else like
             made[name] = env.interleave(*(zero if x is None else x for x in spread))
-        env.x |= made
+        for name, x in made.items():
+            env.x[name] = x
         if env.cu_seqlens is not None:
             env.cu_seqlens = self.count * env.cu_seqlens
 

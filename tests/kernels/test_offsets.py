@@ -40,6 +40,8 @@ def test_far_tokens(function, letters, monkeypatch):
         if function is riccati
         else make_operands(letters, 1, TOKENS, heads, 16, 16, gate="head")
     )
+    # Its gradient is a pass over all rows, here 2^27.
+    operands.pop("beta", None)
     near = in_dtype(operands, torch.float16)
     far = {k: x.detach() if k == "initial_state" else sparse(x) for k, x in near.items()}
 

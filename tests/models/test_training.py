@@ -155,11 +155,14 @@ def test_steps_are_reported_in_place_of_the_trainers_bars(
 ) -> None:
     config = read_config(write(tmp_path, tables(tmp_path, disable_tqdm=False)))
     capfd.readouterr()
-    assert logging.is_progress_bar_enabled()
+    before = logging.is_progress_bar_enabled()  # whatever this process did earlier
+    logging.enable_progress_bar()
     with step_progress(quiet=False) as report:
         assert not logging.is_progress_bar_enabled()
         run(config, progress=report)
     assert logging.is_progress_bar_enabled()
+    if not before:
+        logging.disable_progress_bar()
     out, err = capfd.readouterr()
     assert out == ""
     lines = err.splitlines()

@@ -8,8 +8,19 @@ from ptx.compiler import Compiler, Operand, Request
 
 def asked(**changes):
     x = Operand(torch.float32, 0)
-    arguments = {"q": x, "k": x, "w": x, "g": None, "state": x, "o": x, "KEYED": False}
-    arguments |= {"PRE": False, "HQ": 1, "HK": 1, "HV": 1, "K": 16, "V": 16, "BK": 16, "BV": 16}
+    arguments = {"q": x, "k": x, "w": x, "g": None, "beta": None, "state": x, "o": x}
+    arguments |= {
+        "SCALE": 1.0,
+        "KEYED": False,
+        "PRE": False,
+        "HQ": 1,
+        "HK": 1,
+        "HV": 1,
+        "K": 16,
+        "V": 16,
+        "BK": 16,
+        "BV": 16,
+    }
     return Request(
         "glazoo.kernels.step", "linear_step_kernel", tuple((arguments | changes).items()), 1, 1
     )
