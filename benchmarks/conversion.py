@@ -694,7 +694,7 @@ def predict(
             "changing": fmean(use.changing),
             "neglected": fmean(use.neglected),
             "neglected_rotated": fmean(use.neglected_rotated),
-            "opened": openings(task, source, row["seed"], list(specs)[1:], weights),
+            "opened": openings(TASKS[task], source, row["seed"], list(specs)[1:], weights),
         }
         with (out / "predictions.jsonl").open("a") as file:
             file.write(json.dumps(found) + "\n")
@@ -707,14 +707,14 @@ GROUPS = 8
 
 
 def openings(
-    task: str, source: str, seed: int, forms: Iterable[str], weights: Path
+    setting: Setting, source: str, seed: int, forms: Iterable[str], weights: Path
 ) -> dict[str, dict[float, list[float]]]:
     """Return what opening the gates of every form does to the loss of a trained source, by form and
     plasticity, for eight groups of examples."""
-    experiment = Experiment({task: TASKS[task]}, (source,), 1, False, "auto", "cpu")
+    experiment = Experiment({"": setting}, (source,), 1, False, "auto", "cpu")
     found = {}
     for form in forms:
-        run = experiment.row(task, source, Line(form, form), (1.0, 1.0), seed)
+        run = experiment.row("", source, Line(form, form), (1.0, 1.0), seed)
         model = start(run, weights)
         batch = evaluation_data(run.task, run.training.eval_examples)[
             run.task.load, run.task.length

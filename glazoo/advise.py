@@ -535,14 +535,15 @@ def advise_checkpoint(
             str(file), memories, values=values, seeds=seeds, jobs=jobs, told=told
         )
     predictions = list(_predictions(checkpoint, specs, shares))
-    for n, p in enumerate(predictions):
-        if p in _candidates(predictions):
-            told(f"gates opened: {p.form}", n, len(predictions))
-            form = load_to_observe(checkpoint, _settings(checkpoint, **FORMS[p.form])).to(device)
-            _turn(form, keys)
-            losses = partial(_losses, form, torch.from_numpy(ids).view(contexts, LENGTH))
-            predictions[n] = replace(p, opening=best_opening(opened(form, losses, found)))
-            del form
+    candidates = _candidates(predictions)
+    for n, p in enumerate(candidates):
+        told(f"gates opened: {p.form}", n, len(candidates))
+        form = load_to_observe(checkpoint, _settings(checkpoint, **FORMS[p.form])).to(device)
+        _turn(form, keys)
+        losses = partial(_losses, form, torch.from_numpy(ids).view(contexts, LENGTH))
+        opening = best_opening(opened(form, losses, found))
+        predictions[predictions.index(p)] = replace(p, opening=opening)
+        del form
     return AdviceReport(
         folder=str(folder),
         family=checkpoint.config.model_type,

@@ -105,9 +105,11 @@ class Processes:
         return job
 
     def ending(self, job: Future[Any]) -> str:
-        """Return what killed a process, or its exit code."""
+        """Return what killed a process, its exit code, or why its result could not be sent."""
         executor, process = self._by_job.pop(job)
         executor.shutdown()
+        if not isinstance(error := job.exception(), BrokenProcessPool):
+            return f"{type(error).__name__}: {error}"
         code = process.exitcode
         if code is not None and code < 0:
             name = signal.Signals(-code).name

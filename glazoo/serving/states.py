@@ -198,8 +198,9 @@ class Slots:
         tokens = x.shape[1]
         firsts = requests.bounds[:-1]
         lengths = [b - a for a, b in zip(firsts, requests.bounds[1:], strict=True)]
-        single = [i for i, n in enumerate(lengths) if n == 1 and requests.continued[i]]
-        pieces = [[i] for i, n in enumerate(lengths) if n and i not in set(single)]
+        alone = [n == 1 and c for n, c in zip(lengths, requests.continued, strict=True)]
+        single = [i for i, one in enumerate(alone) if one]
+        pieces = [[i] for i, n in enumerate(lengths) if n and not alone[i]]
         parts: list[tuple[Tensor, Any]] = []
         for group in [single, *pieces] if single else pieces:
             length = lengths[group[0]]
@@ -210,12 +211,7 @@ class Slots:
                 per_token = isinstance(y, Tensor) and tuple(y.shape[:2]) == (1, tokens)
                 return y[0, at] if per_token else y
 
-            slots = (
-                requests.slots[group[0] : group[0] + 1]
-                if len(group) == 1
-                else (requests.slots[torch.tensor(group, device=requests.slots.device)])
-            )
-            slots = slots.long()
+            slots = requests.slots[torch.tensor(group, device=requests.slots.device)].long()
             if requests.continued[group[0]]:
                 layer = self.layout.layer([s[slots] for s in self.tensors])
             else:

@@ -42,8 +42,8 @@ def pid_of(file: Path) -> int:
 
 def work(run: Run, report: Callable[[float, float], None]) -> dict[str, Any]:
     """Does what the label says: `die PATH` kills its process while PATH does not exist,
-    `slow PATH` and `twice PATH` write their process there, and the second is quick the second
-    time."""
+    `unsendable` gives what cannot be pickled, `slow PATH` and `twice PATH` write their process
+    there, and the second is quick the second time."""
     report(0.5, 1.0)
     what, _, where = run.label.partition(" ")
     if what == "fail":
@@ -52,6 +52,8 @@ def work(run: Run, report: Callable[[float, float], None]) -> dict[str, Any]:
         # The second attempt finds the file.
         Path(where).touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    if what == "unsendable":
+        return {"key": lambda: 0}
     if what == "always":
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "slow":

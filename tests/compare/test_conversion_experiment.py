@@ -113,13 +113,7 @@ def test_rare_words_by_occurrence() -> None:
 def test_the_threshold_with_the_fewest_errors(
     values: list[float], pays: list[bool], expected: float
 ) -> None:
-    found = experiment.threshold(values, pays)
-    errors = [
-        sum((v > x) is not p for v, p in zip(values, pays, strict=True)) for x in (found, expected)
-    ]
-    assert errors[0] == errors[1]
-    if pays != [False, True, False, True]:
-        assert found == expected
+    assert experiment.threshold(values, pays) == expected
 
 
 def test_the_steps_after_which_a_row_is_as_good_as_the_source_at_its_end() -> None:
@@ -137,9 +131,9 @@ def test_thresholds_come_from_other_sources_than_they_are_tried_on() -> None:
 
     same = [*of("a", (0.0, 0.0), (1.0, 0.5)), *of("b", (0.1, 0.0), (0.9, 0.5))]
     assert experiment.right(same, "room") == 4
-    # Of the task b the opposite holds: each task's threshold is wrong for the other.
+    # Of b the opposite holds: no threshold on it errs once only, the lowest is right of one of a.
     opposite = [*of("a", (0.0, 0.0), (1.0, 0.5)), *of("b", (0.9, 0.0), (0.1, 0.5))]
-    assert experiment.right(opposite, "room") < 2
+    assert experiment.right(opposite, "room") == 1
 
 
 def test_runs_that_fail_do_not_end_the_others(

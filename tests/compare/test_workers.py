@@ -43,6 +43,14 @@ def jobs_of_submitit(folder: Path, monkeypatch: pytest.MonkeyPatch, jobs: int = 
     return Cluster("local", folder / "jobs", jobs=jobs, options=["timeout_min=5"])
 
 
+def within(seconds: float, holds: Callable[[], bool]) -> bool:
+    """Waits until something holds, so long at most; gives whether it does."""
+    deadline = time.monotonic() + seconds
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return holds()
+
+
 def check_killed_and_failing(pool: Pool, folder: Path) -> list[str]:
     """Gives the reasons of what was killed."""
     runs = [
@@ -84,11 +92,16 @@ def test_a_process_that_is_killed_while_it_waits_costs_nothing() -> None:
     ((executor, _),) = pool._by_job.values()
     os.kill(first.result(), signal.SIGKILL)
     # Until its executor knows of it, it is the next call that fails.
-    deadline = time.monotonic() + 20
-    while not executor._broken and time.monotonic() < deadline:  # type: ignore[attr-defined]
-        time.sleep(0.05)
+    assert within(20, lambda: bool(executor._broken))  # type: ignore[attr-defined]
     assert pool.submit(os.getpid).result() != first.result()
     pool.close()
+
+
+@pytest.mark.usefixtures("preloaded")
+def test_a_result_that_cannot_be_sent_is_named() -> None:
+    events = list(run_all([run_of("unsendable")], pool=Processes(1), work=work))
+    assert [type(e) for e in events if not isinstance(e, Moved)] == [Failed, Failed]
+    assert "pickle" in events[-1].reason  # type: ignore[union-attr]
 
 
 @pytest.mark.slow
@@ -109,15 +122,9 @@ def stopped(pool: Pool, folder: Path) -> None:
         assert isinstance(event, Moved)
         break
     # It says that it has begun before it says which process it is.
-    deadline = time.monotonic() + 60
-    while not pid_of(file) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert pid_of(file)
+    assert within(60, lambda: bool(pid_of(file)))
     events.close()
-    deadline = time.monotonic() + 20
-    while pid_of(file) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not pid_of(file)
+    assert within(20, lambda: not pid_of(file))
 
 
 @pytest.mark.usefixtures("preloaded")
@@ -144,17 +151,11 @@ def test_runs_end_with_who_started_them(tmp_path: Path) -> None:
     script.write_text(ALONE)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     starter = subprocess.Popen([sys.executable, str(script), str(file)], env=environment)
-    deadline = time.monotonic() + 120
-    while not pid_of(file) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert pid_of(file)
+    assert within(120, lambda: bool(pid_of(file)))
     # As when there is no memory left: nothing of it runs any more.
     starter.kill()
     starter.wait()
-    deadline = time.monotonic() + 20
-    while pid_of(file) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not pid_of(file)
+    assert within(20, lambda: not pid_of(file))
 
 
 @pytest.mark.usefixtures("preloaded")
@@ -172,8 +173,7 @@ def test_who_stops_listening_cancels_the_jobs(
 ) -> None:
     pool = jobs_of_submitit(tmp_path, monkeypatch)
     stopped(pool, tmp_path)
-    while not all(job.done() for job in pool._jobs):
-        time.sleep(0.05)
+    assert within(20, lambda: all(job.done() for job in pool._jobs))
 
 
 @pytest.mark.slow
@@ -185,8 +185,7 @@ def test_a_job_without_time_goes_on_in_another(
     for event in run_all([run_of(f"twice {file}")], pool=pool, work=work):
         events.append(event)
         if not sent:
-            while not pid_of(file):
-                time.sleep(0.05)
+            assert within(60, lambda: bool(pid_of(file)))
             # What SLURM sends when the time is nearly over, or another job needs the place.
             os.kill(pid_of(file), signal.SIGUSR2)
             sent = True
