@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,6 +23,7 @@ from glazoo.compare.probe import (
     retrieval_error,
     write,
 )
+from glazoo.compare.workers import Processes
 from glazoo.program import Program, lower
 from glazoo.spec import Spec
 from glazoo.stats import Interval, interval
@@ -285,10 +284,6 @@ def check(plans: Iterable[CapacityPlan]) -> None:
         _key_size(plan, lower(plan.spec))
 
 
-def _single_threaded() -> None:
-    torch.set_num_threads(1)
-
-
 @contextmanager
 def single_thread() -> Iterator[None]:
     """Runs the block on one thread: the tensors here are too small to share, and threads that wait
@@ -299,6 +294,11 @@ def single_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _alone(measure: Callable[[CapacityPlan], CapacityCurve], plan: CapacityPlan) -> CapacityCurve:
+    with single_thread():
+        return measure(plan)
 
 
 def capacity(
@@ -326,17 +326,20 @@ def capacity(
         with single_thread():
             yield from map(measure, plans)
         return
-    context = get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_single_threaded) as pool:
-        futures = [pool.submit(functools.partial(measure, plan)) for plan in plans]
-        try:
-            for future in as_completed(futures):
-                yield future.result()
-        except BrokenProcessPool as e:
-            raise CompareError(
-                "a process of the measurement was killed, perhaps for want of memory; what was "
-                "measured before is kept; try --jobs 1"
-            ) from e
-        finally:
-            for future in futures:
-                future.cancel()
+    waiting, going, pool = [*plans], set[Future[CapacityCurve]](), Processes(jobs)
+    try:
+        while waiting or going:
+            while waiting and len(going) < jobs:
+                going.add(pool.submit(_alone, measure, waiting.pop(0)))
+            done, going = wait(going, return_when=FIRST_COMPLETED)
+            for job in done:
+                try:
+                    found = job.result()
+                except BrokenProcessPool as e:
+                    raise CompareError(
+                        f"of a measurement {pool.ending(job)}; what was measured before is kept; "
+                        "try --jobs 1"
+                    ) from e
+                yield found
+    finally:
+        pool.close()

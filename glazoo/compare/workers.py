@@ -98,7 +98,10 @@ class Processes:
                 continue
             break
         else:
-            executor, known = ProcessPoolExecutor(1, _CONTEXT, _begin), {*active_children()}
+            executor, known = (
+                ProcessPoolExecutor(1, _CONTEXT, _begin, (self.folder,)),
+                {*active_children()},
+            )
             job = executor.submit(function, *args)
             (process,) = {*active_children()} - known
         self._by_job[job] = executor, process
@@ -240,7 +243,7 @@ class _Requeued:
         return DelayedSubmission(self, *args)
 
 
-def _begin() -> None:
+def _begin(folder: Path) -> None:
     # Ctrl-C reaches the whole group; the parent decides what to do.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -248,7 +251,8 @@ def _begin() -> None:
         parent = parent_process()
         assert parent is not None
         parent.join()
-        # Nobody waits for the rest.
+        # Nobody waits for the rest, and a parent that was killed has not cleaned up.
+        shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
     threading.Thread(target=end, daemon=True).start()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from multiprocessing import active_children, get_context
 from pathlib import Path
 
+import psutil
 import pytest
 from compare.doing import pid_of, run_of, work
 
@@ -244,3 +245,53 @@ def test_slurm_gets_what_was_asked_for(tmp_path: Path, monkeypatch: pytest.Monke
     script = (tmp_path / "script").read_text()
     for line in ("partition=gpu", "cpus-per-task=2", "gpus-per-node=1", "mem=8GB", "time=240"):
         assert f"#SBATCH --{line}\n" in script
+
+
+def of_group(group: int) -> list[psutil.Process]:
+    """Gives what runs of a process group."""
+    return [
+        p
+        for p in psutil.process_iter(["status"])
+        if p.info["status"] != psutil.STATUS_ZOMBIE and os.getpgid(p.pid) == group
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_measurement_that_is_stopped_leaves_nothing(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    temporary, out = tmp_path / "temporary", tmp_path / "out"
+    temporary.mkdir()
+    sizes = ("--pairs", "4096", "--seeds", "64", "--state", "65536", "--out", str(out))
+    command = (
+        sys.executable,
+        "-P",
+        "-m",
+        "glazoo",
+        "capacity",
+        "mamba2",
+        "gla",
+        "deltanet",
+        *sizes,
+    )
+    starter = subprocess.Popen(
+        [*command, "--jobs", "2"],
+        env=os.environ | {"TMPDIR": str(temporary)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        # Background jobs of a shell ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    # The workers, and multiprocessing's tracker.
+    assert within(120, lambda: len(psutil.Process(starter.pid).children()) >= 3)
+    # Ctrl-C reaches all processes of the terminal; what kills for want of memory, one.
+    (os.killpg if number == signal.SIGINT else os.kill)(starter.pid, number)
+    said, _ = starter.communicate(timeout=60)
+    assert starter.returncode == code
+    assert "Traceback" not in said
+    assert within(20, lambda: not [*temporary.iterdir()])
+    # multiprocessing's tracker ends once it sees its parent gone.
+    assert within(20, lambda: not of_group(starter.pid))
