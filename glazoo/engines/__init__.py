@@ -5,18 +5,20 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from glazoo import program
 from glazoo.engines import reference
 from glazoo.engines.call import Call, Given, Result, TokenRun
 from glazoo.kernels.register import plain, wants_derivative
 from glazoo.program import OneToken
+from glazoo.spec import Importance
 from glazoo.state import State
 
-__all__ = ["Engine", "automatic", "available", "pick", "prepare"]
+__all__ = ["Engine", "automatic", "available", "importance_gate", "pick", "prepare"]
 
 Engine = Callable[[Call], Result]
 
@@ -159,3 +161,41 @@ def prepare(impl: str, call: Call, given: Given) -> TokenRun | None:
         return run(given, state) if plain(tensors) and not wants_derivative(*tensors) else None
 
     return undisturbed
+
+
+def importance_gate(
+    impl: str,
+    spec: Importance,
+    x: Tensor,
+    write: Tensor | None,
+    k: Tensor | None,
+    parameters: Sequence[Tensor | None],
+    most: float,
+) -> Tensor | None:
+    """Compute the importance gate of a token of decoding where an engine has it in one piece.
+
+    Args:
+        impl: as for `pick`.
+        spec: the importance.
+        x: [B, T, D], the layer's input.
+        write: the write gate, [B, n T, HV] or [B, n T, HV, V], or None for one.
+        k: keys, [B, n T, H, K].
+        parameters: b_down, b_up, b_bias, b_scale of the gate.
+        most: the largest precision that one token adds.
+
+    Returns:
+        b; None, if it is to be computed in PyTorch.
+    """
+    if not _HAS_NUMBA or impl not in ("auto", "compiled") or x.dim() != 3 or x.shape[1] != 1:
+        return None
+    given = (x, write, k, *parameters)
+    if not plain(given) or wants_derivative(*given) or torch.is_autocast_enabled("cpu"):
+        return None
+    return _compiled_gate()(spec, x, write, k, parameters, most)
+
+
+@functools.cache
+def _compiled_gate() -> Callable[..., Tensor | None]:
+    from glazoo.engines.compiled.gate import importance_gate
+
+    return importance_gate

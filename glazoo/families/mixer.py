@@ -16,7 +16,7 @@ from glazoo.api import attention
 from glazoo.families.calls import Recurrence
 from glazoo.families.interception import once, running, twin_methods
 from glazoo.families.packing import Packed
-from glazoo.layers.plasticity import ImportanceGate, Observation, observed_precision
+from glazoo.layers.plasticity import ImportanceGate, Observation
 from glazoo.spec import Spec
 from glazoo.state import State
 
@@ -117,7 +117,7 @@ class MetaplasticMixer(nn.Module):
             hidden = self._without_padding(x, hidden, mask)
             mask = None
         write = x.v.new_ones(x.v.shape[:3]) if x.beta is None else x.beta
-        made = self.metaplastic(hidden, observed_precision(self.metaplastic_spec, write, x.k))
+        made = self.metaplastic(hidden, write, x.k, impl=self.metaplastic_impl)
         b, prior = made.pop("b"), made["prior"]
         if mask is not None and mask.dim() == 2 and mask.shape[1] >= b.shape[1]:
             # Some sources let keys stand at padding, and set values and decays to zero.

@@ -30,7 +30,6 @@ from glazoo.layers.parts import (
 )
 from glazoo.layers.plasticity import (
     ImportanceGate,
-    observed_precision,
 )
 from glazoo.layers.sizes import Sizes
 from glazoo.program import lower
@@ -521,15 +520,12 @@ class OperandProjections(KeepsWide):
         if spec.read.mix.shape != "none":
             operands["mix"] = self.mix(inputs.of("mix", spec.read.mix.input)).value
         if self.metaplastic is not None:
-            operands |= self.metaplastic(inputs.hidden, self._observed(operands))
-
-    def _observed(self, operands: dict[str, Tensor]) -> Tensor | None:
-        """Return what the importance gate multiplies."""
-        if "beta" not in operands:
-            return None
-        # Keys that follow from the decay are no stream of the layer.
-        k = operands["k"] if "k" in operands else -torch.expm1(operands["g"])
-        return observed_precision(self.spec, operands["beta"], k)
+            k = operands.get("k")
+            if k is None:
+                # Keys that follow from the decay are no stream of the layer.
+                k = -torch.expm1(operands["g"])
+            write = operands.get("beta")
+            operands |= self.metaplastic(inputs.hidden, write, k, impl=self.impl)
 
     def _write(self, inputs: Inputs, decay: GateValue | None) -> Tensor:
         gate = self.spec.write

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from glazoo.engines import importance_gate as in_one_piece
 from glazoo.layers.clamp import live_clamp
 from glazoo.layers.gates import GateModule
 from glazoo.layers.parts import KeepsWide, draw, fill, wide_dtype, wide_parameter
@@ -38,27 +39,26 @@ PLASTICITY = "metaplastic.b_scale"
 
 
 def observed_precision(
-    spec: Spec,
+    gate: Gate,
     beta: Float[Tensor, "B nT HV *V"],
     k: Float[Tensor, "B nT H K"],
 ) -> Float[Tensor, "B nT HV *V"]:
-    """Return what the importance gate of a spec multiplies, from the write gate and the keys.
+    """Return what an importance gate multiplies, from the write gate and the keys.
 
-        importance.gate.tie = precision:  min(beta / (1 - beta k.k), e^8), and e^8 from
-                                          beta k.k = 1 on
-        otherwise:                        beta
+        tie = precision:  min(beta / (1 - beta k.k), e^8), and e^8 from beta k.k = 1 on
+        otherwise:        beta
 
     With unit keys and beta = sigmoid(z) the precision is e^z, the odds.
 
     Args:
-        spec: the metaplastic spec.
+        gate: the importance gate of a spec.
         beta: the write gate as the recurrence takes it, in float32 or wider.
         k: keys as the recurrence takes them; value heads are a multiple of their heads.
 
     Returns:
         The precision, >= 0, of the write gate's shape and dtype, or the write gate itself.
     """
-    if spec.importance is None or spec.importance.gate.tie != "precision":
+    if gate.tie != "precision":
         return beta
     square = k.to(beta.dtype).square().sum(-1).repeat_interleave(beta.shape[2] // k.shape[2], 2)
     rest = 1 - beta * (square if beta.ndim == 3 else square[..., None])
@@ -279,14 +279,21 @@ class ImportanceGate(KeepsWide):
         return torch.full(shape, value, dtype=dtype, device="cpu")
 
     def forward(
-        self, x: Float[Tensor, "B T D"], write: Float[Tensor, "B nT HV *V"] | None
+        self,
+        x: Float[Tensor, "B T D"],
+        write: Float[Tensor, "B nT HV *V"] | None,
+        k: Float[Tensor, "B nT H K"] | None,
+        *,
+        impl: str = "auto",
     ) -> dict[str, Tensor]:
         """Return the operands of the recurrence that concern importance, those that the spec has.
 
         Args:
             x: [B, T, D], the layer's input.
-            write: what the gate multiplies, from `observed_precision`, [B, n T, HV] or
-                [B, n T, HV, V], float32 or wider; unset means 1.
+            write: the write gate, [B, n T, HV] or [B, n T, HV, V], float32 or wider; unset means 1.
+            k: keys as the recurrence takes them, [B, n T, H, K]; unset without a write gate.
+            impl: the engine of the recurrence; `compiled`, also as `auto`, has the gate of a token
+                of decoding in one piece.
 
         Returns:
             `b` >= 0, [B, n T, HV], or [B, n T, HV, V] for one importance per synapse; `prior` > 0,
@@ -298,8 +305,7 @@ class ImportanceGate(KeepsWide):
         dtype = wide_dtype(x if write is None else write)
         operands: dict[str, Tensor] = {}
         if self.spec.gate.shape != "none":
-            z = self._projected(x, dtype).unflatten(-1, (self.steps, self.heads, -1)).flatten(1, 2)
-            operands["b"] = importance_gate(self.spec.gate, z, write, self.kappa())
+            operands["b"] = self._gate(x, write, k, dtype, impl)
         if (prior := self.prior(dtype)) is not None:
             operands["prior"] = prior
         if self.center is not None:
@@ -312,6 +318,19 @@ class ImportanceGate(KeepsWide):
         if self.turn is not None:
             operands["basis"] = self.basis()
         return operands
+
+    def _gate(
+        self, x: Tensor, write: Tensor | None, k: Tensor | None, dtype: torch.dtype, impl: str
+    ) -> Tensor:
+        if self.steps == 1:
+            parameters = self.b_down, self.b_up, self.b_bias, self.b_scale
+            b = in_one_piece(impl, self.spec, x, write, k, parameters, MAX_PRECISION)
+            if b is not None:
+                return b
+        z = self._projected(x, dtype).unflatten(-1, (self.steps, self.heads, -1)).flatten(1, 2)
+        gate = self.spec.gate
+        seen = write if write is None or k is None else observed_precision(gate, write, k)
+        return importance_gate(gate, z, seen, self.kappa())
 
     def basis(self) -> Float[Tensor, "H K K"]:
         """Return the orthogonal matrices whose columns are the axes of importance: those at the

@@ -16,6 +16,16 @@ from glazoo.engines.compiled import loops
 # Multiplications below which a call is shorter than what a second thread costs.
 SMALL = 1 << 20
 
+NUMBERS: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
+"""The types of what the loops compute with."""
+
+
+def lies_flat(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of which the address says all."""
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    return x if x.is_contiguous() and not x.is_neg() else x.contiguous().resolve_neg()
+
 
 def flat(x: Tensor | None, dtype: torch.dtype) -> Any:
     """An operand as the loops take it, empty for None."""

@@ -1282,3 +1282,69 @@ def synapse_step(
                     out[at * size + low + c] = lines[(7 if pre else 5) * VALUES + c]
                 for c in range(min(doubts, width) if doubt.shape[0] else 0):
                     doubt[at * doubts + (low + c if doubts > 1 else 0)] = lines[6 * VALUES + c]
+
+
+@_loop
+def _product(x: Any, y: Any) -> Any:
+    total = x.dtype.type(0)
+    for i in range(x.shape[0]):
+        total += x[i] * y[i]
+    return total
+
+
+@_loop
+def _softplus(z: Any) -> Any:
+    # Above it torch's is the line, too.
+    return z if z > 20 else np.log1p(np.exp(z))
+
+
+@_loop
+def importance_gate(
+    first: int, last: int, places: Any, sizes: Any, rules: Any, factor: Any, most: Any
+) -> None:  # fmt: skip
+    """The importance gate of tokens first..last.
+
+    places: the addresses of the layer's input, b_down, b_up, b_bias, b_scale, the write gate, keys,
+    and of what is made of them; 0 where there is none.
+    sizes: tokens; channels of the input, rank, value heads, channels of b a head, heads of k, keys.
+    rules: what the write gate is, 0 nothing, 1 a factor, 2 a rate whose precision is one, `most` at
+    most; whether z opens by softplus; kappa, 0 one, 1 clamped, 2 by softplus.
+    factor, most: of the numbers' type.
+    """
+    rows, width, rank, heads, channels, heads_k, keys = sizes
+    tie, soft, clamp = rules
+    size = rank if rank else width
+    x, down = _at(places[0], rows * width, factor), _at(places[1], rank * width, factor)
+    up = _at(places[2], heads * channels * size, factor)
+    bias = _at(places[3], heads * channels, factor)
+    scale = _at(places[4], heads, factor)
+    write = _at(places[5], rows * heads, factor)
+    k = _at(places[6], rows * heads_k * keys, factor)
+    out = _at(places[7], rows * heads * channels, factor)
+    low = np.empty(rank, x.dtype)
+    zero = factor * ZERO
+    one = zero + ONE
+    for t in range(first, last):
+        inner = x[t * width : (t + 1) * width]
+        for r in range(rank):
+            low[r] = _product(inner, down[r * width : (r + 1) * width])
+        if rank:
+            inner = low
+        for head in range(heads):
+            seen, kappa = one, one
+            if tie:
+                seen = write[t * heads + head]
+            if tie == 2:
+                at = (t * heads_k + head * heads_k // heads) * keys
+                key = k[at : at + keys]
+                rest = one - seen * _product(key, key)
+                seen = seen / rest if rest * most > seen else most
+            if clamp:
+                kappa = scale[head]
+                kappa = max(kappa, zero) if clamp == 1 else _softplus(kappa)
+            for c in range(head * channels, (head + 1) * channels):
+                z = _product(inner, up[c * size : (c + 1) * size])
+                if bias.shape[0]:
+                    z += bias[c]
+                opening = _softplus(z) if soft else factor / (one + np.exp(-z))
+                out[t * heads * channels + c] = opening * seen * kappa

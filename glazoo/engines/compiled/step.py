@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
@@ -17,7 +16,7 @@ from torch._C._functorch import peek_interpreter_stack
 from glazoo.engines import chunked
 from glazoo.engines.call import Call, Given, Result, TokenRun
 from glazoo.engines.compiled import loops
-from glazoo.engines.compiled.host import run
+from glazoo.engines.compiled.host import NUMBERS, lies_flat, run
 from glazoo.kernels.loops import compute_dtype, scaled, times
 from glazoo.kernels.register import register_step, wants_derivative
 from glazoo.program import OneToken
@@ -25,17 +24,9 @@ from glazoo.state import State
 
 _KINDS = {"none": 0, "full": 1, "diagonal": 2}
 _GAINS = {"first_order": 0, "exact": 1, "exact_rate": 2}
-_NUMBERS: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
 
 # Tokens up to which a loop over them is faster than matrix products.
 FEW = 16
-
-
-def _lies_flat(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of which the address says all."""
-    if x.dtype != dtype:
-        x = x.to(dtype)
-    return x if x.is_contiguous() and not x.is_neg() else x.contiguous().resolve_neg()
 
 
 class _Layout(NamedTuple):
@@ -83,7 +74,7 @@ class _Layout(NamedTuple):
                 *(_KINDS[correction], _GAINS[gain], int(read == "pre"), int(base == "prev")),
                 *(int(own), int(k is None)),
             ),
-            _NUMBERS[dtype](scale),
+            NUMBERS[dtype](scale),
         )
 
     def run(self, places: tuple[int, ...]) -> None:
@@ -133,7 +124,7 @@ def _step(x: Token) -> tuple[Tensor, ...]:
     found = out, new, new_j, doubt = _allocate(x)
     dtype = new.dtype
     wide = out if out.dtype == dtype else out.to(dtype)
-    flat = [None if y is None else _lies_flat(y.detach(), dtype) for y in x[:10]]
+    flat = [None if y is None else lies_flat(y.detach(), dtype) for y in x[:10]]
     q, k, v, beta, b, g, e, prior, memory, importance = flat
     assert q is not None
     assert v is not None
@@ -183,7 +174,7 @@ def token(call: Call, given: Given, piece: OneToken) -> TokenRun | None:
             if isinstance(given[name], Tensor):
                 moving.append((i, name))
             else:
-                fixed.append(_lies_flat(x[name], dtype))
+                fixed.append(lies_flat(x[name], dtype))
                 places[i] = fixed[-1].data_ptr()
     own = {name: y if isinstance(y := given[name], Tensor) else x[name] for name in x}
     q, v = own["q"], own["v"]
@@ -201,7 +192,7 @@ def token(call: Call, given: Given, piece: OneToken) -> TokenRun | None:
 
     def address(x: Any, held: list[Tensor]) -> int:
         if x.dtype is not dtype or not x.is_contiguous() or x.is_neg():
-            x = _lies_flat(x, dtype)
+            x = lies_flat(x, dtype)
             held.append(x)
         at: int = x.data_ptr()
         return at
