@@ -19,7 +19,7 @@ with_torch = $(if $(TORCH_BACKEND),uv pip install --quiet --python $(1) --torch-
 TORCH_PIN = $(shell grep -i '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all test-newest lint docs dist hub gpu bench clean
+.PHONY: help setup demo notebooks test test-all test-newest lint docs dist hub gpu bench clean
 
 help: ## list the targets
 	@echo "make targets (each installs what it needs into .venv first, except gpu and clean):"
@@ -56,6 +56,10 @@ $(ECOSYSTEM): $(READY)
 test-all: $(ECOSYSTEM) ## every test that needs no GPU
 	@echo "== test-all: pytest on $(JOBS) processes, without the tests marked gpu"
 	$(BIN)/pytest -n $(JOBS) --dist worksteal -m "not gpu"
+
+notebooks: $(ECOSYSTEM) ## run the notebooks of examples/ anew, in place
+	@echo "== notebooks: every cell again; what it shows is written into the file"
+	$(BIN)/python -P docs/notebooks.py
 
 # torch stays pinned without an index of CPU wheels: the default one brings gigabytes of CUDA.
 NEWEST := build/newest
