@@ -90,7 +90,7 @@ $(SITE): $(READY)
 	@touch $@
 
 docs: $(SITE) ## the documentation site, into build/docs/site; warnings are errors
-	@echo "== docs: pages from docs/, the specs, the theory and the command line; then the site"
+	@echo "== docs: pages from docs/, examples/, the specs, the theory and the command line; then the site"
 	$(BIN)/python docs/generate.py build/docs/pages
 	$(BIN)/zensical build --config-file build/docs/mkdocs.yml --clean --strict > build/docs/log 2>&1 || { cat build/docs/log; exit 1; }
 	@# Of docstrings it warns without counting them.

@@ -1,4 +1,5 @@
-"""Make the pages of the documentation site from docs/, the specs, the theory and the command line.
+"""Make the pages of the documentation site from docs/, examples/, the specs, the theory and the
+command line.
 
     python docs/generate.py build/docs/pages
 
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import figures
+import notebooks
 import reference
 import typeset
 import yaml
@@ -35,7 +37,8 @@ HERE = Path(__file__).parent
 
 _MADE = re.compile(r"^\{\{ (\w+) \}\}$", re.M)
 _FENCE = re.compile(r"^( *)(```|~~~).*?^\1\2[ ]*$", re.M | re.S)
-_CODE = re.compile(r"(`+)(?!`).+?(?<!`)\1(?!`)", re.S)
+# Or the label of a link, which is not what the first group has: the link is no code.
+_CODE = re.compile(r"\[`[^`\n]+`\](?=\()|(`+)(?!`).+?(?<!`)\1(?!`)", re.S)
 _MATH = re.compile(r"\$\$(.+?)\$\$|\$(?! )([^$\n]+?)(?<! )\$", re.S)
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^()\s]+)\)")
 _HREF = re.compile(r' href="([^"]+)"')
@@ -60,6 +63,12 @@ def collect() -> Site:
         text = _typeset(path.read_text("utf-8"))
         text = _MADE.sub(lambda found: reference.TABLES[found[1]](), text)
         site.pages[where] = _linked(text, path, where, site)
+    for path in sorted(notebooks.EXAMPLES.glob("*.ipynb")):
+        where = f"examples/{path.stem}.md"
+        page = _linked(_typeset(notebooks.page(notebooks.read(path))), path, where, site)
+        there = f"files/examples/{path.name}"
+        site.files[there] = path
+        site.pages[where] = f"{page}\n[This page as a notebook](../{there})\n"
     site.files["site.css"] = HERE / "site.css"
     site.pages["variants/index.md"] = reference.variants(figures.field())
     for name in glazoo.names():
@@ -75,9 +84,10 @@ def collect() -> Site:
 def outside_code(text: str, change: Callable[[str], str]) -> str:
     """Change a page wherever it is no code."""
     for pattern in (_FENCE, _CODE):
-        if pattern.search(text):
+        code = [found for found in pattern.finditer(text) if found[1] is not None]
+        if code:
             parts, at = [], 0
-            for found in pattern.finditer(text):
+            for found in code:
                 parts += [outside_code(text[at : found.start()], change), found[0]]
                 at = found.end()
             return "".join([*parts, outside_code(text[at:], change)])
@@ -112,7 +122,9 @@ def _linked(text: str, path: Path, where: str, site: Site) -> str:
                 return label
             if not at.is_file():
                 raise ValueError(f"{path.relative_to(ROOT)}: there is no {link}")
-            if at.suffix == ".md":
+            if at.suffix == ".ipynb":
+                there = f"examples/{at.stem}.md"
+            elif at.suffix == ".md":
                 there = f"project/{inside}"
                 if there not in site.pages:
                     site.pages[there] = ""

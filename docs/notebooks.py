@@ -1,4 +1,4 @@
-"""The notebooks of examples/, run anew.
+"""The notebooks of examples/: run anew, and as pages of the site.
 
     python -P docs/notebooks.py
 
@@ -74,6 +74,27 @@ def published(notebook: Any) -> Any:
         if cell.cell_type == "code":
             cell.outputs = [x for x in cell.outputs if x.get("name") != "stderr"]
     return kept
+
+
+def page(notebook: Any) -> str:
+    """Return a notebook as a page in Markdown: text, code and what it showed."""
+    parts = []
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            parts.append(cell.source)
+        else:
+            parts.append(f"```python\n{cell.source}\n```")
+            parts += map(_shown, cell.outputs)
+    return "\n\n".join(parts) + "\n"
+
+
+def _shown(output: Any) -> str:
+    data = output.get("data", {})
+    if "image/png" in data:
+        picture = "".join(data["image/png"].split())
+        return f'<img src="data:image/png;base64,{picture}" alt="What the code above draws">'
+    text = output.text if output.output_type == "stream" else data["text/plain"]
+    return f"``` {{ .text .output }}\n{text.rstrip()}\n```"
 
 
 def main() -> None:

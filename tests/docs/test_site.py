@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import generate
+import notebooks
 import pytest
 import typeset
 
@@ -27,8 +28,10 @@ def test_every_link_leads_somewhere(site: generate.Site) -> None:
 
 
 def test_a_link_that_leads_nowhere_is_named(site: generate.Site) -> None:
-    lost = generate.Site({"a.md": "# A\n[b](b.md) [c](#c) [a](#a) `[x](x.md)` [a](a.md?x=1)"})
-    assert list(generate.broken(lost)) == ["a.md: b.md", "a.md: #c"]
+    lost = generate.Site(
+        {"a.md": "# A\n[b](b.md) [c](#c) [a](#a) `[x](x.md)` [a](a.md?x=1) [`d`](d.md)"}
+    )
+    assert list(generate.broken(lost)) == ["a.md: b.md", "a.md: #c", "a.md: d.md"]
 
 
 def test_the_navigation_has_every_page_once(site: generate.Site) -> None:
@@ -63,6 +66,25 @@ def test_every_variant_can_be_watched_and_leads_to_its_page(site: generate.Site)
         assert f'href="../explore.html?memory={name}"' in site.pages[f"variants/{name}.md"]
     assert 'id="glazoo-explore"' in site.pages["explore.md"]
     assert 'src="explore.js"' in site.pages["explore.md"]
+
+
+def test_every_notebook_has_a_page_with_what_it_shows(site: generate.Site) -> None:
+    found = sorted(notebooks.EXAMPLES.glob("*.ipynb"))
+    assert found
+    pictures = 0
+    for path in found:
+        page = site.pages[f"examples/{path.stem}.md"]
+        assert f"](../files/examples/{path.name})" in page
+        assert f"](../../examples/{path.stem}.md)" in site.pages["project/examples/README.md"]
+        for cell in notebooks.read(path).cells:
+            assert cell.source in page
+            for output in cell.get("outputs", []):
+                if output.output_type == "stream":
+                    assert output.text.rstrip() in page
+                else:
+                    assert "".join(output.data["image/png"].split()) in page
+                    pictures += 1
+    assert pictures
 
 
 def test_every_statement_is_in_the_catalogue(site: generate.Site) -> None:
