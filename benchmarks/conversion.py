@@ -71,6 +71,9 @@ FORMS: dict[str, dict[str, Any]] = {**ADVISED, "per key, open": {}}
 starts as the paper's authors convert: b at 0.66 of its rate, the prior fixed at one, and decay and
 write gates as they are drawn."""
 
+ALONE = ("per key", "full")
+"""Forms that are also tuned by their gates alone."""
+
 OPEN = 0.66
 
 
@@ -79,12 +82,17 @@ class Row(Run):
 
     opened: bool = False
     """Whether a conversion starts open, with gates anew."""
+    alone: bool = False
+    """Whether the gates of a conversion are trained and nothing else."""
 
     @functools.cached_property
     def key(self) -> str:
         """Identifies the run by what determines its result up to rounding."""
         described = self.model_dump(mode="json", exclude={"label", "before", "impl", "device"})
         del described["model"]["name"], described["task"]["text"]
+        if not self.alone:
+            # Runs that were done before there was a choice keep their keys.
+            del described["alone"]
         described["before"] = None if self.before is None else self.before.key
         text = json.dumps(described, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:20]
@@ -188,6 +196,7 @@ def lines(source: Spec, setting: Setting) -> list[Line]:
     largest of these."""
     forms = {f: spec for f in FORMS if (spec := converted(source, f)) is not None}
     out = [Line("trained on"), *(Line(f, f) for f in forms)]
+    out += [Line(f"{f} (gates alone)", f) for f in ALONE if f in forms]
     for form in ("full", "per synapse"):
         if form not in forms or (setting.task.name == "text" and form == "per synapse"):
             continue
@@ -251,6 +260,7 @@ class Experiment:
             "before": before,
             "kept": False,
             "opened": "open" in line.label,
+            "alone": line.label.endswith("(gates alone)"),
         }
         return before.model_copy(update=change)
 
@@ -392,6 +402,11 @@ def start(run: Row, folder: Path) -> nn.Module:
         _calibrate(model, run)
     if run.opened:
         _opened(model)
+    if run.alone:
+        added = {p for _, gate in gates(model) for p in gate.parameters() if p.requires_grad}
+        model.requires_grad_(False)
+        for p in added:
+            p.requires_grad_(True)
     return model
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from glazoo import load
@@ -42,6 +43,8 @@ def test_every_form_meets_a_source_of_at_least_its_state(source: str) -> None:
     assert set(rows) == {
         "trained on",
         *experiment.FORMS,
+        "per key (gates alone)",
+        "full (gates alone)",
         "bytes of full",
         "bytes of per synapse",
     }
@@ -57,12 +60,32 @@ def test_rows_of_a_seed_go_on_from_one_source_with_the_same_data() -> None:
     runs = list(one().wanted({}))
     assert {r.seed for r in runs} == {0, 1}
     on = [r for r in runs if r.before is not None and r.seed == 0]
-    assert len({r.key for r in on}) == len(on) == 10
+    assert len({r.key for r in on}) == len(on) == 12
     same = [r for r in on if r.model == on[0].model]
     assert len({r.before.key for r in same}) == 1
     assert len({(r.training.model_dump_json(), r.rate) for r in on}) == 1
     # A device and an engine change rounding only: a run may go on elsewhere.
     assert [r.key for r in one(device="cuda", impl="triton").wanted({})] == [r.key for r in runs]
+
+
+def test_what_was_run_keeps_its_key() -> None:
+    known = {row["key"] for row in experiment.read_rows(experiment.RESULTS)}
+    forms = {"before", "trained on", *experiment.FORMS}
+    runs = [r for r in one(seeds=1).wanted({}) if r.label.partition(", ")[2] in forms]
+    assert len(runs) > len(experiment.FORMS)
+    assert {r.key for r in runs} <= known
+
+
+def test_gates_alone_are_trained(tmp_path: Path) -> None:
+    runs = {r.label: r for r in one(seeds=1).wanted({})}
+    run = runs["records: mamba2, per key (gates alone)"]
+    source = experiment.new(run.before)
+    file = experiment.file_of(run.before, tmp_path)
+    file.parent.mkdir()
+    torch.save(source.state_dict(), file)
+    learns = {n for n, p in experiment.start(run, tmp_path).named_parameters() if p.requires_grad}
+    assert {n.rpartition(".")[2] for n in learns} == {"b_down", "b_up", "b_scale", "ip_log"}
+    assert all(".metaplastic." in n for n in learns)
 
 
 def test_rates_come_from_the_seed_that_is_not_reported() -> None:
