@@ -1,26 +1,22 @@
-"""Intervals over seeds, and what may be said about two of them."""
+"""Intervals over seeds, and of differences seed by seed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from glazoo.errors import extra
 
 __all__ = [
     "Interval",
-    "Verdict",
     "against_source",
-    "compare",
     "interval",
     "paired",
     "require",
     "source_of",
 ]
-
-Verdict = Literal["higher", "lower", "not separated"]
 
 
 class Interval(NamedTuple):
@@ -109,27 +105,26 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Interval | None:
     return interval([a[s] - b[s] for s in seeds]) if seeds else None
 
 
-def compare(a: Interval, b: Interval) -> Verdict:
-    """Return whether `a` is higher or lower than `b`: only where both have an interval and the
-    intervals do not touch."""
-    if min(a.seeds, b.seeds) < 2:
-        return "not separated"
-    if a.low > b.high:
-        return "higher"
-    return "lower" if a.high < b.low else "not separated"
-
-
 def source_of(label: str) -> str:
     """Return the label of a metaplastic form's source; every other label is its own."""
     return label.removeprefix("metaplastic_").split(" ")[0]
 
 
-def against_source(label: str, values: Mapping[str, Interval], *, good: str = "higher") -> str:
-    """Say how a metaplastic form compares with its source: only what the intervals separate."""
+def against_source(label: str, values: Mapping[str, Sequence[float]]) -> str:
+    """Say how a metaplastic form compares with its source: only what their paired difference
+    separates from zero.
+
+    Args:
+        label: of the form; of what is no form, nothing is said.
+        values: by label a number per seed, more being better.
+
+    Returns:
+        "better", "worse", "not separated" or nothing.
+    """
     source = source_of(label)
-    if source == label or source not in values or label not in values:
+    if source == label or source not in values:
         return ""
-    verdict = compare(values[label], values[source])
-    if verdict == "not separated":
-        return verdict
-    return "better" if verdict == good else "worse"
+    difference = paired(*(dict(enumerate(values[x])) for x in (label, source)))
+    if difference is None or difference.seeds < 2 or difference.low <= 0 <= difference.high:
+        return "not separated"
+    return "better" if difference.low > 0 else "worse"

@@ -120,9 +120,14 @@ class CapacityCurve:
         return interval(self.capacities)
 
     @property
+    def capacities_per_kilobyte(self) -> list[float]:
+        """Per seed, the pairs at the threshold per 1024 bytes of state."""
+        return [1024 * c / self.state_bytes for c in self.capacities]
+
+    @property
     def capacity_per_kilobyte(self) -> Interval:
         """Pairs at the threshold per 1024 bytes of state, over seeds."""
-        return interval([1024 * c / self.state_bytes for c in self.capacities])
+        return interval(self.capacities_per_kilobyte)
 
     @property
     def bounded(self) -> bool:

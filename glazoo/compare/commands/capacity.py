@@ -223,7 +223,7 @@ def _table(curves: Sequence[CapacityCurve], kind: str) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("gates near capacity")
     table.add_column("against source", no_wrap=True)
-    values = {c.label: c.capacity_per_kilobyte for c in curves}
+    values = {c.label: c.capacities_per_kilobyte for c in curves}
     for c in sorted(curves, key=lambda c: -c.capacity_per_kilobyte.mean):
         near = min(range(len(c.pairs)), key=lambda i: abs(c.pairs[i] - c.capacity.mean))
         gates = ", ".join(f"{k} {v:.3g}" for k, v in c.gates[near].items())
