@@ -80,17 +80,16 @@ def posterior(
 
     Their metaplastic forms too; what is exact is the posterior itself.
     """
-    from glazoo.theory import posterior as theory
+    from glazoo.theory import ranking
+    from glazoo.theory.posterior import run
 
     with progress(quiet=as_json) as report:
-        distances = theory.run(
-            names or None, seeds=seeds, key_size=key_size, impl=impl, progress=report
-        )
-    written = () if plot is None else theory.plot(distances, plot)
+        distances = run(names or None, seeds=seeds, key_size=key_size, impl=impl, progress=report)
+    written = () if plot is None else ranking.plot(distances, plot)
     if as_json:
         print_json([d.to_json() for d in distances])
         return
     out = console()
-    out.print(theory.render(distances))
+    out.print(ranking.render(distances))
     for path in written:
         out.print(f"wrote {path}", highlight=False, markup=False)

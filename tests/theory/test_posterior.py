@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 import glazoo
-from glazoo.theory import posterior
+from glazoo.theory import posterior, ranking
 from glazoo.theory.posterior import Condition, unsuited
 
 RANDOM = Condition("random", 1.0, 0.95)
@@ -60,7 +60,7 @@ def test_variants_of_one_class_give_the_same_answers() -> None:
         key_size=4,
         conditions=(RANDOM, FREE),
     )
-    names = list(posterior.groups(result))
+    names = list(ranking.groups(result))
     assert "gla = mamba3 = retnet = rwkv6" in {" = ".join(sorted(n.split(" = "))) for n in names}
     assert "comba = gdn2 = kda = rwkv7" in {" = ".join(sorted(n.split(" = "))) for n in names}
 
@@ -108,16 +108,16 @@ def test_table_plot_and_data(tmp_path) -> None:
     )
     console = Console(width=160)
     with console.capture() as capture:
-        console.print(posterior.render(result))
+        console.print(ranking.render(result))
     table = capture.get()
     assert table.index("mesanet") < table.index("palimpsa") < table.index(" gated_deltanet")
     assert "a = 0.95" in table
-    image, data = posterior.plot(result, tmp_path / "ranking.png")
+    image, data = ranking.plot(result, tmp_path / "ranking.png")
     assert image.read_bytes().startswith(b"\x89PNG")
     rows = json.loads(data.read_text("utf-8"))
     assert len(rows) == len(result)
     assert rows[0]["condition"]["keys"] == "orthogonal"
-    svg, _ = posterior.plot(result, tmp_path / "ranking.svg")
+    svg, _ = ranking.plot(result, tmp_path / "ranking.svg")
     assert "<svg" in svg.read_text("utf-8")
 
 
@@ -125,7 +125,7 @@ def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch, tmp_path) -
     result = posterior.run(["palimpsa"], seeds=1, key_size=2, conditions=(FREE,))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'glazoo\[plots\]'"):
-        posterior.plot(result, tmp_path / "x.png")
+        ranking.plot(result, tmp_path / "x.png")
 
 
 def test_progress_counts_to_the_end() -> None:
