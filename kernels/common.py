@@ -21,10 +21,6 @@ from torch import Tensor
 
 # A gate below this is a decay of exactly zero in float32 and needs no finer representation.
 GATE_FLOOR = tl.constexpr(-8192.0)
-# How many states are at stake decides what a gate multiplies: none, one per head, one per key.
-NO_GATE = tl.constexpr(0)
-HEAD_GATE = tl.constexpr(1)
-KEY_GATE = tl.constexpr(2)
 
 GAINS = ("first_order", "exact", "exact_rate")
 """Learning rates of a posterior, by the number that kernels know them by."""

@@ -16,7 +16,7 @@ from glazoo.engines import available
 from glazoo.program import lower
 from glazoo.spec import Spec
 from glazoo.state import State
-from glazoo.theory.instances import Operands, operands
+from glazoo.theory.instances import Operands, operands, run
 
 __all__ = ["MODES", "BenchPlan", "Measurement", "measure"]
 
@@ -94,17 +94,7 @@ class Measurement:
 
 
 def _call(plan: BenchPlan, ops: Operands, engine: str, state: State | None = None) -> Any:
-    rest: dict[str, Any] = {n: x for n, x in ops.items() if n not in ("q", "k", "v")}
-    return attention(
-        plan.spec,
-        ops["q"],
-        ops.get("k"),
-        ops["v"],
-        initial_state=state,
-        output_final_state=True,
-        impl=engine,
-        **rest,
-    )
+    return run(attention, plan.spec, ops, initial_state=state, impl=engine)
 
 
 def _draw(plan: BenchPlan, tokens: int) -> Operands:

@@ -14,6 +14,7 @@ from glazoo.compare.probe import Gates, key_scale_matters, mapped_size, operands
 from glazoo.program import Program, lower
 from glazoo.spec import Spec
 from glazoo.stats import Interval, interval
+from glazoo.theory.instances import run
 
 __all__ = ["Forgetting", "ForgettingPlan", "forgetting", "theory"]
 
@@ -116,14 +117,10 @@ def forgetting(plan: ForgettingPlan) -> Forgetting:
         # The last of a token's writes is followed: it sees the whole token's decay but no more.
         at = (plan.before + 1) * n - 1
         queries = keys[:, at : at + 1].expand(-1, tokens, -1)
-        reading = operands(program, None, values.new_zeros(values.shape), queries, [gates])["q"]
-        ops = operands(program, keys, values, None, [gates])
-        q, v = reading, ops["v"]
-        assert q is not None
-        assert v is not None
-        rest: dict[str, Any] = {m: x for m, x in ops.items() if m not in ("q", "k", "v")}
+        reading = operands(program, None, values.new_zeros(values.shape), queries, [gates])
+        ops = operands(program, keys, values, None, [gates]) | {"q": reading["q"]}
         with torch.no_grad():
-            output = attention(spec, q, ops.get("k"), v, impl=plan.impl, **rest).output
+            output = run(attention, spec, ops, impl=plan.impl).output
         y = output[:, plan.before + late :, 0].double()
         wanted = values[:, at, None].double()
         dots.append((y * wanted).sum((0, 2)))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from glazoo.api import attention, schedule
 from glazoo.compare.errors import CompareError
 from glazoo.program import Program
 from glazoo.state import State
+from glazoo.theory.instances import run
 
 __all__ = [
     "Gates",
@@ -244,22 +244,8 @@ def _per_head(grid: list[Gates], name: str) -> Float[Tensor, "HV"]:
 def _run(
     program: Program, ops: dict[str, Tensor | None], impl: str, state: State | None
 ) -> tuple[Tensor, State]:
-    rest: dict[str, Any] = {n: x for n, x in ops.items() if n not in ("q", "k", "v")}
-    q, v = ops["q"], ops["v"]
-    assert q is not None
-    assert v is not None
     with torch.no_grad():
-        output, final = attention(
-            program.spec,
-            q,
-            ops.get("k"),
-            v,
-            initial_state=state,
-            output_final_state=True,
-            impl=impl,
-            **rest,
-        )
-    assert final is not None
+        output, final = run(attention, program.spec, ops, initial_state=state, impl=impl)
     return output, final
 
 

@@ -497,11 +497,6 @@ class FeatureMap(nn.Module):
             self.gamma = nn.Parameter(torch.ones(size))
             self.beta = nn.Parameter(torch.zeros(size))
 
-    @property
-    def out_size(self) -> int:
-        """Channels after the map."""
-        return feature_size(self.kind, self.size)
-
     def reset_parameters(self) -> None:
         """Sets the affine parameters of the quadratic map to one and zero."""
         if self.kind == "quadratic":
@@ -509,7 +504,7 @@ class FeatureMap(nn.Module):
             fill(self.beta, 0.0)
 
     def forward(self, x: Float[Tensor, "B T H d"]) -> Float[Tensor, "B T H K"]:
-        """Maps x, [B, T, H, d], to [B, T, H, out_size]."""
+        """Maps x, [B, T, H, d], to [B, T, H, K]."""
         if self.kind == "hadamard":
             y: Tensor = self.left(x) * self.right(x)
             return y

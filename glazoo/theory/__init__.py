@@ -2,7 +2,7 @@
 
 `catalogue` holds the statements, `verify` runs them, `results` shows what they gave, `conformance`
 runs those of one spec or of one implementation, `strategies` draws inputs for property tests,
-`posterior` ranks variants by their distance to exact inference.
+`posterior` measures the distance of variants to exact inference, `ranking` shows it.
 """
 
 from glazoo.theory.catalogue import ENTRIES, entry

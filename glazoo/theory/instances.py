@@ -6,7 +6,7 @@ Everything follows from a spec's axes and from its program, so a new spec file i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -331,7 +331,9 @@ def dims(operand: Operand, x: Tensor) -> tuple[str, ...]:
     return next(s for s in operand.shapes if len(s) == x.ndim)
 
 
-def run(op: Callable[..., Any], spec: Spec, operands: Operands, **options: Any) -> Any:
+def run(
+    op: Callable[..., Any], spec: Spec, operands: Mapping[str, Tensor | None], **options: Any
+) -> Any:
     """Calls an implementation of `glazoo.attention` on operands by name, final state included.
 
     Args:

@@ -162,12 +162,12 @@ def plot(distances: Sequence[Distance], path: str | Path) -> tuple[Path, Path]:
     return image, data
 
 
-def _wrapped(label: str, width: int = 72) -> str:
+def _wrapped(label: str) -> str:
     """Breaks the name of a class into lines."""
     out, line = [], ""
     for part in label.split(" = "):
         candidate = f"{line} = {part}" if line else part
-        if line and len(candidate) > width:
+        if line and len(candidate) > 72:
             out.append(line + " =")
             line = part
         else:

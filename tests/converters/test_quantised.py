@@ -25,7 +25,6 @@ from glazoo.converters import (
 )
 from glazoo.converters.tensors import read_shard
 
-MIXER = ".linear_attn."
 BLOCK = 16
 
 Tensors = dict[str, torch.Tensor]

@@ -44,12 +44,12 @@ def heads(number: int, **operands: Tensor | None) -> None:
             )
 
 
-def gate(name: str, g: Tensor | None, k: Tensor, w: Tensor, keys: bool = True) -> None:
+def gate(name: str, g: Tensor | None, k: Tensor, w: Tensor) -> None:
     """A log decay [B, T, HV] or [B, T, HV, K]."""
     if g is None:
         return
     lead = tuple(w.shape[:3])
-    accepted = [lead, (*lead, k.shape[3])] if keys else [lead]
+    accepted = [lead, (*lead, k.shape[3])]
     if tuple(g.shape) not in accepted:
         shown = " or ".join(str(list(a)) for a in accepted)
         raise ValueError(f"{name} has shape {list(g.shape)}; accepted: {shown}")

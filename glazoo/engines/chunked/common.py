@@ -327,6 +327,26 @@ def begin(final: Tensor, initial: Tensor | None) -> None:
         final.copy_(initial)
 
 
+def start_of(
+    x: Tensor | None, corner: tuple[slice, slice], shape: tuple[int, ...], like: Tensor
+) -> Tensor:
+    """The states [N, HV, ..] of a block of rows, in the given shape; zeros if None."""
+    if x is None:
+        return like.new_zeros(shape)
+    return x[corner].to(like.dtype).reshape(shape)
+
+
+def floor_of(prior: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+    """The prior [HV, 1 or K] of a block of rows, [R, 1 or K, 1]."""
+    return prior[rows.h0 : rows.h1].to(dtype).repeat(rows.batch, 1).unsqueeze(-1)
+
+
+def needed(x: Tensor | None) -> Tensor:
+    """What an operation has because of its options."""
+    assert x is not None
+    return x
+
+
 def rooms_for(x: Any, wanted: Any, *names: str) -> list[Tensor | None]:
     """Uninitialised gradients of operands of a record, None where none is wanted."""
     return [empty_as(getattr(x, name)) if getattr(wanted, name) else None for name in names]

@@ -130,7 +130,7 @@ def _backward(
         dinitial[corner].copy_(state.view(dinitial[corner].shape))
 
 
-def _allocate(x: Importance, keep: bool) -> tuple[Tensor, Tensor]:
+def allocate(x: Importance, keep: bool) -> tuple[Tensor, Tensor]:
     batch, tokens, heads = x.b.shape
     like = x.b.new_empty((), dtype=compute_dtype(x.k, x.b))
     keys = x.k.shape[3]
@@ -141,7 +141,7 @@ def _allocate(x: Importance, keep: bool) -> tuple[Tensor, Tensor]:
 
 
 def _run(x: Importance, keep: bool) -> tuple[Tensor, Tensor]:
-    out, final = found = _allocate(x, keep)
+    out, final = found = allocate(x, keep)
     begin(final, x.initial_state)
     over_sequences(_forward, x, CHUNK, results=[out], final=[final])
     return found
@@ -170,7 +170,7 @@ _importance = register(
     results=("out", "final"),
     reads=("out",),
     forward=_run,
-    allocate=_allocate,
+    allocate=allocate,
     gradients=_gradients,
 )
 

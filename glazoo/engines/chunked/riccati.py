@@ -160,7 +160,7 @@ def _backward(x: Riccati, tokens: Any, states: Any, results: Any, finals: Any, _
         dinitial[corner].copy_(state)
 
 
-def _allocate(x: Riccati, keep: bool) -> tuple[Tensor, Tensor]:
+def allocate(x: Riccati, keep: bool) -> tuple[Tensor, Tensor]:
     batch, _, heads, keys = x.u.shape
     like = x.u.new_empty((), dtype=compute_dtype(x.a, x.c, x.d, x.u))
     final = sequences(x.cu_seqlens, batch), heads, keys
@@ -173,7 +173,7 @@ def _there(x: Riccati) -> Tensor:
 
 
 def _run(x: Riccati, keep: bool) -> tuple[Tensor, Tensor]:
-    out, final = found = _allocate(x, keep)
+    out, final = found = allocate(x, keep)
     begin(final, x.initial_state)
     over_sequences(_forward, x, CHUNK, tokens=[_there(x)], results=[out], final=[final])
     return found
@@ -202,7 +202,7 @@ _riccati = register(
     results=("out", "final"),
     reads=("out",),
     forward=_run,
-    allocate=_allocate,
+    allocate=allocate,
     gradients=_gradients,
 )
 

@@ -18,12 +18,15 @@ from glazoo.engines.chunked.common import (
     begin,
     carry,
     empty_as,
+    floor_of,
     load,
+    needed,
     over_sequences,
     rooms_for,
     row_blocks,
     sequences,
     slots,
+    start_of,
     store,
 )
 from glazoo.engines.chunked.gates import NoGate, gate_of
@@ -108,11 +111,6 @@ def _prepare(
     return made, (final[0], final[1])
 
 
-def _need(x: Tensor | None) -> Tensor:
-    assert x is not None
-    return x
-
-
 def _stack(first: Tensor, second: Tensor, span: slice, dim: int) -> tuple[Tensor, ...]:
     """Per token, the rows of both operands of a span, [2 N, D] with an axis of 1 at dim."""
     both = torch.stack((first[span], second[span])).permute(2, 0, 1, 3)
@@ -177,8 +175,8 @@ def _forward(x: Synapse, _tokens: Any, _states: Any, results: Any, finals: Any, 
     for rows in _rows(batch, heads, min(q.shape[2], k.shape[2]), synapses):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, k.shape[3], size)
-        h, j = (_start(y, corner, shape, finals[0]) for y in initial)
-        floor = _floor(prior, rows, dtype)
+        h, j = (start_of(y, corner, shape, finals[0]) for y in initial)
+        floor = floor_of(prior, rows, dtype)
         for tile in _tiles(count):
             if kept:
                 for store_in, value in zip(kept, (h, j), strict=True):
@@ -192,22 +190,9 @@ def _forward(x: Synapse, _tokens: Any, _states: Any, results: Any, finals: Any, 
                 _read(t, span, floors[span], read == "pre", result, spread)
             store(out, result, rows, tile)
             if doubt is not None:
-                store(doubt, _need(spread), rows, tile)
+                store(doubt, needed(spread), rows, tile)
         for state, value in zip(finals, (h, j), strict=True):
             state[corner].copy_(value.view(state[corner].shape))
-
-
-def _start(
-    x: Tensor | None, corner: tuple[slice, slice], shape: tuple[int, ...], like: Tensor
-) -> Tensor:
-    if x is None:
-        return like.new_zeros(shape)
-    return x[corner].to(like.dtype).reshape(shape)
-
-
-def _floor(prior: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
-    """The prior [HV, 1 or K] of a block of rows, [R, 1 or K, 1]."""
-    return prior[rows.h0 : rows.h1].to(dtype).repeat(rows.batch, 1).unsqueeze(-1)
 
 
 def _room(pieces: list[Tile], rows: int, synapses: int, like: Tensor) -> Tensor:
@@ -346,8 +331,8 @@ def _backward(
     for rows in _rows(batch, heads, min(q.shape[2], k.shape[2]), synapses):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, k.shape[3], size)
-        state = [_start(y, corner, shape, kept[0]) for y in states]
-        floor = _floor(prior, rows, dtype)
+        state = [start_of(y, corner, shape, kept[0]) for y in states]
+        floor = floor_of(prior, rows, dtype)
         pieces = list(reversed(_tiles(count)))
         room = _room(pieces, rows.number, synapses, kept[0])
         for tile in pieces:
@@ -362,7 +347,7 @@ def _backward(
                 torch.empty_like(t.k),
                 torch.empty_like(t.w),
                 torch.empty_like(t.b),
-                None if dg is None else torch.empty_like(_need(t.decay)),
+                None if dg is None else torch.empty_like(needed(t.decay)),
                 None if dprior is None else t.k.new_empty(t.k.shape[0], t.k.shape[2]),
                 torch.empty_like(t.h),
                 torch.empty_like(t.j),

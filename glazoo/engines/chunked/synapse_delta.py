@@ -16,12 +16,15 @@ from glazoo.engines.chunked.common import (
     Tile,
     begin,
     empty_as,
+    floor_of,
     load,
+    needed,
     over_sequences,
     rooms_for,
     row_blocks,
     sequences,
     slots,
+    start_of,
     store,
 )
 from glazoo.kernels import loops
@@ -181,8 +184,8 @@ def _forward(
     for rows in _rows(batch, heads, _groups(x), keys * size):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, keys, size)
-        mu, j = (_start(y, corner, shape, finals[0]) for y in (x.h, x.j))
-        floor = _floor(x.prior, rows, dtype)
+        mu, j = (start_of(y, corner, shape, finals[0]) for y in (x.h, x.j))
+        floor = floor_of(x.prior, rows, dtype)
         for tile in _tiles(count):
             if kept:
                 for target, value in zip(kept, (mu, j), strict=True):
@@ -205,19 +208,6 @@ def _forward(
 
 def _groups(x: SynapseDelta) -> int:
     return min(y.shape[2] for y in (x.q, x.k, x.e, x.evidence) if y is not None)
-
-
-def _start(
-    x: Tensor | None, corner: tuple[slice, slice], shape: tuple[int, ...], like: Tensor
-) -> Tensor:
-    if x is None:
-        return like.new_zeros(shape)
-    return x[corner].to(like.dtype).reshape(shape)
-
-
-def _floor(prior: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
-    """The prior [HV, 1 or K] of a block of rows, [R, 1 or K, 1]."""
-    return prior[rows.h0 : rows.h1].to(dtype).repeat(rows.batch, 1).unsqueeze(-1)
 
 
 class _Grads(NamedTuple):
@@ -397,8 +387,8 @@ def _backward(
     for rows in _rows(batch, heads, _groups(x), keys * size):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, keys, size)
-        dmu, dj = (_start(y, corner, shape, kept[0]).clone() for y in states)
-        floor = _floor(x.prior, rows, dtype)
+        dmu, dj = (start_of(y, corner, shape, kept[0]).clone() for y in states)
+        floor = floor_of(x.prior, rows, dtype)
         total = None if dprior is None else torch.zeros_like(dmu)
         for tile in reversed(_tiles(count)):
             t = _load(x, rows, tile, dtype)
@@ -419,7 +409,7 @@ def _backward(
                 torch.empty_like(t.b),
                 None if t.e is None else torch.zeros_like(t.e),
                 None if t.s is None else torch.empty_like(t.s),
-                None if results[-1] is None else torch.empty_like(_need(t.decay)),
+                None if results[-1] is None else torch.empty_like(needed(t.decay)),
                 total,
             )
             for i in reversed(range(tile.size)):
@@ -443,7 +433,7 @@ def _backward(
                 )
             for target, value in zip(results, grads[:8], strict=True):
                 if target is not None:
-                    store(target, _need(value).transpose(0, 1).contiguous(), rows, tile)
+                    store(target, needed(value).transpose(0, 1).contiguous(), rows, tile)
         if dprior is not None and total is not None:
             part = total.sum(-1).view(rows.batch, rows.width, -1).sum(0)
             if dprior.shape[1] == 1:
@@ -451,11 +441,6 @@ def _backward(
             dprior[rows.h0 : rows.h1].add_(part)
         for target, value in zip(finals, (dmu, dj), strict=True):
             target[corner].copy_(value.view(target[corner].shape))
-
-
-def _need(x: Tensor | None) -> Tensor:
-    assert x is not None
-    return x
 
 
 def _allocate(x: SynapseDelta, keep: bool) -> tuple[Tensor, ...]:

@@ -11,20 +11,11 @@ from torch import Tensor
 
 from glazoo.engines import chunked
 from glazoo.engines.chunked.common import begin, sequences
+from glazoo.engines.chunked.importance import allocate
 from glazoo.engines.compiled import loops
 from glazoo.engines.compiled.host import borders, flat, home, parts_of_heads, room, run
-from glazoo.kernels.loops import Importance, compute_dtype
+from glazoo.kernels.loops import Importance
 from glazoo.kernels.register import register
-
-
-def _allocate(x: Importance, keep: bool) -> tuple[Tensor, Tensor]:
-    batch, tokens, heads = x.b.shape
-    like = x.b.new_empty((), dtype=compute_dtype(x.k, x.b))
-    keys = x.k.shape[3]
-    return (
-        like.new_empty(batch, tokens, heads, keys),
-        like.new_empty(sequences(x.cu_seqlens, batch), heads, keys),
-    )
 
 
 def _operands(x: Importance, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -38,7 +29,7 @@ def _sizes(x: Importance) -> tuple[int, ...]:
 
 
 def _run(x: Importance, keep: bool) -> tuple[Tensor, Tensor]:
-    out, final = found = _allocate(x, keep)
+    out, final = found = allocate(x, keep)
     begin(final, x.initial_state)
     parts = parts_of_heads(*final.shape[:2])
     made = (y.view(-1).numpy() for y in (final, out))
@@ -81,7 +72,7 @@ _importance = register(
     results=("out", "final"),
     reads=("out",),
     forward=_run,
-    allocate=_allocate,
+    allocate=allocate,
     gradients=_gradients,
 )
 importance = functools.partial(chunked.importance, operator=_importance)

@@ -11,16 +11,11 @@ from torch import Tensor
 
 from glazoo.engines import chunked
 from glazoo.engines.chunked.common import begin, sequences
+from glazoo.engines.chunked.riccati import allocate
 from glazoo.engines.compiled import loops
 from glazoo.engines.compiled.host import borders, flat, home, parts_of_heads, room, run
-from glazoo.kernels.loops import Riccati, compute_dtype
+from glazoo.kernels.loops import Riccati
 from glazoo.kernels.register import register
-
-
-def _allocate(x: Riccati, keep: bool) -> tuple[Tensor, Tensor]:
-    batch, _, heads, keys = x.u.shape
-    like = x.u.new_empty((), dtype=compute_dtype(x.a, x.c, x.d, x.u))
-    return like.new_empty(x.u.shape), like.new_empty(sequences(x.cu_seqlens, batch), heads, keys)
 
 
 def _sizes(x: Riccati) -> tuple[int, ...]:
@@ -28,7 +23,7 @@ def _sizes(x: Riccati) -> tuple[int, ...]:
 
 
 def _run(x: Riccati, keep: bool) -> tuple[Tensor, Tensor]:
-    out, final = found = _allocate(x, keep)
+    out, final = found = allocate(x, keep)
     begin(final, x.initial_state)
     parts = parts_of_heads(*final.shape[:2])
     run(
@@ -76,7 +71,7 @@ _riccati = register(
     results=("out", "final"),
     reads=("out",),
     forward=_run,
-    allocate=_allocate,
+    allocate=allocate,
     gradients=_gradients,
 )
 riccati = functools.partial(chunked.riccati, operator=_riccati)
