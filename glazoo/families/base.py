@@ -288,6 +288,24 @@ class Family:
                 found[name] = (names,) if isinstance(names, str) else tuple(names)
         return dict(sorted(found.items(), key=lambda item: item[0] not in _GENERATIVE))
 
+    def auto_models(self) -> dict[str, type[Any]]:
+        """Import the family's model classes, by the Auto class that loads them."""
+        from transformers.models.auto import modeling_auto
+
+        config = self.source_config()
+        first = self.architectures[0]
+        found = dict.fromkeys(self.loaders(first), self.source_model(first))
+        for name, auto in vars(modeling_auto).items():
+            mapping = getattr(auto, "_model_mapping", None)
+            if not isinstance(auto, type) or mapping is None:
+                continue
+            cls = mapping.get(config, None)
+            # Some give a multimodal checkpoint's text model alone, which has no place for the whole
+            # configuration.
+            if getattr(cls, "__module__", "") == self.modeling and cls.config_class is config:
+                found.setdefault(name, cls)
+        return found
+
     def loaders(self, architecture: str) -> tuple[str, ...]:
         """Return the names of the Auto classes that load a converted model.
 

@@ -10,8 +10,10 @@ from pydantic import ValidationError
 from transformers import PreTrainedConfig
 from transformers.configuration_utils import strict  # type: ignore[attr-defined]
 
+from glazoo.families.own import OWN
 from glazoo.families.settings import Settings
 from glazoo.layers import Sizes
+from glazoo.models.remote import carry_code
 from glazoo.spec import Spec, SpecError
 from glazoo.zoo import load
 
@@ -191,9 +193,6 @@ class GlazooConfig(PreTrainedConfig):
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """Saves the configuration, and the module that its `auto_map` names."""
-        from glazoo.families.own import OWN
-        from glazoo.models.remote import carry_code
-
         carry_code(self, OWN, Path(save_directory))
         super().save_pretrained(save_directory, *args, **kwargs)
 

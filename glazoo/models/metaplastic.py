@@ -13,7 +13,6 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -36,7 +35,6 @@ from glazoo.strictjson import dumps, loads
 
 __all__ = [
     "attach",
-    "auto_models",
     "config_class",
     "convert_in_place",
     "convert_mixer",
@@ -97,7 +95,7 @@ def config_class(family: Family) -> type[Any]:
     base = family.source_config()
     if family.native:
         return base
-    name = f"Metaplastic{base.__name__}"
+    name = family.converted_architecture(base.__name__)
     return type(
         name,
         (_ConvertedConfig, base),
@@ -455,31 +453,6 @@ def convert_in_place(
         _register_models(family)
 
 
-def _auto_mappings(module: ModuleType) -> Iterator[tuple[str, Any]]:
-    """Return the mappings from configurations to classes that a module's Auto classes look up, with
-    the names of those classes."""
-    for name, auto in vars(module).items():
-        mapping = getattr(auto, "_model_mapping", None)
-        if isinstance(auto, type) and mapping is not None:
-            yield name, mapping
-
-
-def auto_models(family: Family) -> dict[str, type[Any]]:
-    """Return a family's model classes by the Auto class that loads them."""
-    from transformers.models.auto import modeling_auto
-
-    config = family.source_config()
-    first = family.architectures[0]
-    found = dict.fromkeys(family.loaders(first), family.source_model(first))
-    for auto, mapping in _auto_mappings(modeling_auto):
-        cls = mapping.get(config, None)
-        # Some give a multimodal checkpoint's text model alone, which has no place for the whole
-        # configuration.
-        if getattr(cls, "__module__", "") == family.modeling and cls.config_class is config:
-            found.setdefault(auto, cls)
-    return found
-
-
 @functools.cache
 def _register_models(family: Family) -> None:
     import transformers
@@ -496,7 +469,7 @@ def _register_models(family: Family) -> None:
     )
 
     base, config = family.source_config(), config_class(family)
-    models = auto_models(family)
+    models = family.auto_models()
     for source in set(models.values()):
         # Renamings of an architecture rather than of a model type.
         own = get_checkpoint_conversion_mapping(source.__name__)

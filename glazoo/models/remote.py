@@ -24,14 +24,13 @@ def __getattr__(name):
 
 def remote_map(family: Family) -> dict[str, str]:
     """Return the entry `auto_map` of config.json that names the classes of `REMOTE_CODE`."""
-    from glazoo.models.metaplastic import auto_models, config_class
-
     module = REMOTE_CODE.removesuffix(".py")
     models = {
         auto: f"{module}.{family.converted_architecture(cls.__name__)}"
-        for auto, cls in auto_models(family).items()
+        for auto, cls in family.auto_models().items()
     }
-    return {"AutoConfig": f"{module}.{config_class(family).__name__}"} | models
+    config = family.converted_architecture(family.source_config().__name__)
+    return {"AutoConfig": f"{module}.{config}"} | models
 
 
 def carry_code(config: Any, family: Family, folder: Path) -> None:

@@ -29,7 +29,6 @@ from glazoo.converters import (
 )
 from glazoo.converters.tokenizers import TEXTS
 from glazoo.families import find_family
-from glazoo.models.metaplastic import auto_models
 
 # One tiny model of every family.
 FAMILY_NAMES = sorted({family: name for name, (family, _) in reversed(TINY.items())}.values())
@@ -229,7 +228,7 @@ def test_every_auto_class_that_loads_the_source_loads_the_converted_model(
 ) -> None:
     family = find_family(TINY[name][0])
     folder = folders[name]
-    for auto, base in auto_models(family).items():
+    for auto, base in family.auto_models().items():
         loader = getattr(transformers, auto)
         if base.base_model_prefix == "transformer":
             # transformers starts every tensor of the source's anew here, with a warning.

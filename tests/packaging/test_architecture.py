@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,10 +31,18 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imported(module: str, path: Path) -> Iterator[str]:
+def nodes(tree: ast.AST, types: bool) -> Iterator[ast.AST]:
+    """Every node of a text; without `types`, but for what is there for type checkers alone."""
+    for node in ast.iter_child_nodes(tree):
+        if types or not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield node
+            yield from nodes(node, types)
+
+
+def imported(module: str, path: Path, types: bool) -> Iterator[str]:
     """Names that a module imports anywhere in its text, and modules that it names as data."""
     package = module.split(".")[: None if path.name == "__init__.py" else -1]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(ast.parse(path.read_text()), types):
         if isinstance(node, ast.Import):
             yield from (x.name for x in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -54,17 +63,24 @@ def unit(module: str) -> str:
     return ([*module.split("."), "glazoo"])[1]
 
 
-def found_arrows() -> dict[str, set[str]]:
+def module_arrows(*, types: bool) -> dict[str, set[str]]:
+    """Modules of the package that each of them imports."""
     known = modules()
-    found: dict[str, set[str]] = {}
+    found: dict[str, set[str]] = {module: set() for module in known}
     for module, path in known.items():
-        targets = found.setdefault(unit(module), set())
-        for name in imported(module, path):
+        for name in imported(module, path, types):
             while name and name not in known:
                 name = name.rpartition(".")[0]
-            arrow = unit(module), unit(name or "glazoo")
-            if name and arrow[0] != arrow[1] and arrow not in NAMED_BELOW:
-                targets.add(arrow[1])
+            if name not in ("", module):
+                found[module].add(name)
+    return found
+
+
+def found_arrows() -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for module, names in module_arrows(types=True).items():
+        arrows = {(unit(module), unit(name)) for name in names} - NAMED_BELOW
+        found.setdefault(unit(module), set()).update(b for a, b in arrows if a != b)
     return found
 
 
@@ -77,6 +93,14 @@ def test_arrows_lead_upwards() -> None:
     for name, targets in arrows().items():
         assert targets <= above, f"{name} imports {sorted(targets - above)}, which stand below it"
         above.add(name)
+
+
+def test_no_modules_import_each_other() -> None:
+    found = {
+        a: {b for b in bs if (unit(a), unit(b)) not in NAMED_BELOW}
+        for a, bs in module_arrows(types=False).items()
+    }
+    graphlib.TopologicalSorter(found).prepare()
 
 
 def test_no_code_asks_for_the_name_of_a_variant() -> None:
