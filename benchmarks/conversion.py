@@ -282,7 +282,7 @@ class Experiment:
         return min(losses, key=losses.__getitem__)
 
     def wanted(self, results: Mapping[str, Any]) -> Iterator[Row]:
-        """Give every run whose rates are known, in the order of their worth."""
+        """Yield every run whose rates are known, in the order of their worth."""
         if self.select:
             for name in {s.rates_of: None for s in self.settings.values()}:
                 for source, line in self.of(name) if name in self.settings else ():
@@ -298,7 +298,7 @@ class Experiment:
                         yield self.row(name, source, line, chosen, seed)
 
     def of(self, name: str) -> Iterator[tuple[str, Line]]:
-        """Give every source and row of a setting."""
+        """Yield every source and row of a setting."""
         for source in self.sources:
             for line in lines(glazoo.load(source), self.settings[name]):
                 if not self.only or line.label in self.only:

@@ -231,7 +231,7 @@ def touching() -> Iterator[Touched]:
 
 
 def kernel_bytes(launch: Launch) -> int:
-    """What the programs of a launch read and write."""
+    """Return the bytes that the programs of a launch read and write."""
     # Contents decide no address: whole numbers that do, such as places in packed sequences, are in
     # no launch here.
     arguments = {

@@ -111,7 +111,7 @@ def decay_between(r_hi, r_lo, c_hi, c_lo):
 
 @triton.jit
 def load_factors(x, row0, o_t, m_t, i_h, HV: tl.constexpr):
-    """What a head's tokens are multiplied by: x [.., HV], a number for each."""
+    """Return what a head's tokens are multiplied by: x [.., HV], a number for each."""
     return tl.load(x + (row0 + o_t) * HV + i_h, mask=m_t, other=0.0).to(tl.float32)
 
 

@@ -102,7 +102,7 @@ def data(
 
 
 def _forms(spec: Spec) -> Iterator[tuple[str, Spec]]:
-    """Give a spec and those of its metaplastic forms that are other programs."""
+    """Yield a spec and those of its metaplastic forms that are other programs."""
     yield "as it is", spec
     if spec.metaplastic:
         return

@@ -269,7 +269,7 @@ def _steps(spec: Spec) -> Iterator[Part]:
 
 
 def _after(spec: Spec, g: str | None, beta: str | None, count: int) -> Iterator[Step]:
-    """What follows the memory."""
+    """Yield the steps that follow the memory."""
     if count > 1:
         yield step.ReadOut(count)
     if spec.read.bonus:

@@ -109,7 +109,7 @@ _OVER = (("diagonal", "own"), ("diagonal", "rotated"), ("isotropic", "own"), ("f
 
 
 def _wide(source: Form) -> Iterator[Form]:
-    """Give the forms of every precision, basis and forgetting that a source has."""
+    """Yield the forms of every precision, basis and forgetting that a source has."""
     for over, forgetting in itertools.product(_OVER, ("temper", "diffuse")):
         diffuse = forgetting == "diffuse"
         if over == _OVER[0] and not diffuse:
@@ -125,7 +125,7 @@ def _wide(source: Form) -> Iterator[Form]:
 
 
 def _others(source: Form) -> Iterator[Form]:
-    """Give forms that forget in ways which do not keep their source: by noise of their own, and
+    """Yield forms that forget in ways which do not keep their source: by noise of their own, and
     with the prior."""
     head = Gate(shape="head", parameterization="softplus")
     noise = {"forgetting": "diffuse", "noise": head.model_copy(update={"shape": "key"})}

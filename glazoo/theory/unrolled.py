@@ -384,7 +384,7 @@ def _process(_: Spec, ops: Operands, w: _Writes, state: State | None) -> _Precis
     root = w.b[..., 0, 0].sqrt().movedim(1, 2)
 
     def given(past: Tensor) -> Tensor:
-        """What the observations of a mask [t, s] take away, [B, M, HV, K, K]."""
+        """Return what the observations of a mask [t, s] take away, [B, M, HV, K, K]."""
         r = root[:, :, None] * past.to(root.dtype)
         system = r[..., None] * gram[:, :, None] * r[..., None, :]
         system = system + torch.eye(count, dtype=system.dtype)

@@ -943,7 +943,7 @@ _pointer: Any = intrinsic(_pointer_of)
 
 @_literal
 def _at(address: int, count: int, like: Any) -> Any:
-    """What lies at an address, as a flat array; nothing, if nothing lies there."""
+    """Return what lies at an address, as a flat array; nothing, if nothing lies there."""
     return carray(_pointer(address, like), (count if address else 0,))
 
 
