@@ -18,7 +18,15 @@ from glazoo.program import OneToken
 from glazoo.spec import Importance
 from glazoo.state import State
 
-__all__ = ["Engine", "automatic", "available", "importance_gate", "pick", "prepare"]
+__all__ = [
+    "NAMES",
+    "Engine",
+    "automatic",
+    "available",
+    "importance_gate",
+    "pick",
+    "prepare",
+]
 
 Engine = Callable[[Call], Result]
 
@@ -74,6 +82,9 @@ _ENGINES: dict[str, Engine] = {
     "triton": _triton,
     "fla": _fla,
 }
+
+NAMES = tuple(_ENGINES)
+"""What `impl` may be, besides "auto"."""
 
 
 def _chunked_token(call: Call, given: Given, piece: OneToken) -> TokenRun | None:

@@ -111,6 +111,12 @@ def test_bench_measures_engines_and_says_which_are_not_there(tmp_path: Path) -> 
         # Against float64 of at most 8 tokens and 4 channels, in float32.
         assert m["error"] < 64 * 2.0**-23
         assert (m["saved_bytes"] > 0) == (m["mode"] == "train")
+    args += ("--mode", "prefill", "--dtype", "float64")
+    data = run("bench", "mamba2", "--engine", "traceable", "--engine", "fla", *args, "--json")
+    traced, fla = data["measurements"]
+    assert traced["failure"] == ""
+    # Each engine says itself what it does not serve.
+    assert fla["failure"].startswith("ValueError: impl='fla': got float64")
     run("bench", "mamba2", *args, "--out", str(tmp_path))
     assert json.loads((tmp_path / "bench.json").read_text())["machine"]
 

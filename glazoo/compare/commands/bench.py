@@ -23,7 +23,7 @@ from glazoo.compare.commands.options import (
 )
 from glazoo.compare.files import make_folder, write_csv, write_json
 from glazoo.compare.machine import machine, versions
-from glazoo.engines import available
+from glazoo.engines import NAMES, available
 from glazoo.terminal import AsJson, console, print_json, progress
 
 __all__ = ["bench"]
@@ -37,7 +37,10 @@ def bench(
     gain: Gain = "spec",
     engine: Annotated[
         list[str] | None,
-        typer.Option(help="Engine; give it again for more. Default: all but the reference."),
+        typer.Option(
+            help=f"{', '.join(NAMES)}; again for more. Default: those that compute on a CPU here, "
+            "but for the reference.",
+        ),
     ] = None,
     mode: Annotated[
         list[str] | None,
@@ -71,7 +74,7 @@ def bench(
     """
     engines = engine or [e for e in available() if e != "reference"]
     for e in engines:
-        known("engine", e, ("reference", "chunked", "compiled", "triton"))
+        known("engine", e, NAMES)
     for m in mode or ():
         known("mode", m, MODES)
     modes = [m for m in MODES if not mode or m in mode]

@@ -11,6 +11,7 @@ import torch
 import typer
 
 from glazoo.compare.errors import CompareError
+from glazoo.engines import NAMES
 from glazoo.spec import Spec, metaplasticize
 from glazoo.zoo import completions, load
 
@@ -79,7 +80,7 @@ ClusterOptions = Annotated[
         help="Of these jobs, like slurm_partition=gpu, timeout_min=600, mem_gb=8; again for more.",
     ),
 ]
-Impl = Annotated[str, typer.Option(help="Engine: auto, reference, chunked or triton.")]
+Impl = Annotated[str, typer.Option(help=f"Engine: auto, {', '.join(NAMES)}.")]
 
 
 def load_specs(names: list[str], metaplastic: bool, gate: str, gain: str) -> dict[str, Spec]:
