@@ -25,6 +25,7 @@ from glazoo.converters.rehearsal import rehearse
 from glazoo.converters.report import AddedTensor, ConversionReport, FileRecord
 from glazoo.converters.source import Checkpoint, inspect_checkpoint
 from glazoo.converters.tensors import NewTensor
+from glazoo.converters.texts import read_tokens
 from glazoo.converters.tokenizers import settled
 from glazoo.converters.writing import plan_files, write_files
 from glazoo.errors import ConversionError, one_line
@@ -207,8 +208,6 @@ def _calibrated(
     """Return the axes of importance that texts give, by layer, and what they do."""
     if not texts:
         return {}, ()
-    from glazoo.converters.texts import read_tokens
-
     ids = read_tokens(
         texts,
         tokenizer,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from glazoo.converters.calibration import save_keys
 from glazoo.converters.loading import load_converted
 from glazoo.converters.report import GateSummary, InspectReport, LayerUse
+from glazoo.converters.texts import read_tokens
 from glazoo.errors import ConversionError
 from glazoo.layers import ImportanceGate
 from glazoo.layers.conversion import metaplastic_layers
@@ -154,8 +155,6 @@ def inspect_model(
         ConversionError: the folder is of no such model or does not load, a text cannot be read, or
             keys are asked for without texts or at a place that is none.
     """
-    from glazoo.converters.texts import read_tokens
-
     begun = time.monotonic()
     if tokens < 1:
         raise ConversionError(f"tokens: got {tokens}, expected at least 1")

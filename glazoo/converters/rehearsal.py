@@ -14,6 +14,7 @@ from glazoo.errors import ConversionError
 from glazoo.families import Family, Found
 from glazoo.families.settings import Settings
 from glazoo.models.conversion import source_limit
+from glazoo.models.metaplastic import convert_mixer
 
 __all__ = ["rehearse"]
 
@@ -37,8 +38,6 @@ def rehearse(
     Raises:
         ConversionError: the two differ by more than rounding.
     """
-    from glazoo.models.metaplastic import convert_mixer
-
     spec = settings.metaplastic_spec(family.source_spec(model.config, found))
     mixers, seen = family.mixers(model), set()
     for layer in settings.layers:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glazoo.converters.casting import is_cast_of
 from glazoo.converters.float64 import clean_float64_model, convert_like, recompute
 from glazoo.converters.folders import (
     CONFIG,
@@ -293,8 +294,6 @@ def _cast_dtype(folder: Path) -> str | None:
 
 
 def _check_cast(source: Path, destination: Path, dtype: str) -> Check:
-    from glazoo.converters.casting import is_cast_of
-
     strange, rounded = is_cast_of(read_shards(source)[1], read_shards(destination)[1], dtype)
     detail = f"the source's tensors, {rounded} of them cast to {dtype}, bit for bit"
     if strange is not None:

@@ -14,6 +14,7 @@ from glazoo.errors import ConversionError
 from glazoo.families import Family, LiveFamily, families, find_family
 from glazoo.families.mixer import MetaplasticMixer
 from glazoo.layers import GatedLinearAttention, gates
+from glazoo.models.metaplastic import convert_in_place
 from glazoo.spec import Counterpart
 from glazoo.versions import installed, untested
 
@@ -51,8 +52,6 @@ def metaplasticize_mixers(
         ConversionError: the model has no mixer that calls a known scan function, is converted
             already, or an argument is out of its domain.
     """
-    from glazoo.models.metaplastic import convert_in_place
-
     family = _family_of(model)
     config: Any = model.config
     found = family.examine(model)

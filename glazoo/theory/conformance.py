@@ -31,6 +31,7 @@ from pathlib import Path
 
 from glazoo.spec import Spec
 from glazoo.theory.entry import Op
+from glazoo.theory.forms import forms
 from glazoo.theory.results import Result, failures, passed
 from glazoo.theory.verify import run
 
@@ -78,8 +79,6 @@ def check(
         ValueError: an option is not accepted.
         SpecError: the spec is not valid.
     """
-    from glazoo.theory.forms import forms
-
     form = forms([spec])[0]
     results = run(
         [*(statements or ()), spec],
