@@ -269,18 +269,30 @@ def tune(
         ),
     ],
     *,
+    recipe: Annotated[
+        Literal["gates", "whole"],
+        typer.Option(
+            help="Named settings, which the options below replace: gates and priors alone; or the "
+            "whole model at the --lr of the source's own training, its plasticity at ten times "
+            "that."
+        ),
+    ] = "gates",
     everything: Annotated[
         bool, typer.Option("--all", help="Train every parameter, not only gates and priors.")
     ] = False,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 200,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps. Default: 200.")] = None,
     batch: Annotated[int, typer.Option(help="Examples per step and device.")] = 8,
     length: Annotated[int, typer.Option(help="Tokens per example.")] = 512,
     learning_rate: Annotated[
         float | None, typer.Option("--lr", help="Default: 1e-2, or 1e-5 with --all.")
     ] = None,
     plasticity_rate: Annotated[
-        float, typer.Option(help="Share of the learning rate that the plasticity gets.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="Share of the learning rate that the plasticity gets. Default: 1, or 10 of a "
+            "whole."
+        ),
+    ] = None,
     validation: Annotated[
         float, typer.Option(help="Share of the examples that is kept for evaluation.")
     ] = 0.05,
@@ -320,6 +332,7 @@ def tune(
             src,
             dst,
             texts,
+            recipe=recipe,
             everything=everything,
             steps=steps,
             batch=batch,

@@ -418,6 +418,11 @@ class TuneReport(Report):
 
     source: str
     destination: str
+    recipe: str
+    learning_rate: float
+    """At its peak."""
+    plasticity_rate: float
+    """Share of it that the plasticity got."""
     trained: str
     """`gates` or `all`."""
     trained_parameters: int
@@ -439,7 +444,12 @@ class TuneReport(Report):
         rows = [
             ("destination", self.destination),
             ("trained", f"{self.trained}: {self.trained_parameters:,} ({percent:.2f} %)"),
+            ("recipe", self.recipe),
             ("steps", f"{self.steps}"),
+            (
+                "learning rate",
+                f"{self.learning_rate:g}, of the plasticity {self.plasticity_rate:g} times that",
+            ),
             ("tokens", f"{self.training_tokens:,} trained, {self.evaluation_tokens:,} held out"),
             (
                 "evaluation loss",

@@ -18,6 +18,7 @@ from glazoo.converters.examine import _vocabulary, gate_summaries
 from glazoo.converters.files import Staging, leftover_warnings
 from glazoo.converters.folders import CONFIG, INDEX, OWN, other_files, read_shards
 from glazoo.converters.loading import load_converted
+from glazoo.converters.recipes import Recipe
 from glazoo.converters.report import TuneReport
 from glazoo.converters.tensors import NewTensor, write_shard
 from glazoo.converters.texts import read_splits
@@ -145,12 +146,13 @@ def tune_checkpoint(
     dst: str | Path,
     texts: Sequence[str | Path],
     *,
+    recipe: str = "gates",
     everything: bool = False,
-    steps: int = 200,
+    steps: int | None = None,
     batch: int = 8,
     length: int = 512,
     learning_rate: float | None = None,
-    plasticity_rate: float = 1.0,
+    plasticity_rate: float | None = None,
     validation: float = 0.05,
     column: str = "text",
     split: str | None = None,
@@ -175,11 +177,15 @@ def tune_checkpoint(
         texts: UTF-8 text files, or one folder with a Hugging Face data set: written by
             `save_to_disk`, or one of parquet, JSON, CSV or text files. Of a data set no more rows
             are read than the steps need.
-        everything: train every parameter instead of the gates and priors only.
+        recipe: named settings, one of `RECIPES`, which those that are given replace: "gates", or
+            "whole", which trains everything and takes the peak learning rate of the source's own
+            training.
+        everything: train every parameter whatever the recipe.
         steps: optimiser steps.
         batch: examples per step and device.
         length: tokens per example.
-        learning_rate: of AdamW, with linear decay; default 1e-2 for gates and 1e-5 for everything.
+        learning_rate: of AdamW, at its peak; default 1e-2 for gates, and 1e-5 for everything with
+            the recipe "gates".
         plasticity_rate: share of it that the plasticity gets; 0 leaves it as it is.
         validation: share of the examples, at the end of the text, that is kept for evaluation; of
             a split for evaluation, at most this share of what is trained on is used.
@@ -212,7 +218,17 @@ def tune_checkpoint(
     from glazoo.models.rates import RateTrainer, check_rate
     from glazoo.training import freeze_all_but_importance, report_steps
 
-    begun = time.monotonic()
+    begun, chosen = time.monotonic(), Recipe.named(recipe)
+    steps = chosen.steps if steps is None else steps
+    plasticity_rate = chosen.plasticity_rate if plasticity_rate is None else plasticity_rate
+    if learning_rate is None:
+        learning_rate = 1e-5 if everything and not chosen.everything else chosen.learning_rate
+    if learning_rate is None:
+        raise ConversionError(
+            f"learning_rate: the recipe {recipe!r} trains at the peak rate of the source's own "
+            "training, which its folder does not say: give it (--lr)"
+        )
+    everything |= chosen.everything
     source, destination = Path(folder), Path(os.path.abspath(dst))
     for name, value, least in (
         ("steps", steps, 1),
@@ -273,7 +289,9 @@ def tune_checkpoint(
                 max_steps=steps,
                 per_device_train_batch_size=batch,
                 per_device_eval_batch_size=batch,
-                learning_rate=learning_rate or (1e-5 if everything else 1e-2),
+                learning_rate=learning_rate,
+                lr_scheduler_type=chosen.schedule,
+                warmup_steps=round(chosen.warmup * steps),
                 weight_decay=0.0,
                 seed=seed,
                 use_cpu=cpu,
@@ -309,6 +327,9 @@ def tune_checkpoint(
     return TuneReport(
         source=str(source),
         destination=str(dst),
+        recipe=recipe,
+        learning_rate=learning_rate,
+        plasticity_rate=plasticity_rate,
         trained="all" if everything else "gates",
         trained_parameters=learned,
         parameters=sum(p.numel() for p in model.parameters()),

@@ -27,8 +27,10 @@ from glazoo.converters import (
 from glazoo.converters.commands import inspect, tune
 from glazoo.converters.examine import gate_summaries, measure_use
 from glazoo.converters.loading import load_converted
+from glazoo.converters.recipes import RECIPES
 from glazoo.layers import gates
 from glazoo.models import GlazooConfig, GlazooForCausalLM
+from glazoo.models.rates import RateTrainer
 from glazoo.training import TrainConfig, run
 
 SMALL: dict[str, Any] = {
@@ -117,6 +119,30 @@ def test_everything_is_trained_if_asked_for(converted: Path, tmp_path: Path, tex
         revert_checkpoint(tmp_path / "t", tmp_path / "back")
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_says_what_is_trained_and_how(
+    recipe: str, converted: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(RateTrainer, "train", lambda self, **_: seen.append(self))
+    options = SMALL | {"batch": 1, "steps": None, "learning_rate": 0.003, "recipe": recipe}
+    report = tune_checkpoint(converted, tmp_path / "t", [text], **options)
+    (trainer,), wanted = seen, RECIPES[recipe]
+    assert trainer.args.lr_scheduler_type == wanted.schedule
+    assert trainer.args.warmup_steps == wanted.warmup * wanted.steps
+    assert trainer.args.max_steps == report.steps == wanted.steps
+    assert trainer.args.learning_rate == report.learning_rate == 0.003
+    assert trainer.plasticity_rate == report.plasticity_rate == wanted.plasticity_rate
+    assert report.trained == ("all" if wanted.everything else "gates")
+    assert f"| recipe | {recipe} |" in report.to_markdown()
+
+
+def test_the_rate_of_a_whole_model_is_its_own(converted: Path, tmp_path: Path, text: Path) -> None:
+    with pytest.raises(ConversionError, match=r"peak rate of the source's own training.*--lr"):
+        tune_checkpoint(converted, tmp_path / "t", [text], recipe="whole", **SMALL)
+    assert not (tmp_path / "t").exists()
+
+
 def test_folders_that_were_saved_again_are_tuned_too(
     converted: Path, tmp_path: Path, text: Path
 ) -> None:
@@ -173,6 +199,7 @@ def test_an_interrupted_run_is_resumed(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"recipe": "best"}, "recipe: got 'best', accepted are gates, whole"),
         ({"steps": 0}, "steps: got 0, expected at least 1"),
         ({"validation": 1.0}, r"validation: got 1.0, accepted are numbers in \(0, 1\)"),
         ({"length": 4000}, "training and evaluation need one each"),
