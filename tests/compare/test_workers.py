@@ -39,6 +39,9 @@ def preloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def jobs_of_submitit(folder: Path, monkeypatch: pytest.MonkeyPatch, jobs: int = 1) -> Cluster:
     pytest.importorskip("submitit")
+    # submitit cancels by SIGINT, which a shell has its background jobs, and all below them, ignore.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # What runs do is imported from the folder of the tests.
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     return Cluster("local", folder / "jobs", jobs=jobs, options=["timeout_min=5"])
