@@ -7,6 +7,7 @@
     python benchmarks/census.py --traffic [CASE]         bytes of kernels and of what is around them
     python benchmarks/census.py --check [--quick]        compare with benchmarks/budgets.toml
     python benchmarks/census.py --write-budgets          measure the matrix, write budgets
+    python benchmarks/census.py --peer fla               what fla moves and issues beside ours
 
 No GPU is needed. The host code runs on meta tensors and records what it would launch, so
 signatures, tiles and pointer alignment are those of a real call. `work` is instructions of the main
@@ -19,7 +20,8 @@ synapse and token, one after the other, is at most GOALS. Passes over every key 
 left out; `--sum` lists them, divided by V. Approximate reciprocals, as they are the default.
 
 `--traffic` counts bytes per token and head of a whole `glazoo.attention(impl="triton")`, see
-traffic.py. Those of the eager operations around the kernels have budgets, too.
+traffic.py. Those of the eager operations around the kernels have budgets, too. `--peer` adds the
+instructions that are issued and compares with another package, see peer.py.
 """
 
 import argparse
@@ -29,24 +31,19 @@ import functools
 import importlib
 import itertools
 import math
-import os
 import pathlib
 import re
-import subprocess
 import sys
-import tempfile
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-
+import peer
 import torch
 import traffic
 import triton
+from machine_code import SHARED_LIMIT, TARGETS, assemble, main_loop, misled_products, parse
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from glazoo.kernels.common import Launch, interpreting, record_launches
 from glazoo.kernels.loops import (
@@ -71,15 +68,7 @@ HERE = pathlib.Path(__file__).parent
 BUDGETS = HERE / "budgets.toml"
 # The table of BUDGETS that is of no target.
 EAGER = "eager"
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 SHAPES = ((64, 64), (128, 128), (128, 256), (96, 192))
-# Bytes of shared memory that one program can have, from the vendors' documents.
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 # Room that a budget leaves for instructions: another Triton schedules a little differently.
 ROOM = 1.05
 GATES = ("none", "head", "key")
@@ -172,13 +161,6 @@ GOALS = {
             45.0,
         ),
     }
-}
-POINTERS = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
 }
 
 
@@ -306,140 +288,6 @@ def launches(
                     yield name, launch
 
 
-def compile_launch(launch: Launch, target: str) -> "triton.compiler.CompiledKernel":
-    """Compile a launch as it would be compiled when it runs."""
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(launch.kernel.params):
-        x = launch.arguments[parameter.name]
-        if parameter.is_constexpr or x is None:
-            signature[parameter.name] = "constexpr"
-            constants[parameter.name] = x
-        elif isinstance(x, Tensor):
-            signature[parameter.name] = POINTERS[x.dtype]
-            if x.data_ptr() % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        elif x == 1 and not parameter.do_not_specialize:
-            signature[parameter.name], constants[parameter.name] = "constexpr", 1
-        else:
-            signature[parameter.name] = "i32" if x < 2**31 else "i64"
-            if not parameter.do_not_specialize and x % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(
-        fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes
-    )
-    options = {"num_warps": launch.tiles.num_warps, "num_stages": launch.tiles.num_stages}
-    return triton.compile(source, target=TARGETS[target], options=options)
-
-
-def _tool(name: str, *arguments: str) -> str:
-    path = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-# A line of assembly is a label or an instruction; a branch names the label it may go to.
-SASS = re.compile(
-    r"^(?P<label>\.L\S+):|/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(?P<opcode>[A-Z][\w.]*)(?P<rest>.*)"
-)
-GCN = re.compile(r"^(?P<label>\.LBB\w+):|^\t(?P<opcode>[a-z]\w+)(?P<rest>.*)")
-JUMP = re.compile(r"^(?:BRA|s_c?branch)")
-TARGET_LABEL = re.compile(r"\.L\w+")
-
-
-REGISTER = re.compile(r"\b(U?R)(\d+)\b")
-PREDICATE = re.compile(r"!?U?P[T\d]")
-# Opcodes whose results are data: neither constants nor places of threads.
-DATA = (
-    "LD",
-    "LDG",
-    "LDS",
-    "LDSM",
-    "MUFU",
-    "HGMMA",
-    "HMMA",
-    "FADD",
-    "FMUL",
-    "FFMA",
-    "FMNMX",
-    "F2FP",
-)
-
-
-def _width(parts: Sequence[str]) -> int:
-    """Registers that an instruction writes, one after the other."""
-    name = parts[0]
-    if name == "HGMMA":
-        return int(parts[1].removeprefix("64x").split("x")[0]) // 2
-    if "128" in parts or name == "HMMA":
-        return 4
-    if name == "LDSM":
-        return int(parts[-1]) if parts[-1] in ("2", "4") else 1
-    return 2 if "64" in parts or "WIDE" in parts or (name == "CS2R" and "32" not in parts) else 1
-
-
-def misled_products(assembly: str) -> int:
-    """Products of warp groups whose operands' addresses come from data.
-
-    The addresses are constants and places of warps. In kernels without a pipeline ptxas 12.8, which
-    Triton 3.6 has, took them from registers that held entries of tensors or the number of the
-    program: an illegal memory access on an H200. Instructions are followed in the order of the
-    text; what a loop carries is not.
-    """
-    data: set[tuple[str, int]] = set()
-    misled = 0
-    for line in assembly.splitlines():
-        match = SASS.search(line)
-        if match is None or match["label"]:
-            continue
-        parts = match["opcode"].split(".")
-        rest = match["rest"].split(";")[0]
-        operands = [x.strip() for x in re.split(r",(?![^\[]*\])", rest)]
-        operands = [x for i, x in enumerate(operands) if i or not PREDICATE.fullmatch(x)]
-        if parts[0] == "HGMMA":
-            # Four uniform registers, two of each operand; the left one may lie in registers.
-            first = int(re.search(r"gdesc\[UR(\d+)\]", rest)[1])
-            left = 2 * bool(REGISTER.fullmatch(operands[1].split(".")[0]))
-            misled += any(("UR", i) in data for i in range(first + left, first + 4))
-        written = REGISTER.fullmatch(operands[0])
-        if written is None or parts[0].startswith(("ST", "RED")):
-            continue
-        sources = {(kind, int(i)) for x in operands[1:] for kind, i in REGISTER.findall(x)}
-        tainted = parts[0] in DATA or "SR_CTAID" in rest or bool(sources & data)
-        for i in range(_width(parts)):
-            register = (written[1], int(written[2]) + i)
-            (data.add if tainted else data.discard)(register)
-    return misled
-
-
-def main_loop(assembly: str, pattern: re.Pattern[str]) -> list[str]:
-    """Opcodes of the longest loop that holds no other, or of everything without a loop."""
-    opcodes: list[str] = []
-    labels: dict[str, int] = {}
-    loops: list[tuple[int, int]] = []
-    for line in assembly.splitlines():
-        match = pattern.search(line)
-        if match is None:
-            continue
-        if match["label"]:
-            labels[match["label"]] = len(opcodes)
-            continue
-        opcodes.append(match["opcode"])
-        if JUMP.match(match["opcode"]):
-            goal = TARGET_LABEL.search(match["rest"])
-            start = labels.get(goal[0]) if goal else None
-            # The end of a program is an endless loop of one jump.
-            if start is not None and len(opcodes) - start > 8:
-                loops.append((start, len(opcodes)))
-    inner = [
-        (a, b)
-        for a, b in loops
-        if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)
-    ]
-    if inner:
-        start, end = max(inner, key=lambda x: x[1] - x[0])
-        opcodes = opcodes[start:end]
-    return [x for x in opcodes if x not in ("NOP", "s_nop")]
-
-
 def _unit(launch: Launch) -> int:
     """Units of work of one iteration of a program."""
     factors = UNITS.get(_kernel(launch), UNIT)
@@ -448,27 +296,15 @@ def _unit(launch: Launch) -> int:
 
 def measure(name: str, launch: Launch, target: str, shape: tuple[int, int]) -> Measurement:
     """Compile one launch and read its machine code."""
-    compiled = compile_launch(launch, target)
-    if target.startswith("sm_"):
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-            assembly = _tool("nvdisasm", "-c", file.name)
-        opcodes, misled = main_loop(assembly, SASS), misled_products(assembly)
-        registers, spill = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    else:
-        text = compiled.asm["amdgcn"]
-        registers, spill = (
-            int(re.search(rf"\.{field}:\s+(\d+)", text)[1])
-            for field in ("vgpr_count", "vgpr_spill_count")
-        )
-        opcodes, misled = main_loop(text, GCN), 0
+    code = assemble(launch, target)
+    opcodes = main_loop(parse(code.text))
+    misled = misled_products(code.text) if target.startswith("sm_") else 0
     threads = launch.tiles.num_warps * TARGETS[target].warp_size
     work = len(opcodes) * threads / _unit(launch)
     count = collections.Counter(x.split(".")[0] for x in opcodes)
-    shared = compiled.metadata.shared
-    return Measurement(name, target, shape, registers, spill, shared, work, count, misled)
+    return Measurement(
+        name, target, shape, code.registers, code.spill, code.shared, work, count, misled
+    )
 
 
 def matrix(
@@ -657,12 +493,6 @@ def _print_traffic(pattern: str) -> None:
     Console().print(table)
 
 
-def _interpreting() -> int:
-    """The same command where Triton interprets kernels, which it decides when it is imported."""
-    command = [sys.executable, *sys.orig_argv[1:]]
-    return subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}).returncode
-
-
 # What --quick compiles: a part of the kernels where most users are, and where limits are tight.
 QUICK = (
     ("sm_90", (128, 128), r"^(?!synapse|solve|riccati).*/head"),
@@ -695,16 +525,27 @@ def main() -> int:
         const="",
         help="bytes that kernels and eager operations move, of all cases or those so named",
     )
+    parser.add_argument(
+        "--peer", choices=["fla"], help="an estimate of time of its kernels and ours; 1 if over"
+    )
+    parser.add_argument(
+        "--case", metavar="PATTERN", default="", help="with --peer: recurrences so named"
+    )
+    parser.add_argument("--passes", action="store_true", help="with --peer: every kernel, too")
     parser.add_argument("--check", action="store_true", help="compare with the budgets; 1 if over")
     parser.add_argument("--quick", action="store_true", help="with --check: a part of the matrix")
     parser.add_argument("--write-budgets", action="store_true")
     options = parser.parse_args()
     shape = tuple(map(int, options.shape.split("/"))) if options.shape else None
     if options.traffic is not None:
-        if not interpreting():
-            return _interpreting()
         _print_traffic(options.traffic)
         return 0
+    if options.peer:
+        try:
+            at = [shape] if shape else peer.SHAPES
+            return 0 if peer.print_rows(at, options.case, options.passes) else 1
+        except ImportError as error:
+            parser.exit(2, f"{error}\n")
     one = [options.target or "sm_90"], [shape or (128, 128)]
     if options.sum:
         sums = [x for target, at in itertools.product(*one) for x in totals(target, at)]

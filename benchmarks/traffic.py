@@ -9,17 +9,21 @@ address once a program, from the launches that the host code asks for, run in Tr
 What several programs read counts as often, though a cache may have it.
 """
 
+import ast
+import collections
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
+import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from triton.runtime import interpreter
 
 import glazoo
 from glazoo.kernels.common import Launch, record_launches
@@ -113,28 +117,36 @@ class Eager(TorchDispatchMode):
         return result
 
 
-def operands(spec: glazoo.Spec, tokens: int, device: str = "meta") -> dict[str, Tensor]:
-    """Operands as layers give them: tokens in bfloat16, gates in float32, all with gradients."""
-    sizes = {"B": 1, "T": tokens, "H": HEADS, "HV": HEADS, "K": KEYS, "V": VALUES, "1": 1}
-    return {
-        x.name: torch.empty(
-            [sizes[axis] for axis in x.shapes[-1 if x.role == "decay" else 0]],
+def operands(
+    spec: glazoo.Spec, tokens: int, size: tuple[int, int] = (KEYS, VALUES), device: str = "meta"
+) -> dict[str, Tensor]:
+    """Operands as layers give them: tokens in bfloat16, gates in float32, with gradients but for
+    decays that are the same for all tokens."""
+    keys, values = size
+    sizes = {"B": 1, "T": tokens, "H": HEADS, "HV": HEADS, "K": keys, "V": values, "1": 1}
+    found = {}
+    for x in lower(spec).operands:
+        axes = x.shapes[-1 if x.role == "decay" else 0]
+        found[x.name] = torch.empty(
+            [sizes[axis] for axis in axes],
             dtype=torch.float32 if x.wide else torch.bfloat16,
             device=device,
-            requires_grad=True,
+            requires_grad=x.role != "decay" or "T" in axes,
         )
-        for x in lower(spec).operands
-    }
+    return found
 
 
 def record(
-    run: Callable[[], Tensor], inputs: Sequence[Tensor], target: str
+    run: Callable[..., Tensor],
+    given: Mapping[str, Tensor],
+    recorder: contextlib.AbstractContextManager[list[Any]],
 ) -> dict[str, Recording]:
-    """Launches and eager operations of what gives an output, and of the gradients of inputs."""
+    """Launches and eager operations of what gives an output, and of the gradients of operands."""
     eager = Eager()
-    with record_launches(target) as launches, eager:
-        y = run()
+    with recorder as launches, eager:
+        y = run(**given)
         at = len(launches), len(eager.operations)
+        inputs = [x for x in given.values() if x.requires_grad]
         torch.autograd.grad(y, inputs, torch.empty_like(y), allow_unused=True)
     return {
         "forward": Recording(launches[: at[0]], eager.operations[: at[1]]),
@@ -142,34 +154,64 @@ def record(
     }
 
 
-def of_case(case: str, tokens: int, target: str) -> dict[str, Recording]:
-    """The same of one of CASES."""
-    spec = CASES[case]()
-    given = operands(spec, tokens)
+def of_spec(
+    spec: glazoo.Spec, tokens: int, target: str, size: tuple[int, int] = (KEYS, VALUES)
+) -> dict[str, Recording]:
+    """The same of a recurrence on our kernels."""
 
-    def run() -> Tensor:
+    def run(**given: Tensor) -> Tensor:
         return glazoo.attention(spec, impl="triton", **given)[0]
 
-    return record(run, list(given.values()), target)
+    return record(run, operands(spec, tokens, size), record_launches(target))
+
+
+def of_case(case: str, tokens: int, target: str) -> dict[str, Recording]:
+    """The same of one of CASES."""
+    return of_spec(CASES[case](), tokens, target)
 
 
 def eager_bytes(case: str, target: str = "sm_90") -> dict[str, float]:
     """Eager bytes of a case by direction."""
     few, many = (of_case(case, tokens, target) for tokens in TOKENS)
     return {
-        x: _marginal(*(sum(n for _, n in of[x].eager) for of in (few, many))) for x in DIRECTIONS
+        x: marginal(*(sum(n for _, n in of[x].eager) for of in (few, many))) for x in DIRECTIONS
     }
 
 
-def _marginal(few: float, many: float) -> float:
+def marginal(few: float, many: float) -> float:
+    """What a token and head of a long sequence adds."""
     return (many - few) / ((TOKENS[1] - TOKENS[0]) * HEADS)
 
 
+class Block(NamedTuple):
+    """A part of a kernel's source that runs more or less often than what it is in: the body of a
+    loop, what follows a condition or its `else`."""
+
+    file: str
+    header: int
+    """The line of the loop or condition."""
+    first: int
+    last: int
+    loops: bool
+    left: int
+    """Where the block returns, the last line of the function; else 0."""
+
+    def times(self, touched: "Touched", line: int) -> float:
+        """How often a line of the file runs for each time that this condition is reached."""
+        part = touched.run[self] / touched.reached[self]
+        if self.first <= line <= self.last:
+            return part
+        return 1.0 - part if self.last < line <= self.left else 1.0
+
+
 class Touched:
-    """The addresses that programs touch, each once a program."""
+    """The addresses that programs touch, each once a program, and how often blocks run."""
 
     def __init__(self) -> None:
         self.bytes = 0
+        self.programs = 0
+        self.reached: collections.Counter[Block] = collections.Counter()
+        self.run: collections.Counter[Block] = collections.Counter()
         self._program: dict[tuple[str, int], list[Any]] = {}
 
     def end(self) -> None:
@@ -198,12 +240,56 @@ def _reduced(of: Any, given: Any) -> Any:
     return [of.to_tensor(x, y.dtype) for x, y in zip(kept, given, strict=True)]
 
 
+def _statement(source: str) -> ast.stmt:
+    return ast.parse(source).body[0]
+
+
+class _Counting(ast.NodeTransformer):
+    """Lets a kernel's source count its blocks in `builder`, which interpreted code knows."""
+
+    def __init__(self, file: str, lines_before: int, blocks: list[Block]) -> None:
+        self.file, self.before, self.blocks = file, lines_before, blocks
+        self.end = 0
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        self.end = (node.end_lineno or 0) + self.before
+        self.generic_visit(node)
+        return node
+
+    def _block(self, node: Any, body: list[ast.stmt]) -> int:
+        last = max(x.end_lineno or 0 for x in body)
+        at = (x + self.before for x in (node.lineno, body[0].lineno, last))
+        left = self.end if isinstance(body[-1], ast.Return) else 0
+        self.blocks.append(Block(self.file, *at, not isinstance(node, ast.If), left))
+        return len(self.blocks) - 1
+
+    def visit_block(self, node: Any) -> list[ast.stmt]:
+        parts = [(x, self._block(node, x)) for x in (node.body, node.orelse) if x]
+        self.generic_visit(node)
+        for body, block in parts:
+            body.insert(0, _statement(f"interpreter_builder.run_block({block})"))
+        reached = (f"interpreter_builder.reach_block({block})" for _, block in parts)
+        return [*map(_statement, reached), node]
+
+    def visit_For(self, node: ast.For) -> list[ast.stmt]:
+        counted = self.visit_block(node)
+        if ast.unparse(node.iter).startswith(("range(", "tl.range(")):
+            # A tensor where it is compiled, whose methods a kernel may call.
+            name = ast.unparse(node.target)
+            node.body.insert(
+                0, _statement(f"{name} = interpreter_semantic.to_tensor({name}, False)")
+            )
+        return counted
+
+    visit_While = visit_If = visit_block
+
+
 @contextlib.contextmanager
 def touching() -> Iterator[Touched]:
-    """Inside, Triton's interpreter counts what programs read and write."""
-    from triton.runtime import interpreter
-
+    """Inside, Triton's interpreter counts what programs read and write, and runs what is compiled
+    elsewhere."""
     builder, touched = interpreter.interpreter_builder, Touched()
+    blocks: list[Block] = []
 
     def seen(name: str, kind: str, mask_at: int) -> Any:
         function = getattr(builder, name)
@@ -216,22 +302,48 @@ def touching() -> Iterator[Touched]:
 
     def located(*at: int) -> None:
         touched.end()
+        touched.programs += 1
         place(*at)
 
+    def transform(rewriter: Any, source: str) -> Any:
+        before = rewriter.def_file_lineno - 1
+        tree = rewriter.ast_transformer.visit(ast.parse(source))
+        tree = _Counting(rewriter.filename, before, blocks).visit(tree)
+        return ast.increment_lineno(ast.fix_missing_locations(tree), before)
+
+    def call(kernel: Any, *arguments: Any, **named: Any) -> Any:
+        return interpreter.InterpretedFunction(kernel.fn).rewrite()(*arguments, **named)
+
     place = builder.set_grid_idx
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(builder, "set_grid_idx", located))
+    patches = (
+        (builder, "set_grid_idx", located),
         # Value by value in Python, and no address depends on them.
-        stack.enter_context(mock.patch.object(interpreter.ScanOps, "generic_scan", _scanned))
-        stack.enter_context(mock.patch.object(interpreter.ReduceOps, "generic_reduce", _reduced))
+        (interpreter.ScanOps, "generic_scan", _scanned),
+        (interpreter.ReduceOps, "generic_reduce", _reduced),
+        (interpreter.FunctionRewriter, "_transform_ast", transform),
+        (interpreter.InterpretedFunction, "rewritten_fn", {}),
+        # Where kernels are compiled, the functions that they call are, too.
+        (triton.JITFunction, "__call__", call),
+    )
+    counts = {
+        "run_block": lambda i: touched.run.update([blocks[i]]),
+        "reach_block": lambda i: touched.reached.update([blocks[i]]),
+    }
+    with contextlib.ExitStack() as stack:
+        # What the language's own functions use of it; a launch sees to what kernels use.
+        stack.callback(interpreter._patch_lang(triton.language.cdiv.fn).restore)
+        for of, name, value in patches:
+            stack.enter_context(mock.patch.object(of, name, value))
+        for name, value in counts.items():
+            stack.enter_context(mock.patch.object(builder, name, value, create=True))
         stack.enter_context(seen("create_masked_load", "read", 1))
         stack.enter_context(seen("create_masked_store", "write", 2))
         yield touched
     touched.end()
 
 
-def kernel_bytes(launch: Launch) -> int:
-    """Return the bytes that the programs of a launch read and write."""
+def touched_by(launch: Launch) -> Touched:
+    """Return what the programs of a launch read, write and run."""
     # Contents decide no address: whole numbers that do, such as places in packed sequences, are in
     # no launch here.
     arguments = {
@@ -240,24 +352,20 @@ def kernel_bytes(launch: Launch) -> int:
     }
     if "RECIP" in arguments:
         arguments["RECIP"] = 0
+    kernel = interpreter.InterpretedFunction(launch.kernel.fn)
     with touching() as touched, np.errstate(all="ignore"):
-        launch.kernel[launch.grid](**arguments)
-    return touched.bytes
+        kernel[launch.grid](**arguments)
+    return touched
 
 
 def traffic(case: str, target: str = "sm_90") -> dict[str, Traffic]:
     """Bytes of a case by direction."""
-    return marginal(lambda tokens: of_case(case, tokens, target))
-
-
-def marginal(recorded: Callable[[int], dict[str, Recording]]) -> dict[str, Traffic]:
-    """Bytes by direction of what is recorded for a number of tokens."""
-    few, many = (recorded(tokens) for tokens in TOKENS)
+    few, many = (of_case(case, tokens, target) for tokens in TOKENS)
 
     def of(x: Recording) -> tuple[int, int]:
-        return sum(map(kernel_bytes, x.launches)), sum(n for _, n in x.eager)
+        return sum(touched_by(y).bytes for y in x.launches), sum(n for _, n in x.eager)
 
     return {
-        x: Traffic(*(_marginal(*pair) for pair in zip(of(few[x]), of(many[x]), strict=True)))
+        x: Traffic(*(marginal(*pair) for pair in zip(of(few[x]), of(many[x]), strict=True)))
         for x in DIRECTIONS
     }

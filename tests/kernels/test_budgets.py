@@ -55,7 +55,7 @@ def test_sums_over_passes_reach_their_goals(target):
 
 def test_a_product_whose_address_is_data_is_found(monkeypatch):
     monkeypatch.syspath_prepend(str(CENSUS.parent))
-    from census import misled_products
+    from machine_code import misled_products
 
     def count(source: str, uniform: str, left: str = "") -> int:
         return misled_products(ADDRESS.format(source=source, uniform=uniform, left=left))

@@ -50,10 +50,10 @@ def test_an_operation_reads_and_writes_each_tensor_once():
 def test_a_kernel_reads_again_what_several_of_its_programs_read():
     """Linear attention forward: keys and values once for each of two tiles of the other, states
     written and read once for 64 tokens, everything else once."""
-    from traffic import KEYS, TOKENS, VALUES, kernel_bytes, of_case
+    from traffic import KEYS, TOKENS, VALUES, of_case, touched_by
 
     few, many = (of_case("linear/none", tokens, "sm_90")["forward"].launches for tokens in TOKENS)
-    found = sum(map(kernel_bytes, many)) - sum(map(kernel_bytes, few))
+    found = sum(touched_by(x).bytes for x in many) - sum(touched_by(x).bytes for x in few)
     state = KEYS * VALUES / 64
     walked = 2 * (KEYS + VALUES) + state
     read = 2 * KEYS + 2 * VALUES + state

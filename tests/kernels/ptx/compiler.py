@@ -131,7 +131,7 @@ def _only_ptx(backend: Any = None, stages: Any = None, *rest: Any) -> Any:
 
 
 def _answer(asked: Request) -> Compiled:
-    import census
+    import machine_code
 
     from glazoo.kernels.common import Launch, Tiles
 
@@ -143,7 +143,7 @@ def _answer(asked: Request) -> Compiled:
     arguments = {k: tensor(x) if isinstance(x, Operand) else x for k, x in asked.arguments}
     tiles = Tiles(0, 0, asked.num_warps, asked.num_stages)
     launch = Launch(kernel, (1,), arguments, tiles)
-    compiled = census.compile_launch(launch, asked.target)
+    compiled = machine_code.compile_launch(launch, asked.target)
     constants = compiled.src.constants
     runtime = tuple(x.name for i, x in enumerate(kernel.params) if (i,) not in constants)
     return Compiled(compiled.asm["ptx"], compiled.metadata.shared, runtime)
