@@ -42,6 +42,7 @@ TARGET = "sm_90"
 BANDWIDTH = 3.35e12
 ISSUE = 132 * 4 * 1.755e9
 SHAPES = ((128, 128), (64, 64))
+HEADS = 16
 # Of the time of the peer, and of that of the source of a metaplastic form, over ours.
 GOAL, METAPLASTIC_GOAL = 1.1, 1 / 1.2
 
@@ -65,8 +66,8 @@ class Cost(NamedTuple):
         return cls(name, *(math.fsum(x[i] for x in parts) for i in (1, 2, 3)))
 
 
-def issued(listing: Listing, touched: Touched, warps: int) -> float:
-    """Instructions that the warps of all programs of a launch issue.
+def issued(listing: Listing, touched: Touched) -> float:
+    """Instructions that a warp of a program issues, in the mean over programs.
 
     Raises:
         RuntimeError: a loop of the machine code is none of the source, or one of several that are.
@@ -88,7 +89,7 @@ def issued(listing: Listing, touched: Touched, warps: int) -> float:
             file, line = places[-1] if places else ("", 0)
             times += [x.times(touched, line) for x in conditions if x.file == file]
             total += math.prod(times)
-    return total * warps * touched.programs
+    return total
 
 
 def _identity(launch: Launch) -> str:
@@ -111,54 +112,68 @@ def touched_by(launch: Launch) -> Touched:
     return _touched[identity]
 
 
-def of_launch(few: Launch, many: Launch) -> tuple[bool, Cost]:
+class Launched(NamedTuple):
+    """A launch with one head, which is run in the interpreter, and with HEADS, which is compiled:
+    a program may be for several heads, and lines of memory hold those of several."""
+
+    one: Launch
+    all: Launch
+
+
+def of_launch(few: Launched, many: Launched) -> tuple[bool, Cost]:
     """Whether a launch spills registers, and what a token and head costs in it, from the launches
     for both of traffic.TOKENS."""
-    code = assemble(many, TARGET)
-    listing, touched = parse(code.text), [touched_by(x) for x in (few, many)]
+    code = assemble(many.all, TARGET)
+    listing, touched = parse(code.text), [touched_by(x.one) for x in (few, many)]
     moved = traffic.marginal(*(x.bytes for x in touched))
-    slots = traffic.marginal(*(issued(listing, x, many.tiles.num_warps) for x in touched))
+    warps = (math.prod(x.all.grid) * many.all.tiles.num_warps / HEADS for x in (few, many))
+    slots = (issued(listing, x) * n for x, n in zip(touched, warps, strict=True))
     spills = code.spill > 0 or code.shared > SHARED_LIMIT[TARGET]
-    return spills, Cost.of(many.kernel.__name__.removesuffix("_kernel"), moved, slots)
+    name = many.all.kernel.__name__.removesuffix("_kernel")
+    return spills, Cost.of(name, moved, traffic.marginal(*slots))
 
 
-# Numbers of warps that are tried together: fewer than four issue more, for the same products.
-WARPS = (4, 8), (2, 1), (16, 32)
-
-
-def of_choices(few: Sequence[Launch], many: Sequence[Launch]) -> Cost:
-    """The same of a configuration: of those whose tiles move least and that spill no registers, the
-    fastest with four or eight warps, if there is one, and the fewest stages."""
-    if len(many) == 1:
-        return of_launch(few[0], many[0])[1]
-    pairs = sorted(zip(few, many, strict=True), key=lambda x: x[1].tiles.num_stages)
-    tiles: dict[int, dict[int, tuple[Launch, Launch]]] = {}
-    for pair in pairs:
-        of = tiles.setdefault(touched_by(pair[1]).bytes, {})
-        of.setdefault(pair[1].tiles.num_warps, pair)
+def of_choices(few: Sequence[Launched], many: Sequence[Launched]) -> Cost:
+    """The same of a configuration: of those whose tiles move least and that spill no registers the
+    fastest, with the fewest stages, and with four or eight warps where there are such."""
+    tiles: dict[int, dict[int, tuple[Launched, Launched]]] = {}
+    pairs = zip(few, many, strict=True)
+    for pair in sorted(pairs, key=lambda x: x[1].one.tiles.num_stages):
+        moved = touched_by(pair[1].one).bytes if len(many) > 1 else 0
+        tiles.setdefault(moved, {}).setdefault(pair[1].one.tiles.num_warps, pair)
     spilling = []
     for _, by_warps in sorted(tiles.items()):
-        for warps in WARPS:
-            found = [of_launch(*by_warps[x]) for x in warps if x in by_warps]
-            if fitting := [x for spills, x in found if not spills]:
-                return min(fitting, key=lambda x: x.seconds)
-            spilling += [x for _, x in found]
+        # Fewer warps issue more for the same products and hold more in registers.
+        chosen = [x for x in (4, 8) if x in by_warps] or by_warps
+        found = [of_launch(*by_warps[x]) for x in chosen]
+        if fitting := [x for spills, x in found if not spills]:
+            return min(fitting, key=lambda x: x.seconds)
+        spilling += [x for _, x in found]
     return min(spilling, key=lambda x: x.seconds)
 
 
-def costs(recorded: Callable[[int], Mapping[str, Recording]]) -> dict[str, list[Cost]]:
-    """Costs of launches and of all eager operations, by direction, of what a function records for a
-    number of tokens: launches, or lists of those that one may choose from."""
-    few, many = (recorded(tokens) for tokens in traffic.TOKENS)
-    found = {}
-    for direction in traffic.DIRECTIONS:
-        pair = few[direction], many[direction]
-        parts = [
-            of_choices(*(x if isinstance(x, list) else [x] for x in launches))
-            for launches in zip(*(x.launches for x in pair), strict=True)
+# What records launches and operations for a number of tokens and one of heads; launches may be
+# lists of those that one may choose from.
+Recorder = Callable[[int, int], Mapping[str, Recording]]
+
+
+def _launched(one: Recording, wide: Recording) -> Iterator[list[Launched]]:
+    for pair in zip(one.launches, wide.launches, strict=True):
+        yield [
+            Launched(*x)
+            for x in zip(*(y if isinstance(y, list) else [y] for y in pair), strict=True)
         ]
-        eager = traffic.marginal(*(sum(n for _, n in x.eager) for x in pair))
-        found[direction] = [*parts, Cost.of("eager operations", eager)]
+
+
+def costs(recorded: Recorder) -> dict[str, list[Cost]]:
+    """Costs of launches and of all eager operations, by direction."""
+    few, many = ([recorded(x, heads) for heads in (1, HEADS)] for x in traffic.TOKENS)
+    found = {}
+    for x in traffic.DIRECTIONS:
+        launches = zip(*(_launched(*(y[x] for y in of)) for of in (few, many)), strict=True)
+        parts = [of_choices(*pair) for pair in launches]
+        eager = traffic.marginal(*(sum(n for _, n in of[0][x].eager) for of in (few, many)))
+        found[x] = [*parts, Cost.of("eager operations", eager)]
     return found
 
 
@@ -274,20 +289,23 @@ FLA = {
 }
 
 
-def rival(name: str, size: tuple[int, int]) -> Callable[[int], dict[str, Recording]]:
-    """What records one of FLA for a number of tokens."""
+def rival(name: str, size: tuple[int, int]) -> Recorder:
+    """Records one of FLA."""
     spec, (module, function) = glazoo.load(FLA[name].spec), FLA[name].function.split(".")
     compute = getattr(importlib.import_module(f"fla.ops.{module}"), function)
 
     def run(**given: Tensor) -> Tensor:
         return FLA[name].call(compute, **given)[0]
 
-    return lambda tokens: traffic.record(run, traffic.operands(spec, tokens, size), recording())
+    def recorded(tokens: int, heads: int) -> dict[str, Recording]:
+        return traffic.record(run, traffic.operands(spec, tokens, size, heads), recording())
+
+    return recorded
 
 
-def our_costs(spec: glazoo.Spec, size: tuple[int, int]) -> dict[str, list[Cost]]:
-    """Costs of our kernels by direction."""
-    return costs(lambda tokens: traffic.of_spec(spec, tokens, TARGET, size))
+def ours(spec: glazoo.Spec, size: tuple[int, int]) -> Recorder:
+    """Records our kernels."""
+    return lambda tokens, heads: traffic.of_spec(spec, tokens, TARGET, size, heads)
 
 
 class Row(NamedTuple):
@@ -314,20 +332,20 @@ def rows(size: tuple[int, int], pattern: str) -> Iterator[Row]:
     """Every recurrence so named that fla has, and every one with an importance for every key."""
     found: dict[glazoo.Spec, dict[str, list[Cost]]] = {}
 
-    def ours(spec: glazoo.Spec) -> dict[str, list[Cost]]:
+    def of(spec: glazoo.Spec) -> dict[str, list[Cost]]:
         if spec not in found:
-            found[spec] = our_costs(spec, size)
+            found[spec] = costs(ours(spec, size))
         return found[spec]
 
-    for name, of in FLA.items():
+    for name, peer in FLA.items():
         if re.search(pattern, name):
-            mine, other = ours(glazoo.load(of.spec)), costs(rival(name, size))
+            mine, other = of(glazoo.load(peer.spec)), costs(rival(name, size))
             for x in traffic.DIRECTIONS:
                 yield Row(name, x, mine[x], other[x], GOAL)
     for name, make in traffic.CASES.items():
         if name.startswith("metaplastic") and re.search(pattern, name):
             source = name.removeprefix("metaplastic ").split(",")[0]
-            mine, other = ours(make()), ours(traffic.CASES[source]())
+            mine, other = of(make()), of(traffic.CASES[source]())
             for x in traffic.DIRECTIONS:
                 yield Row(name, x, mine[x], other[x], METAPLASTIC_GOAL)
 

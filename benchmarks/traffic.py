@@ -118,12 +118,16 @@ class Eager(TorchDispatchMode):
 
 
 def operands(
-    spec: glazoo.Spec, tokens: int, size: tuple[int, int] = (KEYS, VALUES), device: str = "meta"
+    spec: glazoo.Spec,
+    tokens: int,
+    size: tuple[int, int] = (KEYS, VALUES),
+    heads: int = HEADS,
+    device: str = "meta",
 ) -> dict[str, Tensor]:
     """Operands as layers give them: tokens in bfloat16, gates in float32, with gradients but for
     decays that are the same for all tokens."""
     keys, values = size
-    sizes = {"B": 1, "T": tokens, "H": HEADS, "HV": HEADS, "K": keys, "V": values, "1": 1}
+    sizes = {"B": 1, "T": tokens, "H": heads, "HV": heads, "K": keys, "V": values, "1": 1}
     found = {}
     for x in lower(spec).operands:
         axes = x.shapes[-1 if x.role == "decay" else 0]
@@ -155,14 +159,18 @@ def record(
 
 
 def of_spec(
-    spec: glazoo.Spec, tokens: int, target: str, size: tuple[int, int] = (KEYS, VALUES)
+    spec: glazoo.Spec,
+    tokens: int,
+    target: str,
+    size: tuple[int, int] = (KEYS, VALUES),
+    heads: int = HEADS,
 ) -> dict[str, Recording]:
     """The same of a recurrence on our kernels."""
 
     def run(**given: Tensor) -> Tensor:
         return glazoo.attention(spec, impl="triton", **given)[0]
 
-    return record(run, operands(spec, tokens, size), record_launches(target))
+    return record(run, operands(spec, tokens, size, heads), record_launches(target))
 
 
 def of_case(case: str, tokens: int, target: str) -> dict[str, Recording]:

@@ -79,7 +79,7 @@ def test_an_instruction_counts_as_often_as_loops_and_conditions_run():
     # In the loop: one instruction, two under the condition, six and the jump.
     each = 1 + 0.75 * (1 + 4 * (1 + 0.5 * 2 + 6 + 1) + 1)
     listing = parse(ASSEMBLY.format(jump=6))
-    assert issued(listing, _touched(), warps=4) == pytest.approx(each * 4 * 8)
+    assert issued(listing, _touched()) == pytest.approx(each)
 
 
 def test_a_loop_that_the_source_does_not_have_is_an_error():
@@ -87,7 +87,7 @@ def test_a_loop_that_the_source_does_not_have_is_an_error():
     from peer import issued
 
     with pytest.raises(RuntimeError, match="is not one loop of the source"):
-        issued(parse(ASSEMBLY.format(jump=10)), _touched(), warps=4)
+        issued(parse(ASSEMBLY.format(jump=10)), _touched())
 
 
 def test_the_slower_of_memory_and_schedulers_decides():
@@ -122,9 +122,15 @@ def test_a_walk_issues_its_loop_once_a_chunk():
     program = """
 import machine_code, peer, traffic
 
-few, many = (traffic.of_case("linear/none", x, "sm_90")["forward"].launches[0] for x in (64, 128))
-opcodes = machine_code.main_loop(machine_code.parse(machine_code.assemble(many, "sm_90").text))
-print(few.kernel.__name__, len(opcodes) * many.tiles.num_warps * 4 / 64, peer.of_launch(few, many))
+recorded = peer.ours(traffic.CASES["linear/none"](), (128, 128))
+few, many = (
+    peer.Launched(*(recorded(tokens, x)["forward"].launches[0] for x in (1, peer.HEADS)))
+    for tokens in (64, 128)
+)
+code = machine_code.assemble(many.all, "sm_90")
+opcodes = machine_code.main_loop(machine_code.parse(code.text))
+expected = len(opcodes) * many.all.tiles.num_warps * 4 / 64
+print(few.one.kernel.__name__, expected, peer.of_launch(few, many))
 """
     name, expected, *cost = _ran("-c", program).split(maxsplit=2)
     assert name == "linear_state_kernel"
