@@ -94,11 +94,18 @@ def issued(listing: Listing, touched: Touched) -> float:
 
 def _identity(launch: Launch) -> str:
     """Return what decides what a launch touches."""
-    arguments = {
-        name: (x.dtype, tuple(x.shape)) if isinstance(x, Tensor) else x
-        for name, x in launch.arguments.items()
-    }
-    return f"{launch.kernel.__name__} {launch.grid} {sorted(arguments.items(), key=str)}"
+    storages: list[int] = []
+
+    def of(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        storage = x.untyped_storage()._cdata
+        if storage not in storages:
+            storages.append(storage)
+        return x.dtype, tuple(x.shape), storages.index(storage)
+
+    arguments = [(name, of(x)) for name, x in sorted(launch.arguments.items())]
+    return f"{launch.kernel.__name__} {launch.grid} {arguments}"
 
 
 _touched: dict[str, Touched] = {}

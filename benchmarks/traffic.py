@@ -353,10 +353,16 @@ def touching() -> Iterator[Touched]:
 def touched_by(launch: Launch) -> Touched:
     """Return what the programs of a launch read, write and run."""
     # Contents decide no address: whole numbers that do, such as places in packed sequences, are in
-    # no launch here.
+    # no launch here. What is given by two names has one address.
+    held: dict[int, Tensor] = {}
+
+    def room(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        zeros = held.setdefault(storage._cdata, torch.zeros(storage.nbytes(), dtype=torch.uint8))
+        return zeros.view(x.dtype).as_strided(x.shape, x.stride(), x.storage_offset())
+
     arguments = {
-        name: torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, Tensor) else x
-        for name, x in launch.arguments.items()
+        name: room(x) if isinstance(x, Tensor) else x for name, x in launch.arguments.items()
     }
     if "RECIP" in arguments:
         arguments["RECIP"] = 0

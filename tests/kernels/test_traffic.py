@@ -1,5 +1,6 @@
 """What the census of traffic counts, and that eager operations move no more than they did."""
 
+import dataclasses
 import pathlib
 
 import pytest
@@ -58,3 +59,18 @@ def test_a_kernel_reads_again_what_several_of_its_programs_read():
     walked = 2 * (KEYS + VALUES) + state
     read = 2 * KEYS + 2 * VALUES + state
     assert found == (TOKENS[1] - TOKENS[0]) * 2 * (walked + read)
+
+
+def test_what_is_given_by_two_names_is_read_once():
+    """The keys that a delta rule reads and erases by, in a program for each tile of values."""
+    from traffic import KEYS, VALUES, of_case, touched_by
+
+    (launch,) = (
+        x
+        for x in of_case("delta/none", 64, "sm_90")["forward"].launches
+        if x.kernel.__name__ == "delta_state_kernel"
+    )
+    other = launch.arguments | {"e": torch.empty_like(launch.arguments["e"])}
+    apart = touched_by(dataclasses.replace(launch, arguments=other)).bytes
+    programs = VALUES // launch.tiles.BV
+    assert apart - touched_by(launch).bytes == programs * 64 * KEYS * 2
