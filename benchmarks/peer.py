@@ -293,6 +293,11 @@ FLA = {
         lambda f, q, k, v, g, beta: f(q, k, v, g, beta),
     ),
     "delta, key": Rival("kda", "kda.chunk_kda", lambda f, q, k, v, g, beta: f(q, k, v, g, beta)),
+    "delta, bounded key": Rival(
+        "kda_bounded",
+        "kda.chunk_kda",
+        lambda f, q, k, v, g, beta: f(q, k, v, g, beta, safe_gate=True),
+    ),
 }
 
 
@@ -364,27 +369,28 @@ def print_rows(shapes: Sequence[tuple[int, int]], pattern: str, passes: bool) ->
     from rich.table import Table
 
     imported()
-    title = "per token and head: bytes, issue slots, picoseconds of an H100; bfloat16"
-    table = Table("recurrence", "K/V", "direction", title=title)
     sides = "ours", "other"
-    for side, column in itertools.product(sides, ("B", "slots", "ps")):
-        table.add_column(f"{side} {column}", justify="right")
-    table.add_column("ratio", justify="right")
-    table.add_column("goal")
     reached = True
     for size in shapes:
         shape = f"{size[0]}/{size[1]}"
+        title = f"{shape}, per token and head: bytes, issue slots, picoseconds of an H100; bfloat16"
+        table = Table("recurrence", "direction", title=title)
+        for side, column in itertools.product(sides, ("B", "slots", "ps")):
+            table.add_column(f"{side} {column}", justify="right")
+        table.add_column("ratio", justify="right")
+        table.add_column("goal")
         for x in rows(size, pattern):
             good = x.ratio >= x.goal
             cells = [y for of in x.totals for y in _cells(of)]
             goal = f"{x.goal:.2f}{'' if good else ' missed'}"
-            table.add_row(x.name, shape, x.direction, *cells, f"{x.ratio:.2f}", goal)
+            table.add_row(x.name, x.direction, *cells, f"{x.ratio:.2f}", goal)
             reached = reached and good
             for side, parts in zip(sides, (x.ours, x.other), strict=True) if passes else ():
                 for y in parts:
                     numbers = "{} B, {} slots, {} ps".format(*_cells(y))
                     print(f"{x.name} {shape} {x.direction}, {side}: {y.name} {numbers}", flush=True)
-    Console().print(table)
+        # As wide as the table is, also in a file.
+        Console(width=140).print(table)
     return reached
 
 

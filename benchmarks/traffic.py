@@ -13,6 +13,7 @@ import ast
 import collections
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 from unittest import mock
@@ -367,7 +368,19 @@ def touched_by(launch: Launch) -> Touched:
     if "RECIP" in arguments:
         arguments["RECIP"] = 0
     kernel = interpreter.InterpretedFunction(launch.kernel.fn)
-    with touching() as touched, np.errstate(all="ignore"):
+    # The interpreter replaces what a module calls by the language's name, not what it imports.
+    known = kernel.fn.__globals__
+    semantic = {"_semantic": interpreter.interpreter_semantic}
+    imported = {
+        name: functools.partial(x, **semantic)
+        for name, x in known.items()
+        if triton.language.core.is_builtin(x)
+    }
+    with (
+        touching() as touched,
+        mock.patch.dict(known, imported),
+        np.errstate(all="ignore"),
+    ):
         kernel[launch.grid](**arguments)
     return touched
 
