@@ -324,11 +324,14 @@ def touching() -> Iterator[Touched]:
         return interpreter.InterpretedFunction(kernel.fn).rewrite()(*arguments, **named)
 
     place = builder.set_grid_idx
+    precisions = {"allowed_dot_input_precisions": ("ieee", "tf32", "tf32x3", "bf16x3", "bf16x6")}
     patches = (
         (builder, "set_grid_idx", located),
         # Value by value in Python, and no address depends on them.
         (interpreter.ScanOps, "generic_scan", _scanned),
         (interpreter.ReduceOps, "generic_reduce", _reduced),
+        # Nor on products.
+        (builder, "options", dataclasses.replace(builder.options, **precisions)),
         (interpreter.FunctionRewriter, "_transform_ast", transform),
         (interpreter.InterpretedFunction, "rewritten_fn", {}),
         # Where kernels are compiled, the functions that they call are, too.
