@@ -117,6 +117,7 @@ def test_blocks_of_a_kernel_run_as_often_as_its_chunks():
     assert shares <= {0.0, 1.0}
 
 
+@pytest.mark.slow
 def test_a_walk_issues_its_loop_once_a_chunk():
     """From machine code: what a chunk adds is the loop of the walk, in every warp and program."""
     program = """
