@@ -205,6 +205,22 @@ def test_keys_of_any_length_in_one_piece() -> None:
 
 
 @NUMBA
+@pytest.mark.parametrize(
+    ("x", "write", "k"),
+    [
+        ((3, 1, 8), (3, 1, 4), (3, 1, 2, 4)),
+        ((3, 1, 16), (3, 1, 5), (3, 1, 2, 4)),
+        ((3, 1, 16), (3, 1, 4), (3, 1, 3, 4)),
+        ((3, 1, 16), (3, 1, 4), (0, 1, 2, 4)),
+    ],
+)
+def test_nothing_beside_the_operands_is_read(x: Any, write: Any, k: Any) -> None:
+    gate, _ = opened("kda")
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"shapes|size of tensor"):
+        gate(*(torch.ones(shape, dtype=torch.float64) for shape in (x, write, k)))
+
+
+@NUMBA
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 def test_where_the_gate_stays_in_pytorch() -> None:
     gate, (x, write, k) = opened("kda")

@@ -40,18 +40,23 @@ def importance_gate(
     down, up, bias, scale = parameters
     gate, dtype, tokens, width = spec.gate, x.dtype, x.shape[0], x.shape[2]
     tie = 0 if write is None else _TIES.get(gate.tie, 0)
-    given = (x, down, up, bias, scale, write if tie else None, k if tie == 2 else None)
+    seen, keyed = write if tie else None, k if tie == 2 else None
+    given = (x, down, up, bias, scale, seen, keyed)
     if up is None or scale is None or gate.source != "data" or dtype not in NUMBERS:
         return None
     if any(y is not None and (y.dtype is not dtype or not y.is_cpu) for y in given):
-        return None
-    if tie and (write is None or write.dim() != 3 or (tie == 2 and k is None)):
         return None
     heads, rank = scale.shape[0], 0 if down is None else down.shape[0]
     channels = up.shape[0] // heads
     if not 0 < tokens * (width * rank + up.numel()) <= SMALL:
         return None
-    heads_k, keys = (1, 0) if k is None else k.shape[2:]
+    # Of an address the loop reads what these sizes say, whatever lies there.
+    lead, read = (tokens, 1), up if down is None else down
+    if read.shape[1] != width or (seen is not None and seen.shape != (*lead, heads)):
+        return None
+    if tie == 2 and (k is None or k.dim() != 4 or k.shape[:2] != lead or heads % k.shape[2]):
+        return None
+    heads_k, keys = (1, 0) if keyed is None else keyed.shape[2:]
     flat = [None if y is None else lies_flat(y, dtype) for y in given]
     value = (channels,) if gate.shape == "value" else ()
     b = torch.empty((tokens, 1, heads, *value), dtype=dtype, device="cpu")
