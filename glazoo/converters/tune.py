@@ -24,6 +24,7 @@ from glazoo.converters.tensors import NewTensor, write_shard
 from glazoo.converters.texts import read_splits
 from glazoo.errors import ConversionError, extra, one_line
 from glazoo.layers import gates
+from glazoo.strictjson import dumps, loads
 
 if TYPE_CHECKING:
     from glazoo.training import Blocks
@@ -141,6 +142,26 @@ def _examples(
     return Blocks(ids, length, 0, count - held), Blocks(ids, length, count - held, count)
 
 
+_SETTINGS = "settings.json"
+"""Beside the checkpoints of a run, what it was asked for."""
+
+
+def _check_resumed(work: Path, settings: dict[str, Any]) -> None:
+    """Refuse to go on with other settings than those that the checkpoints were made with."""
+    file = work / _SETTINGS
+    if not file.exists():
+        return  # checkpoints of before it was written
+    before = loads(file.read_text("utf-8"))
+    changed = [
+        f"{n} was {before.get(n)}, is {x}" for n, x in settings.items() if before.get(n) != x
+    ]
+    if changed:
+        raise ConversionError(
+            f"{work} has checkpoints of other settings ({', '.join(changed)}): resume with those, "
+            "or remove the folder"
+        )
+
+
 def tune_checkpoint(
     folder: str | Path,
     dst: str | Path,
@@ -228,6 +249,10 @@ def tune_checkpoint(
             f"learning_rate: the recipe {recipe!r} trains at the peak rate of the source's own "
             "training, which its folder does not say: give it (--lr)"
         )
+    if not (math.isfinite(learning_rate) and learning_rate > 0):
+        raise ConversionError(
+            f"learning_rate: got {learning_rate}, accepted are finite numbers above 0"
+        )
     everything |= chosen.everything
     source, destination = Path(folder), Path(os.path.abspath(dst))
     for name, value, least in (
@@ -257,6 +282,19 @@ def tune_checkpoint(
         raise ConversionError(f"{work} has no checkpoint to resume from")
     if not resume and last is not None:
         raise ConversionError(f"{work} has checkpoints: --resume continues, or remove the folder")
+    settings: dict[str, Any] = {
+        "recipe": recipe,
+        "everything": everything,
+        "learning_rate": learning_rate,
+        "plasticity_rate": plasticity_rate,
+        "steps": steps,
+        "batch": batch,
+        "length": length,
+        "seed": seed,
+        "dtype": dtype,
+    }
+    if resume:
+        _check_resumed(work, settings)
     model = load_converted(source, dtype=getattr(torch, dtype))
     apart = _gates_apart(source)
     if getattr(model, "_hf_peft_config_loaded", False) and (everything or not apart):
@@ -313,11 +351,21 @@ def tune_checkpoint(
         # It prints to standard output, which belongs to the report.
         trainer.remove_callback(PrinterCallback)
         before = trainer.evaluate()["eval_loss"]
+        if checkpoint_every:
+            work.mkdir(exist_ok=True)
+            (work / _SETTINGS).write_text(dumps(settings) + "\n", "utf-8")
         trainer.train(resume_from_checkpoint=last)
         after = trainer.evaluate()["eval_loss"]
     finally:
-        if work.is_dir() and not any(work.iterdir()):
-            work.rmdir()
+        if work.is_dir() and get_last_checkpoint(str(work)) is None:
+            (work / _SETTINGS).unlink(missing_ok=True)
+            if not any(work.iterdir()):
+                work.rmdir()
+    if not math.isfinite(after):
+        raise ConversionError(
+            f"the loss on held-out text went from {before:.4f} to {after}: nothing is written; a "
+            f"lower learning rate than {learning_rate:g} may help"
+        )
     model.eval()
     if everything or not apart:
         _save_all(source, destination, model, force=force)

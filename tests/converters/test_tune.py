@@ -190,6 +190,12 @@ def test_an_interrupted_run_is_resumed(
     assert not (tmp_path / "t").exists()
     with pytest.raises(ConversionError, match="has checkpoints: --resume continues"):
         tune_checkpoint(converted, tmp_path / "t", [text], **options)
+    for other, message in (
+        ({"learning_rate": 0.1}, r"\(learning_rate was 0\.01, is 0\.1\): resume with those"),
+        ({"recipe": "whole", "learning_rate": 0.01}, r"recipe was gates, is whole, everything was"),
+    ):
+        with pytest.raises(ConversionError, match=message):
+            tune_checkpoint(converted, tmp_path / "t", [text], resume=True, **options, **other)
     report = tune_checkpoint(converted, tmp_path / "t", [text], resume=True, **options)
     assert report.gates == whole.gates
     assert (report.loss_before, report.loss_after) == (whole.loss_before, whole.loss_after)
@@ -205,6 +211,9 @@ def test_an_interrupted_run_is_resumed(
         ({"length": 4000}, "training and evaluation need one each"),
         ({"tokenizer": "nowhere"}, "cannot load a tokenizer from nowhere"),
         ({"resume": True}, "has no checkpoint to resume from"),
+        ({"learning_rate": -1.0}, r"learning_rate: got -1.0, accepted are finite numbers above 0"),
+        ({"learning_rate": math.nan}, r"learning_rate: got nan"),
+        ({"learning_rate": 1e9, "steps": 2}, r"went from \d\.\d+ to (nan|inf): nothing is written"),
         ({"plasticity_rate": -1.0}, r"plasticity_rate: got -1.0, accepted are numbers in \[0"),
         ({"dtype": "float16"}, "dtype: got 'float16'"),
     ],
