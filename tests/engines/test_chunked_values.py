@@ -50,6 +50,15 @@ def test_many_rows_are_split_into_tiles(core: ModuleType, operation: str) -> Non
 
 
 @each_core()
+@pytest.mark.parametrize("heads", [1, 3])
+def test_many_values_are_split_into_blocks(core: ModuleType, operation: str, heads: int) -> None:
+    """More values than one block holds: blocks of one head have gradients of keys of their own,
+    those of many heads add them up."""
+    case = make(operation, heads=heads, tokens=5, keys=3, values=130, states=1, gate="head")
+    compare(with_gradients(core, case), loops, case, torch.float64)
+
+
+@each_core()
 @pytest.mark.parametrize("gate", ["head", "key"])
 def test_gradcheck(core: ModuleType, operation: str, gate: str) -> None:
     if operation == "solve":

@@ -145,9 +145,10 @@ def test_what_looks_at_operations_finds_them(label: str, impl: str) -> None:
 
 @pytest.mark.skipif("compiled" not in available(), reason="needs numba")
 @pytest.mark.parametrize("label", ["linear", "delta, own erase gate", "synapse", "synapse_delta"])
-def test_a_few_tokens_are_a_loop(label: str) -> None:
+@pytest.mark.parametrize("values", [3, 130])
+def test_a_few_tokens_are_a_loop(label: str, values: int) -> None:
     spec = SPECS[label]
-    one = Instance(B=2, T=5, H=2, K=4, V=3, start=True)
+    one = Instance(B=2, T=5, H=2, K=4, V=values, start=True)
     x, state = one.operands(spec), one.state(spec)
     found = parts(run(spec, x, "compiled", initial_state=state))
     assert_agrees(found, lambda y: parts(run(spec, y, "reference", initial_state=state)), x)

@@ -581,7 +581,7 @@ def _retreat(
                 for c in range(VALUES):
                     mine[c] += qi * dy[c]
                     total += dy[c] * after[c]
-                dq[i] = total
+                dq[i] += total
                 if rule == DIAGONAL:
                     for c in range(VALUES):
                         scaled = mine[c] * own[2 * VALUES + c] * ki
