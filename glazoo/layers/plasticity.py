@@ -282,7 +282,7 @@ class ImportanceGate(KeepsWide):
         self,
         x: Float[Tensor, "B T D"],
         write: Float[Tensor, "B nT HV *V"] | None,
-        k: Float[Tensor, "B nT H K"] | None,
+        k: Float[Tensor, "B nT H K"] | None = None,
         *,
         impl: str = "auto",
     ) -> dict[str, Tensor]:
@@ -291,7 +291,8 @@ class ImportanceGate(KeepsWide):
         Args:
             x: [B, T, D], the layer's input.
             write: the write gate, [B, n T, HV] or [B, n T, HV, V], float32 or wider; unset means 1.
-            k: keys as the recurrence takes them, [B, n T, H, K]; unset without a write gate.
+            k: keys as the recurrence takes them, [B, n T, H, K], with which a write gate becomes
+                the precision that it observes with; unset: `write` is multiplied as it is.
             impl: the engine of the recurrence; `compiled`, also as `auto`, has the gate of a token
                 of decoding in one piece.
 
