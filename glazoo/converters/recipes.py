@@ -44,4 +44,5 @@ RECIPES = {
     "whole": Recipe(True, None, 10.0, 200, "cosine", 0.05),
 }
 """`gates`: the source's weights stay as they are. `whole`: what every form was tuned with in
-benchmarks/conversion.py; no candidate was better on a seed that is not reported."""
+benchmarks/conversion.py; no candidate was better for forms of
+Mamba2 on `records`, on a seed that is not reported."""
