@@ -89,7 +89,7 @@ UNITS: dict[str, tuple[str | int, ...]] = {
     "solve": ("BR", "K"),
 }
 # Kernels whose machine code no V decides, and K by little but a tile that all shapes share.
-PLAIN = ("importance", "riccati", "whiten", "chunk_gate", "chunk_table")
+PLAIN = ("importance", "riccati", "whiten", "chunk_gate")
 
 
 def given(arguments: Mapping[str, Any], name: str) -> bool:
@@ -99,7 +99,7 @@ def given(arguments: Mapping[str, Any], name: str) -> bool:
 
 # What else tells apart launches of one kernel, and its place in their name.
 VARIANTS: dict[str, Callable[[str, Mapping[str, Any]], object]] = {
-    "has_e": lambda _, x: x.get("HAS_E"),
+    "has_e": lambda name, x: x.get("HAS_E") or (given(x, "e_near") or given(x, "de_near")),
     "reverse": lambda _, x: x.get("REVERSE"),
     "has_state": lambda _, x: x.get("HAS_STATE"),
     "pre": lambda _, x: x.get("PRE"),
@@ -120,7 +120,7 @@ VARIANTS: dict[str, Callable[[str, Mapping[str, Any]], object]] = {
     "one_state": lambda name, x: name == "synapse_state" and not given(x, "b"),
     "kept": lambda name, x: name == "synapse_delta" and given(x, "kept"),
     "{BV}_values": lambda name, x: name in ("delta_state", "delta_dstate"),
-    "no_score": lambda name, x: name == "chunk_intra" and not given(x, "score"),
+    "solved": lambda _, x: given(x, "matrix") and given(x, "score"),
 }
 # Forms of synapse, the default first: read, uncertainty.
 READS = (("post", False), ("pre", False), ("post", True))

@@ -140,10 +140,11 @@ def misled_products(assembly: str) -> int:
 
     The addresses are constants and places of warps. In kernels without a pipeline ptxas 12.8, which
     Triton 3.6 has, took them from registers that held entries of tensors or the number of the
-    program: an illegal memory access on an H200. Instructions are followed in the order of the
-    text; what a loop carries is not.
+    program, or that nothing had written: illegal memory accesses and wrong gradients on an H200.
+    Instructions are followed in the order of the text; what a loop carries is not.
     """
-    data: set[tuple[str, int]] = set()
+    # Uniform registers are written before they are read; until then they hold anything.
+    data = {("UR", i) for i in range(64)}
     misled = 0
     for line in assembly.splitlines():
         match = SASS.search(line)

@@ -7,8 +7,8 @@ Inside a chunk with start state h (decays written as products over tokens, `(j, 
 
 A key-shaped decay gives each key its own products. They are multiplied up hierarchically: a pair
 (i, j) whose positions part at blocks of S tokens needs prod (block start, i] and
-prod (j, block end], both products of numbers in [0, 1]. Nothing is divided and no logarithm is
-summed, so a decay of exactly zero stays exact.
+prod (j, block end], both products of numbers in [0, 1]. Nothing is divided and no difference of
+sums is taken, so a decay of exactly zero stays exact.
 """
 
 from typing import Any, NamedTuple
@@ -21,16 +21,20 @@ from torch import Tensor
 from .common import (
     Chunks,
     Tiles,
+    beside,
     chunk_tiles,
     decay_between,
     decay_from_start,
+    halves,
     launch,
     level_mask,
     level_mask_by_pairs,
+    load_blocks,
+    load_chunk,
     load_factors,
+    load_pairs,
     locate_chunk,
-    multiply,
-    pair_decay,
+    log2_decay,
     power_of_two,
     reader_decay,
     split_log,
@@ -64,44 +68,6 @@ def chunk_gate_kernel(
     b_hi, b_lo = split_log(tl.load(g + o_th, mask=m_th, other=0.0).to(tl.float32))
     tl.store(sums + 2 * o_th, tl.cumsum(b_hi, 0), mask=m_th)
     tl.store(sums + 2 * o_th + 1, tl.cumsum(b_lo, 0), mask=m_th)
-
-
-@triton.jit(do_not_specialize=["T"])
-def chunk_table_kernel(
-    g,
-    table,
-    cu_seqlens,
-    chunk_ids,
-    chunk_offsets,
-    T,
-    HV: tl.constexpr,
-    K: tl.constexpr,
-    BT: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """Decay over every aligned block of 2, 4, .., BT tokens; row BT - 2 is the whole chunk's."""
-    i_k = tl.program_id(1)
-    i_c = (tl.program_id(0) // HV).to(tl.int64)
-    i_h = tl.program_id(0) % HV
-    bos, t0, length = locate_chunk(i_c, T, cu_seqlens, chunk_ids, chunk_offsets, BT)
-    if t0 >= length:
-        return
-    o_t = tl.arange(0, BT)
-    o_k = i_k * BK + tl.arange(0, BK)
-    m_k = o_k < K
-    p_g = g + ((bos + t0) * HV + i_h) * K + o_t[:, None] * (HV * K) + o_k[None, :]
-    b_g = tl.load(p_g, mask=(t0 + o_t < length)[:, None] & m_k[None, :], other=0.0)
-    b_x = tl.exp(b_g.to(tl.float32))
-    p_out = table + (i_c * HV + i_h) * (BT * K)
-    for level in tl.static_range(1, 8):
-        if (1 << level) <= BT:
-            b_x = tl.reduce(tl.reshape(b_x, [BT >> level, 2, BK]), 1, multiply)
-            row = BT - 2 * (BT >> level) + tl.arange(0, BT >> level)
-            tl.store(
-                p_out + row[:, None] * K + o_k[None, :],
-                b_x,
-                mask=(row >= 0)[:, None] & m_k[None, :],
-            )
 
 
 @triton.jit
@@ -204,38 +170,147 @@ def chunk_solve_kernel(
 
 
 @triton.jit(do_not_specialize=["T"])
-def chunk_intra_kernel(
-    x,
+def chunk_near_kernel(
+    q,
+    e,
     k,
     g,
-    table,
-    factor,
+    erase,
     write,
     score,
-    xg,
-    kg,
+    matrix,
+    q_near,
+    e_near,
+    k_near,
+    gate,
     cu_seqlens,
     chunk_ids,
     chunk_offsets,
     T,
-    DIAGONAL: tl.constexpr,
-    SHIFT: tl.constexpr,
+    SHIFT_Q: tl.constexpr,
+    SHIFT_E: tl.constexpr,
     SCALE: tl.constexpr,
-    HX: tl.constexpr,
+    HQ: tl.constexpr,
+    HE: tl.constexpr,
     HK: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
-    LEVELS: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """Scores of a reader x (q or e) and the decayed x P and k R of a chunk with a key-shaped gate.
+    """Scores of the pairs inside a block of 16 tokens of a chunk with a key-shaped gate; and q, e
+    and k decayed within the block, and the block's decay, for `chunk_far_kernel`.
 
-    score[i, j] = x_i . prod (j, i] k_j for j < i, and for j = i if DIAGONAL; prod (j, i) if SHIFT.
-    What is None is left out. x is multiplied by SCALE and a factor per token, k by write. Pairs
-    inside 16 tokens go through small dots, 16 tokens by 16, the others through the whole chunk's.
+    score[i, j] = SCALE q_i . prod (j, i] write_j k_j for j <= i, and matrix[i, j] = erase_i e_i .
+    prod (j, i] write_j k_j for j < i; with SHIFT prod (j, i) and j < i. One warp, so that none
+    waits for another at every level.
     """
+    NB: tl.constexpr = BT // 16
+    i_b = tl.program_id(0) % NB
+    i_h = tl.program_id(0) // NB % HV
+    i_c = (tl.program_id(0) // (NB * HV)).to(tl.int64)
+    bos, t0, length = locate_chunk(i_c, T, cu_seqlens, chunk_ids, chunk_offsets, BT)
+    if t0 + 16 * i_b >= length:
+        return
+    row0 = bos + t0
+    p_g = g + (row0 * HV + i_h) * K
+    p_blocks = gate + ((i_c * HV + i_h) * NB + i_b) * K
+    o_x = tl.arange(0, 16)
+    o_t = i_b * 16 + o_x
+    o_row = o_t[:, None]
+    m_t = o_t < length - t0
+    p_k = k + (row0 * HK + i_h // (HV // HK)) * K + o_row * (HK * K)
+    p_q = q + (row0 * HQ + i_h // (HV // HQ)) * K + o_row * (HQ * K)
+    p_e = p_q
+    if e is not None:
+        p_e = e + (row0 * HE + i_h // (HV // HE)) * K + o_row * (HE * K)
+    p_out = (row0 * HV + i_h) * K + o_row * (HV * K)
+    b_s = tl.zeros([16, 16], tl.float32)
+    b_m = tl.zeros([16, 16], tl.float32)
+    for i_k in range(tl.cdiv(K, BK)):
+        o_k = i_k * BK + tl.arange(0, BK)
+        m_k = (o_k < K)[None, :]
+        m_tk = m_t[:, None] & m_k
+        o_2 = o_k[None, :]
+        b_k = tl.load(p_k + o_2, mask=m_tk, other=0.0)
+        b_q = tl.load(p_q + o_2, mask=m_tk, other=0.0)
+        # A reader's product starts at its own decay, or at 1 where it reads before that decay.
+        b_g = log2_decay(tl.load(p_g + o_row * (HV * K) + o_2, mask=m_tk, other=0.0))
+        b_a = tl.exp2(b_g)
+        b_hi, b_lo = halves(b_g)
+        b_x = b_q.to(tl.float32)
+        if not SHIFT_Q:
+            b_y = tl.dot(b_q, tl.trans(b_k), input_precision=PREC, out_dtype=tl.float32)
+            b_s += tl.where(o_x[:, None] == o_x[None, :], b_y, 0.0)
+            b_x *= b_a
+        b_z = b_x
+        if e is not None:
+            b_z = tl.load(p_e + o_2, mask=m_tk, other=0.0).to(tl.float32)
+            if not SHIFT_E:
+                b_z *= b_a
+        b_p = tl.full([16, BK], 1.0, tl.float32)
+        b_r = tl.full([16, BK], 1.0, tl.float32)
+        for level in tl.static_range(4):
+            m_s = level_mask(o_x, o_x, level)
+            b_kt = tl.trans((b_k * b_r).to(b_k.dtype))
+            b_xp = (b_x * b_p).to(b_k.dtype)
+            b_y = tl.dot(b_xp, b_kt, input_precision=PREC, out_dtype=tl.float32)
+            b_s += tl.where(m_s, b_y, 0.0)
+            if matrix is not None:
+                b_zp = (b_z * b_p).to(b_k.dtype)
+                b_y = tl.dot(b_zp, b_kt, input_precision=PREC, out_dtype=tl.float32)
+                b_m += tl.where(m_s, b_y, 0.0)
+            b_p, b_r = widen(b_p, b_r, beside(b_hi, b_lo, o_x, level), o_row, level)
+        # The same at every token: what is before it, its own and what is after it.
+        b_y = b_p * b_a * b_r
+        tl.store(p_blocks + o_2 + tl.zeros_like(o_row), b_y, mask=m_k & (o_x == 0)[:, None])
+        b_x *= b_p
+        tl.store(q_near + p_out + o_2, b_x.to(q_near.dtype.element_ty), mask=m_tk)
+        b_r *= b_k
+        tl.store(k_near + p_out + o_2, b_r.to(k_near.dtype.element_ty), mask=m_tk)
+        if e is not None:
+            b_z *= b_p
+            tl.store(e_near + p_out + o_2, b_z.to(e_near.dtype.element_ty), mask=m_tk)
+    p_2 = (row0 * HV + i_h) * BT + o_row * (HV * BT) + o_t[None, :]
+    b_s *= SCALE
+    if write is not None:
+        b_f = load_factors(write, row0, o_t, m_t, i_h, HV)[None, :]
+        b_s *= b_f
+        b_m *= b_f
+    tl.store(score + p_2, b_s.to(score.dtype.element_ty), mask=m_t[:, None])
+    if matrix is not None:
+        if erase is not None:
+            b_m *= load_factors(erase, row0, o_t, m_t, i_h, HV)[:, None]
+        tl.store(matrix + p_2, b_m, mask=m_t[:, None])
+
+
+@triton.jit(do_not_specialize=["T"])
+def chunk_far_kernel(
+    q_near,
+    e_near,
+    k_near,
+    gate,
+    erase,
+    write,
+    score,
+    matrix,
+    qg,
+    eg,
+    kg,
+    cu_seqlens,
+    chunk_ids,
+    chunk_offsets,
+    T,
+    SCALE: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """Scores of the pairs of a chunk in different blocks of 16 tokens; and the decayed q P, e P and
+    k R, times what multiplies them. Given is what `chunk_near_kernel` leaves."""
     NB: tl.constexpr = BT // 16
     i_c = (tl.program_id(0) // HV).to(tl.int64)
     i_h = tl.program_id(0) % HV
@@ -244,87 +319,66 @@ def chunk_intra_kernel(
         return
     row0 = bos + t0
     rows = length - t0
-    p_table = table + (i_c * HV + i_h) * (BT * K)
-    p_g = g + (row0 * HV + i_h) * K
-    p_k = k + (row0 * HK + i_h // (HV // HK)) * K
-    p_x = x + (row0 * HX + i_h // (HV // HX)) * K
-    p_out = (row0 * HV + i_h) * K
-    o_x = tl.arange(0, 16)
-    o_b = tl.arange(0, NB)[:, None, None] * 16 + o_x[None, :, None]
+    p_blocks = gate + (i_c * HV + i_h) * (NB * K)
     o_t = tl.arange(0, BT)
+    o_row = o_t[:, None]
     m_t = o_t < rows
+    p_out = (row0 * HV + i_h) * K + o_row * (HV * K)
+    # Of blocks of 16 tokens that lie beside each other in a block of 32, and of those of 32.
     b_s = tl.zeros([BT, BT], tl.float32)
-    d_s = tl.zeros([NB, 16, 16], tl.float32)
-    # In the layouts of the tiles that they multiply.
-    b_f = tl.full([NB, 16, 1], SCALE, tl.float32)
-    b_f2 = tl.full([BT, 1], SCALE, tl.float32)
-    if factor is not None:
-        b_f *= load_factors(factor, row0, o_b, o_b < rows, i_h, HV)
-        b_f2 *= load_factors(factor, row0, o_t, m_t, i_h, HV)[:, None]
-    if write is not None:
-        b_c = load_factors(write, row0, o_b, o_b < rows, i_h, HV)
-        b_c2 = load_factors(write, row0, o_t, m_t, i_h, HV)[:, None]
+    b_s2 = tl.zeros([BT, BT], tl.float32)
+    b_m = tl.zeros([BT, BT], tl.float32)
+    b_m2 = tl.zeros([BT, BT], tl.float32)
     for i_k in range(tl.cdiv(K, BK)):
         o_k = i_k * BK + tl.arange(0, BK)
-        m_k = o_k < K
-        o_3 = o_k[None, None, :]
-        m_3 = (o_b < rows) & m_k[None, None, :]
-        c_p, c_r = pair_decay(p_g, o_b, o_3, m_k[None, None, :], rows, HV * K)
-        if score is not None:
-            b_k = tl.load(p_k + o_b * (HK * K) + o_3, mask=m_3, other=0.0)
-            b_x = tl.load(p_x + o_b * (HX * K) + o_3, mask=m_3, other=0.0).to(tl.float32) * b_f
-            if write is not None:
-                b_k = (b_k * b_c).to(b_k.dtype)
-            # A reader's product starts at its own decay, or at 1 where it reads before that decay.
-            if DIAGONAL:
-                b_y = tl.sum(b_x * b_k.to(tl.float32), 2)
-                d_s += tl.where((o_x[:, None] == o_x[None, :])[None, :, :], b_y[:, :, None], 0.0)
-            if not SHIFT:
-                b_a = tl.load(p_g + o_b * (HV * K) + o_3, mask=m_3, other=0.0)
-                b_x *= tl.exp(b_a.to(tl.float32))
-            b_y = tl.dot(
-                b_x.to(b_k.dtype),
-                tl.permute(b_k, (0, 2, 1)),
-                input_precision=PREC,
-                out_dtype=tl.float32,
-            )
-            d_s += tl.where(level_mask_by_pairs(o_x, o_x, 0)[None, :, :], b_y, 0.0)
-        for level in range(1, 4):
-            if score is not None:
-                b_kt = tl.permute((b_k * c_r).to(b_k.dtype), (0, 2, 1))
-                b_y = tl.dot(
-                    (b_x * c_p).to(b_k.dtype), b_kt, input_precision=PREC, out_dtype=tl.float32
-                )
-                d_s += tl.where(level_mask_by_pairs(o_x, o_x, level)[None, :, :], b_y, 0.0)
-            c_p, c_r = widen(c_p, c_r, p_table, o_b, o_3, m_k[None, None, :], level, BT, K)
-        b_p = tl.reshape(c_p, [BT, BK])
-        b_r = tl.reshape(c_r, [BT, BK])
-        m_tk = m_t[:, None] & m_k[None, :]
-        o_2 = o_k[None, :]
-        b_k2 = tl.load(p_k + o_t[:, None] * (HK * K) + o_2, mask=m_tk, other=0.0)
-        b_x2 = tl.load(p_x + o_t[:, None] * (HX * K) + o_2, mask=m_tk, other=0.0).to(tl.float32)
-        b_x2 *= b_f2
+        m_k = (o_k < K)[None, :]
+        m_tk = m_t[:, None] & m_k
+        p_2 = p_out + o_k[None, :]
+        b_k = tl.load(k_near + p_2, mask=m_tk, other=0.0)
+        b_q = tl.load(q_near + p_2, mask=m_tk, other=0.0)
+        b_e = b_q
+        b_s = tl.dot(b_q, tl.trans(b_k), b_s, input_precision=PREC, out_dtype=tl.float32)
+        if eg is not None:
+            b_e = tl.load(e_near + p_2, mask=m_tk, other=0.0)
+        if matrix is not None:
+            b_m = tl.dot(b_e, tl.trans(b_k), b_m, input_precision=PREC, out_dtype=tl.float32)
+        b_p = tl.full([BT, BK], 1.0, tl.float32)
+        b_r = tl.full([BT, BK], 1.0, tl.float32)
+        b_y = load_blocks(p_blocks, o_row >> 4 ^ 1, o_k[None, :], m_k, rows, K)
+        b_p, b_r = widen(b_p, b_r, b_y, o_row, 4)
+        if BT > 32:
+            b_kt = tl.trans((b_k * b_r).to(b_k.dtype))
+            b_x = (b_q * b_p).to(b_k.dtype)
+            b_s2 = tl.dot(b_x, b_kt, b_s2, input_precision=PREC, out_dtype=tl.float32)
+            if matrix is not None:
+                b_x = (b_e * b_p).to(b_k.dtype)
+                b_m2 = tl.dot(b_x, b_kt, b_m2, input_precision=PREC, out_dtype=tl.float32)
+            b_y = load_pairs(p_blocks, o_row >> 5 ^ 1, o_k[None, :], m_k, rows, K)
+            b_p, b_r = widen(b_p, b_r, b_y, o_row, 5)
+        b_r *= b_k
         if write is not None:
-            b_k2 = (b_k2 * b_c2).to(b_k2.dtype)
-        if not SHIFT:
-            b_a2 = tl.load(p_g + o_t[:, None] * (HV * K) + o_2, mask=m_tk, other=0.0)
-            b_x2 *= tl.exp(b_a2.to(tl.float32))
-        for level in range(4, LEVELS):
-            if score is not None:
-                b_kt2 = tl.trans((b_k2 * b_r).to(b_k2.dtype))
-                b_y2 = tl.dot(
-                    (b_x2 * b_p).to(b_k2.dtype), b_kt2, input_precision=PREC, out_dtype=tl.float32
-                )
-                b_s += tl.where(level_mask_by_pairs(o_t, o_t, level), b_y2, 0.0)
-            b_p, b_r = widen(b_p, b_r, p_table, o_t[:, None], o_2, m_k[None, :], level, BT, K)
-        p_2 = p_out + o_t[:, None] * (HV * K) + o_2
-        tl.store(xg + p_2, (b_x2 * b_p).to(xg.dtype.element_ty), mask=m_tk)
-        if kg is not None:
-            tl.store(kg + p_2, (b_k2 * b_r).to(kg.dtype.element_ty), mask=m_tk)
-    if score is not None:
-        p_2 = (row0 * HV + i_h) * BT + o_t[:, None] * (HV * BT) + o_t[None, :]
-        b_s += block_diagonal(d_s, BT)
-        tl.store(score + p_2, b_s.to(score.dtype.element_ty), mask=m_t[:, None])
+            b_r *= load_factors(write, row0, o_t, m_t, i_h, HV)[:, None]
+        tl.store(kg + p_2, b_r.to(kg.dtype.element_ty), mask=m_tk)
+        tl.store(qg + p_2, (b_q * (b_p * SCALE)).to(qg.dtype.element_ty), mask=m_tk)
+        if eg is not None:
+            if erase is not None:
+                b_p *= load_factors(erase, row0, o_t, m_t, i_h, HV)[:, None]
+            tl.store(eg + p_2, (b_e * b_p).to(eg.dtype.element_ty), mask=m_tk)
+    p_2 = (row0 * HV + i_h) * BT + o_row * (HV * BT) + o_t[None, :]
+    m_2 = m_t[:, None] & ((o_t >> 4)[:, None] != (o_t >> 4)[None, :])
+    m_s = level_mask_by_pairs(o_t, o_t, 4)
+    m_s2 = level_mask_by_pairs(o_t, o_t, 5)
+    b_s = tl.where(m_s, b_s, tl.where(m_s2, b_s2, 0.0)) * SCALE
+    b_m = tl.where(m_s, b_m, tl.where(m_s2, b_m2, 0.0))
+    if write is not None:
+        b_f = load_factors(write, row0, o_t, m_t, i_h, HV)[None, :]
+        b_s *= b_f
+        b_m *= b_f
+    tl.store(score + p_2, b_s.to(score.dtype.element_ty), mask=m_2)
+    if matrix is not None:
+        if erase is not None:
+            b_m *= load_factors(erase, row0, o_t, m_t, i_h, HV)[:, None]
+        tl.store(matrix + p_2, b_m, mask=m_2)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -503,6 +557,19 @@ def chunk_dvalue_kernel(
     tl.store(dw + p_w, b_dw.to(dw.dtype.element_ty), mask=m_tv)
 
 
+@triton.jit
+def load_product(state, dstate, p_state, o_k, o_v, m_k, m_v, V: tl.constexpr):
+    """Entries of a state times those of its gradient, each loaded for this.
+
+    Of tiles that are also operands of products Triton keeps one copy, and copies the next states
+    into it while products of sm_90 still read it.
+    """
+    p_h = p_state + o_k[:, None] * V + o_v[None, :]
+    m_h = m_k[:, None] & m_v[None, :]
+    b_h = tl.load(state + p_h, mask=m_h, other=0.0).to(tl.float32)
+    return b_h * tl.load(dstate + p_h, mask=m_h, other=0.0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["T", "dg_stride"])
 def chunk_dkey_kernel(
     q,
@@ -571,7 +638,7 @@ def chunk_dkey_kernel(
     b_de = tl.zeros([BT, BK], tl.float32)
     b_ds = tl.zeros([BT, BT], tl.float32)
     b_dl = tl.zeros([BT, BT], tl.float32)
-    b_last = tl.zeros([BK], tl.float32)
+    b_last = tl.zeros([BK, BV], tl.float32)
     p_state = (i_c * HV + i_h) * (K * V)
     for i_v in range(tl.cdiv(V, BV)):
         o_v = i_v * BV + tl.arange(0, BV)
@@ -587,7 +654,7 @@ def chunk_dkey_kernel(
         b_dq = tl.dot(b_do, b_h, b_dq, input_precision=PREC, out_dtype=tl.float32)
         b_dk = tl.dot(b_w, b_dh, b_dk, input_precision=PREC, out_dtype=tl.float32)
         if GATE != 0:
-            b_last += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 0)
+            b_last += load_product(state, dstate, p_state, o_k, o_v, m_k, m_v, V)
         if HAS_E:
             b_dw = tl.load(dw + p_w, mask=m_tv, other=0.0)
             b_dl = tl.dot(b_dw, tl.trans(b_w), b_dl, input_precision=PREC, out_dtype=tl.float32)
@@ -656,7 +723,7 @@ def chunk_dkey_kernel(
             if SHIFT_E:
                 b_now += b_y
         b_x -= tl.sum(b_k * b_ik, 1)
-        b_total = tl.sum(b_last, 0) * decay_from_start(e_hi, e_lo)
+        b_total = tl.sum(b_last) * decay_from_start(e_hi, e_lo)
         b_dg = tl.cumsum(b_x, 0, reverse=True) - b_now + tl.cumsum(b_z, 0) - b_z + b_total
         r_hi, r_lo = reader_decay(p_d, o_t, rows, HV, True)
         b_dg = tl.where(decay_between(c_hi, c_lo, r_hi, r_lo) == 0.0, 0.0, b_dg)
@@ -731,14 +798,23 @@ def chunk_dscore_kernel(
         tl.store(dsolve + p_out, (-b_dl).to(dsolve.dtype.element_ty), mask=m_t[:, None])
 
 
-@triton.jit(do_not_specialize=["T", "dg_stride"])
-def chunk_dkey_keyed_kernel(
-    q,
-    e,
-    k,
+@triton.jit
+def multiplied(b_x, b_y, m_xy, PREC: tl.constexpr):
+    """A product that is accumulated into no other; m_xy: where it is wanted.
+
+    Of products of sm_90 that feed each other through other operations Triton 3.6 forgets a fence.
+    """
+    b_z = tl.dot(b_x, b_y, input_precision=PREC, out_dtype=tl.float32)
+    return tl.where(m_xy, b_z, 0.0)
+
+
+@triton.jit(do_not_specialize=["T"])
+def chunk_dfar_kernel(
+    q_near,
+    e_near,
+    k_near,
     w,
-    g,
-    table,
+    gate,
     erase,
     write,
     state,
@@ -747,36 +823,29 @@ def chunk_dkey_keyed_kernel(
     dw,
     dscore,
     dsolve,
-    dq,
-    de,
-    dk,
-    dg,
-    dfactor,
+    dq_near,
+    de_near,
+    dk_near,
+    dg_far,
     cu_seqlens,
     chunk_ids,
     chunk_offsets,
     T,
-    dg_stride,
-    HAS_E: tl.constexpr,
-    SAME: tl.constexpr,
     SCALE: tl.constexpr,
     SHIFT_Q: tl.constexpr,
     SHIFT_E: tl.constexpr,
-    HQ: tl.constexpr,
-    HE: tl.constexpr,
-    HK: tl.constexpr,
     HV: tl.constexpr,
     K: tl.constexpr,
     V: tl.constexpr,
     BT: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
-    LEVELS: tl.constexpr,
     PREC: tl.constexpr,
 ):
-    """Gradients of q, e, k and g of a chunk with a key-shaped gate, for one tile of keys.
+    """Gradients of what `chunk_near_kernel` leaves of q, e and k, from outside their blocks of 16
+    tokens; and what that gives the gate. For one tile of keys.
 
-    As `chunk_dkey_kernel`, with every product of decays taken per key as in `chunk_intra_kernel`.
+    As `chunk_dkey_kernel`: pairs inside the chunk are a difference of two sums for the gate.
     """
     NB: tl.constexpr = BT // 16
     i_k = tl.program_id(1)
@@ -787,179 +856,252 @@ def chunk_dkey_keyed_kernel(
         return
     row0 = bos + t0
     rows = length - t0
+    o_t = tl.arange(0, BT)
+    o_row = o_t[:, None]
+    m_t = o_t < rows
     o_k = i_k * BK + tl.arange(0, BK)
     m_k = o_k < K
-    p_table = table + (i_c * HV + i_h) * (BT * K)
-    p_g = g + (row0 * HV + i_h) * K
-    p_k = k + (row0 * HK + i_h // (HV // HK)) * K
-    p_q = q + (row0 * HQ + i_h // (HV // HQ)) * K
-    p_e = e
-    p_dl = dsolve
-    p_score = (row0 * HV + i_h) * BT
-    p_ds = dscore + p_score
-    if HAS_E:
-        p_e = e + (row0 * HE + i_h // (HV // HE)) * K
-        p_dl = dsolve + p_score
-    o_x = tl.arange(0, 16)
-    o_b = tl.arange(0, NB)[:, None, None] * 16 + o_x[None, :, None]
-    o_c = tl.arange(0, NB)[:, None, None] * 16 + o_x[None, None, :]
-    o_3 = o_k[None, None, :]
-    m_b = o_b < rows
-    m_3 = m_b & m_k[None, None, :]
-    b_k = tl.load(p_k + o_b * (HK * K) + o_3, mask=m_3, other=0.0)
-    b_q = tl.load(p_q + o_b * (HQ * K) + o_3, mask=m_3, other=0.0)
-    b_a = tl.exp(tl.load(p_g + o_b * (HV * K) + o_3, mask=m_3, other=0.0).to(tl.float32))
-    b_ds = tl.load(p_ds + o_b * (HV * BT) + o_c, mask=m_b, other=0.0)
-    if write is not None:
-        b_k = (b_k * load_factors(write, row0, o_b, m_b, i_h, HV)).to(b_k.dtype)
-    b_e = b_q
-    b_dl = b_ds
-    if HAS_E:
-        b_e = tl.load(p_e + o_b * (HE * K) + o_3, mask=m_3, other=0.0)
-        b_dl = tl.load(p_dl + o_b * (HV * BT) + o_c, mask=m_b, other=0.0)
-    if erase is not None:
-        b_e = (b_e * load_factors(erase, row0, o_b, m_b, i_h, HV)).to(b_e.dtype)
-    c_p = tl.full([NB, 16, BK], 1.0, tl.float32)
-    c_r = tl.full([NB, 16, BK], 1.0, tl.float32)
-    c_q = tl.zeros([NB, 16, BK], tl.float32)
-    c_e = tl.zeros([NB, 16, BK], tl.float32)
-    c_k = tl.zeros([NB, 16, BK], tl.float32)
-    if not SHIFT_Q:
-        # A token's read of its own write passes no decay: it is added after the gate's sums.
-        b_x = tl.where((o_x[:, None] == o_x[None, :])[None, :, :], b_ds.to(tl.float32), 0.0)
-        b_own = tl.reshape(tl.sum(b_x, 2), [BT, 1])
-    for level in range(4):
-        m_s = level_mask(o_x, o_x, level)[None, :, :]
-        b_kr = (b_k * c_r).to(b_k.dtype)
-        b_pq = c_p if SHIFT_Q else c_p * b_a
-        b_z = tl.where(m_s, b_ds, 0.0).to(b_k.dtype)
-        c_q += tl.dot(b_z, b_kr, input_precision=PREC, out_dtype=tl.float32) * b_pq
-        b_z = tl.permute(b_z, (0, 2, 1))
-        b_y = tl.dot(b_z, (b_q * b_pq).to(b_k.dtype), input_precision=PREC, out_dtype=tl.float32)
-        if HAS_E:
-            b_pe = c_p if SHIFT_E else c_p * b_a
-            b_z = tl.where(m_s, b_dl, 0.0).to(b_k.dtype)
-            c_e += tl.dot(b_z, b_kr, input_precision=PREC, out_dtype=tl.float32) * b_pe
-            b_z = tl.permute(b_z, (0, 2, 1))
-            b_y = tl.dot(
-                b_z, (b_e * b_pe).to(b_k.dtype), b_y, input_precision=PREC, out_dtype=tl.float32
-            )
-        c_k += b_y * c_r
-        if level == 0:
-            c_p, c_r = pair_decay(p_g, o_b, o_3, m_k[None, None, :], rows, HV * K)
-        else:
-            c_p, c_r = widen(c_p, c_r, p_table, o_b, o_3, m_k[None, None, :], level, BT, K)
-    b_p = tl.reshape(c_p, [BT, BK])
-    b_r = tl.reshape(c_r, [BT, BK])
-    b_iq = tl.reshape(c_q, [BT, BK])
-    b_ie = tl.reshape(c_e, [BT, BK])
-    b_ik = tl.reshape(c_k, [BT, BK])
-    o_t = tl.arange(0, BT)
-    m_t = o_t < rows
-    o_2 = o_k[None, :]
     m_tk = m_t[:, None] & m_k[None, :]
-    b_k2 = tl.load(p_k + o_t[:, None] * (HK * K) + o_2, mask=m_tk, other=0.0)
-    b_q2 = tl.load(p_q + o_t[:, None] * (HQ * K) + o_2, mask=m_tk, other=0.0)
-    b_a2 = tl.exp(tl.load(p_g + o_t[:, None] * (HV * K) + o_2, mask=m_tk, other=0.0).to(tl.float32))
-    b_given = b_k2
-    if write is not None:
-        b_f = load_factors(write, row0, o_t, m_t, i_h, HV)
-        b_k2 = (b_k2 * b_f[:, None]).to(b_k2.dtype)
-    b_e2 = b_q2
-    if HAS_E:
-        b_e2 = tl.load(p_e + o_t[:, None] * (HE * K) + o_2, mask=m_tk, other=0.0)
-    if erase is not None:
-        b_given = b_e2
-        b_f = load_factors(erase, row0, o_t, m_t, i_h, HV)
-        b_e2 = (b_e2 * b_f[:, None]).to(b_e2.dtype)
-    for level in range(4, LEVELS):
-        m_s2 = level_mask(o_t, o_t, level)
-        o_tt = o_t[:, None] * (HV * BT) + o_t[None, :]
-        b_kr2 = (b_k2 * b_r).to(b_k.dtype)
-        b_pq2 = b_p if SHIFT_Q else b_p * b_a2
-        b_z2 = tl.load(p_ds + o_tt, mask=m_t[:, None] & m_s2, other=0.0)
-        b_iq += tl.dot(b_z2, b_kr2, input_precision=PREC, out_dtype=tl.float32) * b_pq2
-        # Not accumulated into by the next: for products that feed each other ptxas 12.8, which
-        # Triton 3.6 calls for sm_90, takes addresses of operands from registers of data.
-        b_y2 = tl.dot(
-            tl.trans(b_z2), (b_q2 * b_pq2).to(b_k.dtype), input_precision=PREC, out_dtype=tl.float32
-        )
-        b_ik += b_y2 * b_r
-        if HAS_E:
-            b_pe2 = b_p if SHIFT_E else b_p * b_a2
-            b_z2 = tl.load(p_dl + o_tt, mask=m_t[:, None] & m_s2, other=0.0)
-            b_ie += tl.dot(b_z2, b_kr2, input_precision=PREC, out_dtype=tl.float32) * b_pe2
-            b_y2 = tl.dot(
-                tl.trans(b_z2),
-                (b_e2 * b_pe2).to(b_k.dtype),
-                input_precision=PREC,
-                out_dtype=tl.float32,
-            )
-            b_ik += b_y2 * b_r
-        b_p, b_r = widen(b_p, b_r, p_table, o_t[:, None], o_2, m_k[None, :], level, BT, K)
-    b_dq = tl.zeros([BT, BK], tl.float32)
-    b_dk = tl.zeros([BT, BK], tl.float32)
-    b_de = tl.zeros([BT, BK], tl.float32)
-    b_last = tl.zeros([BK], tl.float32)
+    b_q = tl.zeros([BT, BK], tl.float32)
+    b_k = tl.zeros([BT, BK], tl.float32)
+    b_e = tl.zeros([BT, BK], tl.float32)
+    b_last = tl.zeros([BK, BV], tl.float32)
     p_state = (i_c * HV + i_h) * (K * V)
     for i_v in range(tl.cdiv(V, BV)):
         o_v = i_v * BV + tl.arange(0, BV)
         m_v = o_v < V
         m_tv = m_t[:, None] & m_v[None, :]
         m_vk = m_v[:, None] & m_k[None, :]
-        p_w = (row0 * HV + i_h) * V + o_t[:, None] * (HV * V) + o_v[None, :]
+        p_w = (row0 * HV + i_h) * V + o_row * (HV * V) + o_v[None, :]
         p_h = p_state + o_k[None, :] * V + o_v[:, None]
         b_do = tl.load(do + p_w, mask=m_tv, other=0.0)
         b_w = tl.load(w + p_w, mask=m_tv, other=0.0)
         b_h = tl.load(state + p_h, mask=m_vk, other=0.0)
         b_dh = tl.load(dstate + p_h, mask=m_vk, other=0.0)
-        b_dq = tl.dot(b_do, b_h, b_dq, input_precision=PREC, out_dtype=tl.float32)
-        b_dk = tl.dot(b_w, b_dh, b_dk, input_precision=PREC, out_dtype=tl.float32)
-        b_last += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 0)
-        if HAS_E:
+        b_q = tl.dot(b_do, b_h, b_q, input_precision=PREC, out_dtype=tl.float32)
+        b_k = tl.dot(b_w, b_dh, b_k, input_precision=PREC, out_dtype=tl.float32)
+        b_last += load_product(state, dstate, p_state, o_k, o_v, m_k, m_v, V)
+        if e_near is not None:
             b_dw = tl.load(dw + p_w, mask=m_tv, other=0.0)
-            b_de = tl.dot(b_dw, b_h, b_de, input_precision=PREC, out_dtype=tl.float32)
-    p_2 = (row0 * HV + i_h) * K + o_t[:, None] * (HV * K) + o_2
-    b_iq += b_dq * ((b_p if SHIFT_Q else b_p * b_a2) * SCALE)
-    b_late = b_q2 * b_iq
-    if not SHIFT_Q:
-        b_iq += b_own * b_k2
-    tl.store(dq + p_2, b_iq.to(dq.dtype.element_ty), mask=m_tk)
-    p_factor = dfactor + i_k.to(tl.int64) * dg_stride + (row0 + o_t) * HV + i_h
-    b_same = tl.zeros([BT, BK], tl.float32)
+            b_e = tl.dot(b_dw, b_h, b_e, input_precision=PREC, out_dtype=tl.float32)
+    # From the chunk's borders to those of its halves, if it has more than two blocks of 16.
+    p_blocks = gate + (i_c * HV + i_h) * (NB * K)
+    b_one = tl.full([BT, BK], 1.0, tl.float32)
+    o_2 = o_k[None, :]
+    m_2 = m_k[None, :]
+    b_y = load_blocks(p_blocks, o_row >> 4 ^ 1, o_2, m_2, rows, K)
+    b_p, b_r = widen(b_one, b_one, b_y, o_row, 4)
+    b_q *= SCALE
+    p_2 = (row0 * HV + i_h) * K + o_row * (HV * K) + o_2
+    b_kn = tl.load(k_near + p_2, mask=m_tk, other=0.0)
+    b_qn = tl.load(q_near + p_2, mask=m_tk, other=0.0)
+    if write is not None:
+        b_f = load_factors(write, row0, o_t, m_t, i_h, HV)[:, None]
+        b_kn = (b_kn * b_f).to(b_kn.dtype)
+    b_en = b_qn
+    if e_near is not None:
+        b_e = -b_e
+        b_en = tl.load(e_near + p_2, mask=m_tk, other=0.0)
+        if erase is not None:
+            b_f = load_factors(erase, row0, o_t, m_t, i_h, HV)[:, None]
+            b_en = (b_en * b_f).to(b_en.dtype)
+    # Of the pairs inside the chunk.
+    b_ik = tl.zeros([BT, BK], tl.float32)
+    p_s = (row0 * HV + i_h) * BT + o_row * (HV * BT) + o_t[None, :]
+    if BT > 32:
+        m_s = m_t[:, None] & level_mask(o_t, o_t, 5)
+        b_y = load_pairs(p_blocks, o_row >> 5 ^ 1, o_2, m_2, rows, K)
+        b_p2, b_r2 = widen(b_one, b_one, b_y, o_row, 5)
+        b_q *= b_p2
+        b_k *= b_r2
+        b_y = (b_kn * b_r).to(b_kn.dtype)
+        b_z = tl.load(dscore + p_s, mask=m_s, other=0.0)
+        b_q += multiplied(b_z, b_y, m_tk, PREC)
+        b_x = (b_qn * b_p).to(b_kn.dtype)
+        b_ik += multiplied(tl.trans(b_z), b_x, m_tk, PREC)
+        if e_near is not None:
+            b_e *= b_p2
+            b_z = tl.load(dsolve + p_s, mask=m_s, other=0.0)
+            b_e += multiplied(b_z, b_y, m_tk, PREC)
+            b_x = (b_en * b_p).to(b_kn.dtype)
+            b_ik += multiplied(tl.trans(b_z), b_x, m_tk, PREC)
+    b_q *= b_p
+    b_k *= b_r
+    b_ik *= b_r
+    m_s = m_t[:, None] & level_mask(o_t, o_t, 4)
+    b_z = tl.load(dscore + p_s, mask=m_s, other=0.0)
+    b_q += multiplied(b_z, b_kn, m_tk, PREC)
+    b_ik += multiplied(tl.trans(b_z), b_qn, m_tk, PREC)
+    b_late = b_qn * b_q
     b_now = tl.zeros([BT, BK], tl.float32)
     if SHIFT_Q:
         b_now += b_late
-    if HAS_E:
-        b_ie -= b_de * (b_p if SHIFT_E else b_p * b_a2)
-        b_de = b_ie
-        if erase is not None:
-            tl.store(p_factor, tl.sum(b_given * b_de, 1), mask=m_t)
-            b_de *= b_f[:, None]
-        if SAME:
-            b_same = b_de
-        else:
-            tl.store(de + p_2, b_de.to(de.dtype.element_ty), mask=m_tk)
-        b_ie *= b_e2
-        b_late += b_ie
+    tl.store(dq_near + p_2, b_q.to(dq_near.dtype.element_ty), mask=m_tk)
+    if e_near is not None:
+        b_e *= b_p
+        b_z = tl.load(dsolve + p_s, mask=m_s, other=0.0)
+        b_e += multiplied(b_z, b_kn, m_tk, PREC)
+        b_ik += multiplied(tl.trans(b_z), b_en, m_tk, PREC)
+        tl.store(de_near + p_2, b_e.to(de_near.dtype.element_ty), mask=m_tk)
+        b_e *= b_en
+        b_late += b_e
         if SHIFT_E:
-            b_now += b_ie
-    b_dk *= b_r
-    b_late -= b_k2 * b_ik
-    b_ik += b_dk
-    if not SHIFT_Q:
-        b_ik += b_own * b_q2
+            b_now += b_e
+    b_late -= b_kn * b_ik
+    tl.store(dk_near + p_2, (b_k + b_ik).to(dk_near.dtype.element_ty), mask=m_tk)
+    b_k *= b_kn
+    b_last = tl.sum(b_last, 1) * load_chunk(p_blocks, o_k, m_k, rows, K, NB)
+    b_dg = tl.cumsum(b_late, 0, reverse=True) - b_now + tl.cumsum(b_k, 0) - b_k + b_last[None, :]
+    tl.store(dg_far + p_2, b_dg, mask=m_tk)
+
+
+@triton.jit(do_not_specialize=["T"])
+def chunk_dnear_kernel(
+    q,
+    e,
+    k,
+    g,
+    erase,
+    write,
+    dscore,
+    dsolve,
+    dq_near,
+    de_near,
+    dk_near,
+    dg_far,
+    dq,
+    de,
+    dk,
+    dg,
+    dfactor,
+    cu_seqlens,
+    chunk_ids,
+    chunk_offsets,
+    T,
+    SAME: tl.constexpr,
+    SHIFT_Q: tl.constexpr,
+    SHIFT_E: tl.constexpr,
+    HQ: tl.constexpr,
+    HE: tl.constexpr,
+    HK: tl.constexpr,
+    HV: tl.constexpr,
+    K: tl.constexpr,
+    BT: tl.constexpr,
+    BK: tl.constexpr,
+    PREC: tl.constexpr,
+):
+    """Gradients of q, e, k and g of a block of 16 tokens of a chunk with a key-shaped gate, given
+    what comes from outside the block; one warp, as `chunk_near_kernel`.
+
+    SAME: e is k, and dk that of both. dfactor: of what multiplies e or k.
+    """
+    NB: tl.constexpr = BT // 16
+    i_b = tl.program_id(0) % NB
+    i_h = tl.program_id(0) // NB % HV
+    i_c = (tl.program_id(0) // (NB * HV)).to(tl.int64)
+    bos, t0, length = locate_chunk(i_c, T, cu_seqlens, chunk_ids, chunk_offsets, BT)
+    if t0 + 16 * i_b >= length:
+        return
+    row0 = bos + t0
+    p_g = g + (row0 * HV + i_h) * K
+    o_x = tl.arange(0, 16)
+    o_t = i_b * 16 + o_x
+    o_row = o_t[:, None]
+    m_t = o_t < length - t0
+    p_k = k + (row0 * HK + i_h // (HV // HK)) * K + o_row * (HK * K)
+    p_q = q + (row0 * HQ + i_h // (HV // HQ)) * K + o_row * (HQ * K)
+    p_out = (row0 * HV + i_h) * K + o_row * (HV * K)
+    p_s = (row0 * HV + i_h) * BT + o_row * (HV * BT) + o_t[None, :]
+    b_ds = tl.load(dscore + p_s, mask=m_t[:, None], other=0.0)
+    # A token's read of its own write passes no decay: it is added after the gate's sums.
+    b_own = tl.where(o_x[:, None] == o_x[None, :], b_ds.to(tl.float32), 0.0)
+    b_own = tl.sum(b_own, 1)[:, None]
+    p_e = p_q
+    b_dl = b_ds
+    if e is not None:
+        p_e = e + (row0 * HE + i_h // (HV // HE)) * K + o_row * (HE * K)
+        b_dl = tl.load(dsolve + p_s, mask=m_t[:, None], other=0.0)
+    b_c = tl.full([16, 1], 1.0, tl.float32)
+    b_f = tl.full([16, 1], 1.0, tl.float32)
     if write is not None:
-        tl.store(p_factor, tl.sum(b_given * b_ik, 1), mask=m_t)
-        b_ik *= b_f[:, None]
-    if SAME:
-        b_ik += b_same
-    tl.store(dk + p_2, b_ik.to(dk.dtype.element_ty), mask=m_tk)
-    b_dk *= b_k2
-    b_last *= tl.load(p_table + (BT - 2) * K + o_k, mask=m_k, other=1.0)
-    b_dg = tl.cumsum(b_late, 0, reverse=True) - b_now + tl.cumsum(b_dk, 0) - b_dk + b_last[None, :]
-    b_dg = tl.where(b_a2 == 0.0, 0.0, b_dg)
-    tl.store(dg + p_2, b_dg.to(dg.dtype.element_ty), mask=m_tk)
+        b_c *= load_factors(write, row0, o_t, m_t, i_h, HV)[:, None]
+    if erase is not None:
+        b_f *= load_factors(erase, row0, o_t, m_t, i_h, HV)[:, None]
+    b_dfactor = tl.zeros([16], tl.float32)
+    for i_k in range(tl.cdiv(K, BK)):
+        o_k = i_k * BK + tl.arange(0, BK)
+        m_k = (o_k < K)[None, :]
+        m_tk = m_t[:, None] & m_k
+        o_2 = o_k[None, :]
+        b_k = tl.load(p_k + o_2, mask=m_tk, other=0.0)
+        b_q = tl.load(p_q + o_2, mask=m_tk, other=0.0)
+        b_given = b_k
+        if write is not None:
+            b_k = (b_k * b_c).to(b_k.dtype)
+        b_e = b_q
+        if e is not None:
+            b_e = tl.load(p_e + o_2, mask=m_tk, other=0.0)
+            if erase is not None:
+                b_given = b_e
+                b_e = (b_e * b_f).to(b_e.dtype)
+        b_g = log2_decay(tl.load(p_g + o_row * (HV * K) + o_2, mask=m_tk, other=0.0))
+        b_a = tl.exp2(b_g)
+        b_hi, b_lo = halves(b_g)
+        b_p = tl.full([16, BK], 1.0, tl.float32)
+        b_r = tl.full([16, BK], 1.0, tl.float32)
+        b_dq = tl.zeros([16, BK], tl.float32)
+        b_de = tl.zeros([16, BK], tl.float32)
+        b_dk = tl.zeros([16, BK], tl.float32)
+        for level in tl.static_range(4):
+            m_s = level_mask(o_x, o_x, level)
+            b_kr = (b_k * b_r).to(b_k.dtype)
+            b_pq = b_p if SHIFT_Q else b_p * b_a
+            b_z = tl.where(m_s, b_ds, 0.0).to(b_k.dtype)
+            b_dq += tl.dot(b_z, b_kr, input_precision=PREC, out_dtype=tl.float32) * b_pq
+            b_x = (b_q * b_pq).to(b_k.dtype)
+            b_y = tl.dot(tl.trans(b_z), b_x, input_precision=PREC, out_dtype=tl.float32)
+            if e is not None:
+                b_pe = b_p if SHIFT_E else b_p * b_a
+                b_z = tl.where(m_s, b_dl, 0.0).to(b_k.dtype)
+                b_de += tl.dot(b_z, b_kr, input_precision=PREC, out_dtype=tl.float32) * b_pe
+                b_x = (b_e * b_pe).to(b_k.dtype)
+                b_y = tl.dot(tl.trans(b_z), b_x, b_y, input_precision=PREC, out_dtype=tl.float32)
+            b_dk += b_y * b_r
+            b_p, b_r = widen(b_p, b_r, beside(b_hi, b_lo, o_x, level), o_row, level)
+        p_2 = p_out + o_2
+        b_late = b_q * b_dq - b_k * b_dk
+        b_now = tl.zeros([16, BK], tl.float32)
+        if SHIFT_Q:
+            b_now += b_q * b_dq
+        if e is not None:
+            b_late += b_e * b_de
+            if SHIFT_E:
+                b_now += b_e * b_de
+        b_dg = tl.load(dg_far + p_2, mask=m_tk, other=0.0)
+        b_dg += tl.cumsum(b_late, 0, reverse=True) - b_now
+        b_dg = tl.where(b_a == 0.0, 0.0, b_dg)
+        tl.store(dg + p_2, b_dg.to(dg.dtype.element_ty), mask=m_tk)
+        b_dq += tl.load(dq_near + p_2, mask=m_tk, other=0.0) * (b_p if SHIFT_Q else b_p * b_a)
+        b_dk += tl.load(dk_near + p_2, mask=m_tk, other=0.0) * b_r
+        if not SHIFT_Q:
+            b_dq += b_own * b_k
+            b_dk += b_own * b_q
+        tl.store(dq + p_2, b_dq.to(dq.dtype.element_ty), mask=m_tk)
+        if write is not None:
+            b_dfactor += tl.sum(b_given * b_dk, 1)
+            b_dk *= b_c
+        if e is not None:
+            b_de += tl.load(de_near + p_2, mask=m_tk, other=0.0) * (b_p if SHIFT_E else b_p * b_a)
+            if erase is not None:
+                b_dfactor += tl.sum(b_given * b_de, 1)
+                b_de *= b_f
+            if SAME:
+                b_dk += b_de
+            else:
+                tl.store(de + p_2, b_de.to(de.dtype.element_ty), mask=m_tk)
+        tl.store(dk + p_2, b_dk.to(dk.dtype.element_ty), mask=m_tk)
+    if dfactor is not None:
+        tl.store(dfactor + (row0 + o_t) * HV + i_h, b_dfactor, mask=m_t)
 
 
 def chunk_tokens(dtype: torch.dtype) -> int:
@@ -970,8 +1112,9 @@ def chunk_tokens(dtype: torch.dtype) -> int:
 class Gate(NamedTuple):
     """A decay as the kernels take it, and what operands are multiplied by.
 
-    GATE: 0 none, 1 one per head, 2 one per key. gate, float32: what `chunk_gate_kernel` (GATE 1,
-    [B, T, HV, 2]) or `chunk_table_kernel` (GATE 2, [chunks, HV, BT, K]) made of g. scale: of q.
+    GATE: 0 none, 1 one per head, 2 one per key. gate, float32: what `chunk_gate_kernel` makes of g
+    (GATE 1, [B, T, HV, 2]), or decays of blocks of 16 tokens, which `chunk_near_kernel` fills
+    (GATE 2, [chunks, HV, BT / 16, K]). scale: of q.
     [B, T, HV] or None: write, of k, in `linear`; erase and beta, of e and w, in `delta`.
     """
 
@@ -996,10 +1139,24 @@ def chunk_gate(g: Tensor | None, chunks: Chunks, **factors: Any) -> Gate:
         launch(chunk_gate_kernel, grid, Tiles(1, 1, 4, 1), chunks, g=g, sums=sums, BH=BH)
         return Gate(1, g, sums, **factors)
     HV, K = g.shape[2:]
-    tiles = chunk_tiles("chunk_table_kernel", K, K, g.dtype)
-    table = g.new_empty(chunks.number, HV, chunks.BT, K, dtype=torch.float32)
-    launch(chunk_table_kernel, chunks.number, tiles, chunks, across="K", g=g, table=table)
-    return Gate(2, g, table, **factors)
+    blocks = g.new_empty(chunks.number, HV, chunks.BT // 16, K, dtype=torch.float32)
+    return Gate(2, g, blocks, **factors)
+
+
+class Decayed(NamedTuple):
+    """q, e (or none) and k of every value head, [B, T, HV, K], multiplied by their decays."""
+
+    q: Tensor
+    e: Tensor | None
+    k: Tensor
+
+
+class Near(NamedTuple):
+    """The same decayed within blocks of 16 tokens, as `chunk_near_kernel` leaves them."""
+
+    q_near: Tensor
+    e_near: Tensor | None
+    k_near: Tensor
 
 
 def chunk_solve(
@@ -1023,45 +1180,6 @@ def chunk_solve(
     return inverse
 
 
-def chunk_intra(
-    x: Tensor,
-    k: Tensor,
-    gate: Gate,
-    score: Tensor | None,
-    keys: bool,
-    chunks: Chunks,
-    diagonal: bool,
-    shift: bool,
-    scale: float,
-    factor: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Fill `score` for reader x, times a scale and a factor; x P and, with `keys`, k R. For a
-    key-shaped gate."""
-    assert gate.g is not None
-    K = k.shape[3]
-    xg = k.new_empty(gate.g.shape)
-    kg = torch.empty_like(xg) if keys else None
-    launch(
-        chunk_intra_kernel,
-        chunks.number,
-        chunk_tiles("chunk_intra_kernel", K, K, k.dtype),
-        chunks,
-        gate,
-        x=x,
-        k=k,
-        table=gate.gate,
-        score=score,
-        xg=xg,
-        kg=kg,
-        DIAGONAL=diagonal,
-        SHIFT=shift,
-        scale=scale,
-        factor=factor,
-        LEVELS=chunks.BT.bit_length() - 1,
-    )
-    return xg, kg
-
-
 def chunk_readers(
     q: Tensor,
     e: Tensor | None,
@@ -1071,18 +1189,45 @@ def chunk_readers(
     shift_q: bool,
     shift_e: bool,
     solve: bool,
-) -> tuple[Tensor, Tensor | None, Tensor, Any, Tensor]:
-    """Scores of q, the matrix to `solve`, and decayed q, e, k, with a key-shaped gate."""
+) -> tuple[Tensor, Tensor | None, Near, Decayed]:
+    """Scores of q, the matrix to `solve`, and q, e, k decayed within blocks of 16 tokens and within
+    the chunk, with a key-shaped gate; fills the gate's decays of blocks."""
     assert gate.g is not None
-    B, T, HV, _ = gate.g.shape
+    B, T, HV, K = gate.g.shape
     score = k.new_empty(B, T, HV, chunks.BT)
     matrix = k.new_empty(B, T, HV, chunks.BT, dtype=torch.float32) if solve else None
-    qg, kg = chunk_intra(q, k, gate, score, True, chunks, not shift_q, shift_q, gate.scale, None)
-    assert kg is not None
-    eg = None
-    if e is not None:
-        eg, _ = chunk_intra(e, k, gate, matrix, False, chunks, False, shift_e, 1.0, gate.erase)
-    return score, matrix, qg, eg, kg
+    q_near, q_far, k_near, k_far = (k.new_empty(gate.g.shape) for _ in range(4))
+    e_near, e_far = (None if e is None else torch.empty_like(q_near) for _ in range(2))
+    near, far = Near(q_near, e_near, k_near), Decayed(q_far, e_far, k_far)
+    launch(
+        chunk_near_kernel,
+        (chunks.number * HV * (chunks.BT // 16),),
+        chunk_tiles("chunk_near_kernel", K, K, k.dtype),
+        chunks,
+        gate,
+        near,
+        q=q,
+        e=e,
+        k=k,
+        score=score,
+        matrix=matrix,
+        SHIFT_Q=shift_q,
+        SHIFT_E=shift_e,
+    )
+    launch(
+        chunk_far_kernel,
+        chunks.number,
+        chunk_tiles("chunk_far_kernel", K, K, k.dtype),
+        chunks,
+        gate,
+        near,
+        score=score,
+        matrix=matrix,
+        qg=far.q,
+        eg=far.e,
+        kg=far.k,
+    )
+    return score, matrix, near, far
 
 
 def chunk_output(
@@ -1182,59 +1327,78 @@ def chunk_dkey(
     chunks: Chunks,
     shift_q: bool,
     shift_e: bool,
+    near: Near | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, e, k per value head, of g, and of what multiplies k or e; empty where absent.
-    Where e is k, that of k is of both."""
+    Where e is k, that of k is of both. near: of `chunk_readers`, with a key-shaped gate."""
     (B, T, HV, V), K = w.shape, q.shape[3]
-    kernel: Any = chunk_dkey_keyed_kernel if gate.GATE == 2 else chunk_dkey_kernel
-    tiles = chunk_tiles(kernel.__name__, K, V, w.dtype, gate.GATE)
-    blocks = -(-K // tiles.BK)
     dq = w.new_empty(B, T, HV, K)
     dk = torch.empty_like(dq)
     same = e is k
     de = w.new_empty(0) if e is None or same else torch.empty_like(dq)
     multiplied = gate.write is not None or gate.erase is not None
-    dfactor = w.new_empty(blocks if multiplied else 0, B, T, HV, dtype=torch.float32)
-    own: dict[str, Any]
-    if gate.GATE == 2:
-        assert gate.g is not None
-        dscore, dsolve = chunk_dscore(w, do, dw, chunks, gate.scale)
-        dg = torch.empty_like(gate.g)
-        levels = chunks.BT.bit_length() - 1
-        own = {"table": gate.gate, "dscore": dscore, "dsolve": dsolve, "LEVELS": levels}
-    else:
+    of = {"q": q, "e": e, "k": k, "dq": dq, "de": de, "dk": dk, "SAME": same}
+    shifts = {"SHIFT_Q": shift_q, "SHIFT_E": shift_e}
+    outside = {"w": w, "state": state, "dstate": dstate, "do": do, "dw": dw}
+    if near is None:
+        tiles = chunk_tiles("chunk_dkey_kernel", K, V, w.dtype)
+        blocks = -(-K // tiles.BK)
         dg = w.new_empty(0 if gate.g is None else blocks, B, T, HV, dtype=torch.float32)
-        own = {}
+        dfactor = w.new_empty(blocks if multiplied else 0, B, T, HV, dtype=torch.float32)
+        launch(
+            chunk_dkey_kernel,
+            chunks.number,
+            tiles,
+            chunks,
+            gate,
+            across="K",
+            **of,
+            **outside,
+            **shifts,
+            dg=dg,
+            dfactor=dfactor,
+            dg_stride=B * T * HV,
+            HAS_E=e is not None,
+        )
+        dg = dg if gate.g is None else _over_tiles(dg)
+        return dq, de, dk, dg, _over_tiles(dfactor) if multiplied else dfactor
+    assert gate.g is not None
+    dscore, dsolve = chunk_dscore(w, do, dw, chunks, gate.scale)
+    shared = {
+        "dscore": dscore,
+        "dsolve": dsolve,
+        "dq_near": torch.empty_like(near.q_near),
+        "de_near": None if e is None else torch.empty_like(near.q_near),
+        "dk_near": torch.empty_like(near.q_near),
+        "dg_far": torch.empty_like(gate.g, dtype=torch.float32),
+    }
     launch(
-        kernel,
+        chunk_dfar_kernel,
         chunks.number,
-        tiles,
+        chunk_tiles("chunk_dfar_kernel", K, V, w.dtype),
         chunks,
         gate,
+        near,
         across="K",
-        q=q,
-        e=e,
-        k=k,
-        w=w,
-        state=state,
-        dstate=dstate,
-        do=do,
-        dw=dw,
-        dq=dq,
-        de=de,
-        dk=dk,
-        dg=dg,
-        dfactor=dfactor,
-        dg_stride=B * T * HV,
-        HAS_E=e is not None,
-        SAME=same,
-        SHIFT_Q=shift_q,
-        SHIFT_E=shift_e,
-        **own,
+        **outside,
+        **shifts,
+        **shared,
     )
-    if gate.GATE == 1:
-        dg = _over_tiles(dg)
-    return dq, de, dk, dg, _over_tiles(dfactor) if multiplied else dfactor
+    dg = torch.empty_like(gate.g)
+    dfactor = w.new_empty((B, T, HV) if multiplied else 0, dtype=torch.float32)
+    launch(
+        chunk_dnear_kernel,
+        (chunks.number * HV * (chunks.BT // 16),),
+        chunk_tiles("chunk_dnear_kernel", K, K, w.dtype, e is not None),
+        chunks,
+        gate,
+        **of,
+        **shifts,
+        **shared,
+        dg=dg,
+        dfactor=dfactor if multiplied else None,
+    )
+    return dq, de, dk, dg, dfactor
 
 
 def _over_tiles(x: Tensor) -> Tensor:

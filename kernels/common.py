@@ -142,32 +142,61 @@ def level_mask_by_pairs(o_i, o_j, level):
 
 
 @triton.jit
-def pair_decay(p_g, o_i, o_k, m_k, rows, stride):
-    """Decay products in blocks of 2, from a block's start (own decay excluded) and to its end.
-
-    o_i, o_k and m_k are broadcastable to the tile.
-    """
-    right = (o_i & 1) == 1
-    m_left = right & (o_i - 1 < rows) & m_k
-    m_right = (~right) & (o_i + 1 < rows) & m_k
-    b_p = tl.exp(tl.load(p_g + (o_i - 1) * stride + o_k, mask=m_left, other=0.0).to(tl.float32))
-    b_r = tl.exp(tl.load(p_g + (o_i + 1) * stride + o_k, mask=m_right, other=0.0).to(tl.float32))
-    return b_p, b_r
+def log2_decay(b_g):
+    """A log decay to base 2."""
+    return b_g.to(tl.float32) * 1.4426950408889634
 
 
 @triton.jit
-def widen(b_p, b_r, p_table, o_i, o_k, m_k, level, BT: tl.constexpr, K: tl.constexpr):
-    """Decay products within blocks of 2^level tokens, made those within blocks of twice that.
+def halves(b_x):
+    """A log decay as a sum of two of float16, whose second rounds at 2^-24 of the first."""
+    b_x = tl.where(b_x < GATE_FLOOR, GATE_FLOOR, b_x)
+    b_hi = b_x.to(tl.float16)
+    return b_hi, (b_x - b_hi.to(tl.float32)).to(tl.float16)
 
-    The factor that each half of the wider block lacks is the total of the other half, a row of the
-    table.
+
+@triton.jit
+def beside(b_hi, b_lo, o_x, level):
+    """Decay of the block of 2^level tokens beside each token's own, in the next larger block.
+
+    o_x: the 16 tokens; b_hi and b_lo: of their log decays. The sum over a block's tokens is a
+    product with a matrix of zeros and ones, which takes a tenth of loading it from memory.
     """
-    block = o_i >> level
-    right = (block & 1) == 1
-    row = BT - 2 * (BT >> level) + block
-    b_p *= tl.load(p_table + (row - 1) * K + o_k, mask=right & m_k, other=1.0)
-    b_r *= tl.load(p_table + (row + 1) * K + o_k, mask=(~right) & m_k, other=1.0)
-    return b_p, b_r
+    m_beside = (o_x >> level ^ 1)[:, None] == (o_x >> level)[None, :]
+    b_one = tl.where(m_beside, 1.0, 0.0).to(tl.float16)
+    b_g = tl.dot(b_one, b_hi, out_dtype=tl.float32)
+    return tl.exp2(tl.dot(b_one, b_lo, b_g, out_dtype=tl.float32))
+
+
+@triton.jit
+def widen(b_p, b_r, b_beside, o_i, level):
+    """Decay products within blocks of 2^level tokens, from their start (own decay excluded) and to
+    their end, made those within blocks of twice that."""
+    right = (o_i >> level & 1) == 1
+    return b_p * tl.where(right, b_beside, 1.0), b_r * tl.where(right, 1.0, b_beside)
+
+
+@triton.jit
+def load_blocks(p_blocks, i_b, o_k, m_k, rows, K: tl.constexpr):
+    """Decays of blocks of 16 tokens of a chunk; 1 after its last token."""
+    m_b = 16 * i_b + tl.zeros_like(o_k) < rows
+    return tl.load(p_blocks + i_b * K + o_k, mask=m_k & m_b, other=1.0)
+
+
+@triton.jit
+def load_chunk(p_blocks, o_k, m_k, rows, K: tl.constexpr, NB: tl.constexpr):
+    """Decay of a chunk of NB blocks."""
+    b_x = load_blocks(p_blocks, 0, o_k, m_k, rows, K)
+    for i in tl.static_range(1, NB):
+        b_x *= load_blocks(p_blocks, i, o_k, m_k, rows, K)
+    return b_x
+
+
+@triton.jit
+def load_pairs(p_blocks, i_b, o_k, m_k, rows, K: tl.constexpr):
+    """Decays of blocks of 32 tokens."""
+    b_x = load_blocks(p_blocks, 2 * i_b, o_k, m_k, rows, K)
+    return b_x * load_blocks(p_blocks, 2 * i_b + 1, o_k, m_k, rows, K)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,23 +283,25 @@ class Tiles:
     num_stages: int
 
 
-def chunk_tiles(kernel: str, K: int, V: int, dtype: torch.dtype, gate: int = 0) -> Tiles:
-    """Configuration of a chunk-parallel kernel."""
+def chunk_tiles(kernel: str, K: int, V: int, dtype: torch.dtype, erases: bool = False) -> Tiles:
+    """Configuration of a chunk-parallel kernel; erases: of a delta rule, which has a third key."""
     BK, BV = min(64, power_of_two(K)), min(64, power_of_two(V))
     hopper = current_target() in ("sm_90", "sm_100") and dtype != torch.float32
-    if kernel == "chunk_intra_kernel":
-        return Tiles(16, BV, 4, 1)
-    if kernel == "chunk_dkey_kernel" or (kernel == "chunk_dkey_keyed_kernel" and not hopper):
+    if kernel == "chunk_dnear_kernel" and erases:
+        return Tiles(min(BK, 32), BV, 4, 1)
+    if kernel in ("chunk_near_kernel", "chunk_dnear_kernel"):
+        return Tiles(16, BV, 1, 1)
+    if kernel == "chunk_far_kernel":
+        return Tiles(min(BK, 32 if hopper else 16), BV, 4, 1)
+    if kernel == "chunk_dfar_kernel":
+        return Tiles(min(BK, 32), BV, 8, 2) if hopper else Tiles(16, BV, 8, 1)
+    if kernel == "chunk_dkey_kernel":
         # With a single tile of values the loop over them is unrolled, and registers spill.
         BV = BV if V > 64 else min(BV, 32)
-    if kernel == "chunk_dkey_keyed_kernel":
-        return Tiles(min(BK, 32 if hopper else 16), BV, 8, 1)
     if kernel == "chunk_dkey_kernel":
         if not hopper:
             return Tiles(min(BK, 32), min(BV, 32), 8, 2)
-        # With a gate, threads read the states that the products read. Triton has one buffer for
-        # these, and copies the next states into it while products of sm_90 still read it.
-        return Tiles(BK, BV, 8, 1 if gate and current_target() == "sm_90" else 2)
+        return Tiles(BK, BV, 8, 2)
     if kernel == "chunk_dscore_kernel" and V <= 64 and current_target().startswith("sm_10"):
         # Likewise; more threads cost less than narrower tiles.
         return Tiles(BK, BV, 8, 2)
@@ -333,7 +364,7 @@ _AXES = {
         ("x", "B T HX K"),
         ("r", "B T HR K"),
         ("w v do b beta", "B T HV V"),
-        ("g dq u z j", "B T HV K"),
+        ("g dq u z j q_near", "B T HV K"),
         ("sums inverse", "B T HV"),
         ("state", "N HV K V"),
         ("enter", "N HV . K V"),
@@ -388,7 +419,7 @@ class _Binding:
             place = places[source]
             return lambda values, tiles: choose(values[place])
         if name == "PREC":
-            alike = [places[x] for x in ("w", "do", "k") if x in places]
+            alike = [places[x] for x in ("w", "do", "k", "k_near", "dk") if x in places]
             return lambda values, tiles: dot_precision(
                 next(values[i].dtype for i in alike if values[i] is not None)
             )

@@ -37,6 +37,7 @@ from .common import (
     decay_between,
     decay_from_start,
     launch,
+    load_chunk,
     load_factors,
     locate_sequence,
     make_chunks,
@@ -138,8 +139,8 @@ def delta_state_kernel(
             e_hi, e_lo = whole_decay(p_d, length - i_t * BT, HV, BT)
             b_h *= decay_from_start(e_hi, e_lo)
         if GATE == 2:
-            p_a = gate + (i_c * HV + i_h) * (BT * K) + (BT - 2) * K + o_k
-            b_h *= tl.load(p_a, mask=m_k, other=0.0)[:, None]
+            p_a = gate + (i_c * HV + i_h) * (BT // 16 * K)
+            b_h *= load_chunk(p_a, o_k, m_k, length - i_t * BT, K, BT // 16)[:, None]
         b_x = tl.dot(b_e, b_hc, input_precision=PREC, out_dtype=tl.float32)
         if GATE == 1:
             b_x *= decay_from_start(r_hi, r_lo)[:, None]
@@ -238,8 +239,8 @@ def delta_dstate_kernel(
             b_do = (b_do * (decay_from_start(c_hi, c_lo) * SCALE)[:, None]).to(b_do.dtype)
             b_dh *= decay_from_start(e_hi, e_lo)
         if GATE == 2:
-            p_a = gate + (i_c * HV + i_h) * (BT * K) + (BT - 2) * K + o_k
-            b_dh *= tl.load(p_a, mask=m_k, other=0.0)[:, None]
+            p_a = gate + (i_c * HV + i_h) * (BT // 16 * K)
+            b_dh *= load_chunk(p_a, o_k, m_k, length - i_t * BT, K, BT // 16)[:, None]
         b_x = tl.dot(b_k, b_dhc, input_precision=PREC, out_dtype=tl.float32)
         if GATE == 1:
             b_x *= decay_between(e_hi, e_lo, c_hi, c_lo)[:, None]
@@ -382,7 +383,8 @@ def forward(x: GatedDelta, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     x, chunks, gate = _begin(x)
     q, e, k, score, matrix = x.q, _erase_key(x), x.k, None, None
     if gate.GATE == 2:
-        score, matrix, q, e, k = chunk_readers(q, e, k, gate, chunks, False, prev, True)
+        score, matrix, _, (q, e, k) = chunk_readers(q, e, k, gate, chunks, False, prev, True)
+        assert e is not None
     inverse = chunk_solve(e, k, gate, matrix, x.w.shape[2], chunks, prev)
     del matrix
     state, final, u = _delta_state(e, k, x.w, gate, inverse, x.initial_state, chunks, prev)
@@ -399,15 +401,18 @@ def gradients(
     q, e, k, w = x.q, _erase_key(x), x.k, x.w
     do = given_or_zeros(grads[0], as_result(w))
     dfinal = given_or_zeros(grads[1], final_state(w, k.shape[3], x.cu_seqlens))
-    qg, eg, kg, score = q, e, k, None
+    qg, eg, kg, score, near = q, e, k, None, None
     if gate.GATE == 2:
-        score, _, qg, eg, kg = chunk_readers(q, e, k, gate, chunks, False, prev, False)
+        score, _, near, far = chunk_readers(q, e, k, gate, chunks, False, prev, False)
+        qg, eg, kg = far
+        del far
+        assert eg is not None
     state, _, u = _delta_state(eg, kg, w, gate, inverse, x.initial_state, chunks, prev)
     du = chunk_dvalue(qg, kg, gate, do, None, score, chunks, False)
     dstate, dinitial, dw = _delta_dstate(qg, eg, kg, do, du, gate, inverse, dfinal, chunks, prev)
     del du, score, qg, eg, kg
     dq, de, dk, dg, derase = chunk_dkey(
-        q, e, k, u, gate, state, dstate, do, dw, chunks, False, prev
+        q, e, k, u, gate, state, dstate, do, dw, chunks, False, prev, near
     )
     dq, dk = reduce_heads(dq, q.shape[2]), reduce_heads(dk, k.shape[2])
     erased = None if e is k else reduce_heads(de, e.shape[2])

@@ -21,6 +21,7 @@ from .common import (
     decay_between,
     decay_from_start,
     launch,
+    load_chunk,
     load_factors,
     locate_sequence,
     make_chunks,
@@ -113,8 +114,8 @@ def linear_state_kernel(
             b_k = (b_k * b_r[None, :]).to(b_k.dtype)
             b_h *= decay_from_start(e_hi, e_lo)
         if GATE == 2:
-            p_a = gate + (i_c * HV + i_h) * (BT * K) + (BT - 2) * K + o_k
-            b_h *= tl.load(p_a, mask=m_k, other=0.0)[:, None]
+            p_a = gate + (i_c * HV + i_h) * (BT // 16 * K)
+            b_h *= load_chunk(p_a, o_k, m_k, length - i_t * BT, K, BT // 16)[:, None]
         b_h = tl.dot(b_k, b_w, b_h, input_precision=PREC, out_dtype=tl.float32)
         p_k += BT * HK * K
         p_w += BT * HV * V
@@ -185,8 +186,8 @@ def linear_dstate_kernel(
             b_q = (b_q * (decay_from_start(r_hi, r_lo) * SCALE)[None, :]).to(b_q.dtype)
             b_dh *= decay_from_start(e_hi, e_lo)
         if GATE == 2:
-            p_a = gate + (i_c * HV + i_h) * (BT * K) + (BT - 2) * K + o_k
-            b_dh *= tl.load(p_a, mask=m_k, other=0.0)[:, None]
+            p_a = gate + (i_c * HV + i_h) * (BT // 16 * K)
+            b_dh *= load_chunk(p_a, o_k, m_k, length - i_t * BT, K, BT // 16)[:, None]
         b_dh = tl.dot(b_q, b_do, b_dh, input_precision=PREC, out_dtype=tl.float32)
     tl.store(dinitial + i_state + o_kv, b_dh, mask=m_kv)
 
@@ -251,9 +252,9 @@ def forward(x: GatedLinear, keep: bool) -> tuple[Tensor, Tensor]:
     pre = x.read == "pre"
     x, chunks, gate = _begin(x)
     if gate.GATE == 2:
-        score, _, qg, _, kg = chunk_readers(x.q, None, x.k, gate, chunks, pre, False, False)
-        state, final = _linear_state(kg, x.w, gate, x.initial_state, chunks)
-        return chunk_output(qg, None, x.w, gate, state, score, chunks, pre), final
+        score, _, _, far = chunk_readers(x.q, None, x.k, gate, chunks, pre, False, False)
+        state, final = _linear_state(far.k, x.w, gate, x.initial_state, chunks)
+        return chunk_output(far.q, None, x.w, gate, state, score, chunks, pre), final
     state, final = _linear_state(x.k, x.w, gate, x.initial_state, chunks)
     return chunk_output(x.q, x.k, x.w, gate, state, None, chunks, pre), final
 
@@ -264,18 +265,19 @@ def gradients(x: GatedLinear, grads: Any, _wanted: Any) -> tuple[Tensor | None, 
     x, chunks, gate = _begin(x)
     do = given_or_zeros(grads[0], as_result(x.w))
     dfinal = given_or_zeros(grads[1], final_state(x.w, x.k.shape[3], x.cu_seqlens))
+    near = None
     if gate.GATE == 2:
-        score, _, qg, _, kg = chunk_readers(x.q, None, x.k, gate, chunks, pre, False, False)
-        state, _ = _linear_state(kg, x.w, gate, x.initial_state, chunks)
-        dstate, dinitial = _linear_dstate(qg, do, gate, dfinal, chunks, pre)
-        dw = chunk_dvalue(None, kg, gate, do, dstate, score, chunks, pre)
-        del score, qg, kg
+        score, _, near, far = chunk_readers(x.q, None, x.k, gate, chunks, pre, False, False)
+        state, _ = _linear_state(far.k, x.w, gate, x.initial_state, chunks)
+        dstate, dinitial = _linear_dstate(far.q, do, gate, dfinal, chunks, pre)
+        dw = chunk_dvalue(None, far.k, gate, do, dstate, score, chunks, pre)
+        del score, far
     else:
         state, _ = _linear_state(x.k, x.w, gate, x.initial_state, chunks)
         dstate, dinitial = _linear_dstate(x.q, do, gate, dfinal, chunks, pre)
         dw = chunk_dvalue(x.q, x.k, gate, do, dstate, None, chunks, pre)
     dq, _, dk, dg, dbeta = chunk_dkey(
-        x.q, None, x.k, x.w, gate, state, dstate, do, None, chunks, pre, False
+        x.q, None, x.k, x.w, gate, state, dstate, do, None, chunks, pre, False, near
     )
     dq, dk = reduce_heads(dq, x.q.shape[2]), reduce_heads(dk, x.k.shape[2])
     return dq, dk, dw, dg, dbeta, dinitial, None

@@ -10,6 +10,10 @@ import pytest
 CENSUS = pathlib.Path(__file__).parents[2] / "benchmarks" / "census.py"
 # Of delta_state_kernel, as ptxas 12.9 and 12.8 compile the same PTX.
 ADDRESS = """
+    /*0100*/ UMOV UR8, 0x1 ;
+    /*0110*/ UMOV UR9, 0x1 ;
+    /*0120*/ UMOV UR10, 0x1 ;
+    /*0130*/ UMOV UR11, 0x1 ;
     /*0440*/ MOV R30, 0x400 ;
     /*08a0*/ LDSM.16.M88.4 R8, [R236] ;
     /*0c70*/ SGXT.U32 R30, R30, 0xe ;
@@ -66,3 +70,15 @@ def test_a_product_whose_address_is_data_is_found(monkeypatch):
     # A left operand in registers has no address.
     assert count("R11", "UR8", left="R68, ") == 0
     assert count("R11", "UR11", left="R68, ") == 1
+
+
+def test_a_product_whose_address_nothing_wrote_is_found(monkeypatch):
+    """What ptxas 12.8 made of a second step over keys: a sum that starts at an unwritten number."""
+    monkeypatch.syspath_prepend(str(CENSUS.parent))
+    from machine_code import misled_products
+
+    lines = ["UMOV UR4, 0x10", "UIADD3 UR6, UP1, {}, 0x40, URZ", "UMOV UR5, 0x0", "UMOV UR7, 0x0"]
+    lines += ["HGMMA.64x32x16.F32.BF16 R24, gdesc[UR4], R24"]
+    text = "".join(f"/*0{i}0*/ {x} ;\n" for i, x in enumerate(lines))
+    assert misled_products(text.format("UR4")) == 0
+    assert misled_products(text.format("UR6")) == 1
