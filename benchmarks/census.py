@@ -45,7 +45,7 @@ import triton
 from machine_code import SHARED_LIMIT, TARGETS, assemble, main_loop, misled_products, parse
 from torch import Tensor
 
-from glazoo.kernels.common import Launch, interpreting, record_launches
+from glazoo.kernels.common import IMPORTANCES, Launch, interpreting, record_launches
 from glazoo.kernels.loops import (
     GatedDelta,
     GatedLinear,
@@ -76,6 +76,8 @@ GATES = ("none", "head", "key")
 # kernel has no such argument. synapse_local's loop is unrolled by two.
 UNIT = ("BT", "BK", "BV", "BH")
 UNITS: dict[str, tuple[str | int, ...]] = {
+    "importance": ("ROWS", "BK"),
+    "importance_backward": ("ROWS", "BK"),
     "importance_carry": ("BC", "BK"),
     "riccati_carry": ("BC", "BK"),
     "synapse_keep": ("BS", "BK"),
@@ -89,7 +91,7 @@ UNITS: dict[str, tuple[str | int, ...]] = {
     "solve": ("BR", "K"),
 }
 # Kernels whose machine code no V decides, and K by little but a tile that all shapes share.
-PLAIN = ("importance", "riccati", "whiten", "chunk_gate")
+PLAIN = ("importance", "riccati", "chunk_gate")
 
 
 def given(arguments: Mapping[str, Any], name: str) -> bool:
@@ -97,6 +99,8 @@ def given(arguments: Mapping[str, Any], name: str) -> bool:
     return arguments.get(name) is not None
 
 
+# Kernels that give what a chunk does to a state where they are given none.
+MAPS = ("importance", "importance_backward", "riccati_scan", "riccati_backward")
 # What else tells apart launches of one kernel, and its place in their name.
 VARIANTS: dict[str, Callable[[str, Mapping[str, Any]], object]] = {
     "has_e": lambda name, x: x.get("HAS_E") or (given(x, "e_near") or given(x, "de_near")),
@@ -105,17 +109,17 @@ VARIANTS: dict[str, Callable[[str, Mapping[str, Any]], object]] = {
     "pre": lambda _, x: x.get("PRE"),
     "prev": lambda _, x: x.get("PREV"),
     "delta": lambda _, x: x.get("DELTA"),
-    "found": lambda _, x: x.get("FOUND"),
+    **{
+        at: lambda _, x, i=i: (given(x, "scaled") or given(x, "dscaled")) and x["AT"] == i
+        for i, at in enumerate(IMPORTANCES)
+    },
     "exact": lambda _, x: x.get("EXACT"),
     "diagonal": lambda _, x: x.get("DIAGONAL"),
     "uncertainty": lambda name, x: (
         name.startswith(("synapse", "posterior"))
         and (x.get("DOUBT") or given(x, "u") or given(x, "du"))
     ),
-    "backward": lambda name, x: name.startswith("importance") and given(x, "dj"),
-    "map": lambda name, x: (
-        name in ("riccati_scan", "riccati_backward") and not given(x, "entering")
-    ),
+    "map": lambda name, x: name in MAPS and not given(x, "entering"),
     "frozen": lambda name, x: name.startswith("synapse_delta") and not given(x, "b"),
     "one_state": lambda name, x: name == "synapse_state" and not given(x, "b"),
     "kept": lambda name, x: name == "synapse_delta" and given(x, "kept"),
@@ -239,11 +243,12 @@ def _calls(K: int, V: int, gate: str, B: int, T: int) -> Iterator[Callable[[], o
         return
     yield passes("linear", linear)
     yield passes("delta", delta, 2)
-    yield passes("importance", scan, 0)
+    yield passes("importance", scan, 2)
+    # As a Hebbian memory takes them, read after or before a write, and a delta rule.
+    for x, at in ((q, "written"), (q, "previous"), (None, "written"), (None, "found")):
+        options = (at, x is None and g is not None, at == "found", False)
+        yield passes("whiten", Whiten(x, k, b, g, prior, importance, None, *options), -1)
     one, kept = b.unsqueeze(3), _meta(B, T, HV, K, dtype=torch.float32)
-    for at in ("written", "found"):
-        options = (at, g is not None, at == "found")
-        yield passes("whiten", Whiten(k, kept, g, prior, importance, None, *options))
     factors = {"none": (one, one, one), "head": (one, kept, one), "key": (kept, kept, one)}[gate]
     yield passes("riccati", Riccati(*factors, kept, importance, None), 0)
     if gate != "key":

@@ -61,9 +61,9 @@ from glazoo.kernels import (
     synapse_delta,
     synapse_delta_step,
     synapse_step,
+    whiten,
 )
-from glazoo.kernels.common import interpreting, reciprocal_kind
-from glazoo.kernels.synapse_kernels import reciprocal
+from glazoo.kernels.common import interpreting, reciprocal, reciprocal_kind
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = pathlib.Path(__file__).with_name("results")
@@ -255,20 +255,15 @@ def make_operands(
 
 def _metaplastic(x: Row) -> tuple[Tensor, ...]:
     """`linear` that reads with the query over the importance."""
-    total = importance(x["k"], x["b"], x["g"])[0] + x["prior"][:, None]
-    return linear((x["q"] / total).to(x["v"].dtype), x["k"], x["v"], x["g"])[:1]
+    read, *_ = whiten(x["q"], x["k"], x["b"], x["g"], prior=x["prior"])
+    return linear(read, x["k"], x["v"], x["g"])[:1]
 
 
 def _metaplastic_delta(x: Row) -> tuple[Tensor, ...]:
     """`delta` that writes with the key over the importance, and whose decay is the importance's."""
-    prior, dtype = x["prior"][:, None], x["v"].dtype
-    j, _ = importance(x["k"], x["b"], x["g"])
-    before = torch.cat([torch.zeros_like(j[:, :1]), j[:, :-1]], 1)
-    g = 0.0 if x["g"] is None else x["g"][..., None]
-    predicted = before if x["g"] is None else before * g.exp()
-    g = g + torch.log(before + prior) - torch.log(predicted + prior)
-    e, k = x["beta"][..., None] * x["k"], (x["k"] / (j + prior)).to(dtype)
-    return delta(x["q"], e, k, x["beta"][..., None] * x["v"], g)[:1]
+    q, k, v, beta, g = (x[c] for c in ("q", "k", "v", "beta", "g"))
+    kappa, _, f, *_ = whiten(None, k, x["b"], g, prior=x["prior"], forgets=g is not None)
+    return delta(q, k, kappa, v, f, beta=beta, erase=beta)[:1]
 
 
 def _riccati(x: Row, state: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -24,6 +24,8 @@ GATE_FLOOR = tl.constexpr(-8192.0)
 
 GAINS = ("first_order", "exact", "exact_rate")
 """Learning rates of a posterior, by the number that kernels know them by."""
+IMPORTANCES = ("written", "found", "previous")
+"""Of a token, after it, as its decay leaves it and before it: likewise."""
 
 
 @triton.jit
@@ -113,6 +115,22 @@ def decay_between(r_hi, r_lo, c_hi, c_lo):
 def load_factors(x, row0, o_t, m_t, i_h, HV: tl.constexpr):
     """Return what a head's tokens are multiplied by: x [.., HV], a number for each."""
     return tl.load(x + (row0 + o_t) * HV + i_h, mask=m_t, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def reciprocal(x, RECIP: tl.constexpr):
+    """1 / x of a positive normal number: 0 correctly rounded, 1 and 2 to one unit in the last
+    place."""
+    if RECIP == 1:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    elif RECIP == 2:
+        return tl.inline_asm_elementwise(
+            "v_rcp_f32 $0, $1", "=v,v", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
 
 
 @triton.jit
@@ -386,6 +404,7 @@ _CHOICES: dict[str, tuple[str, Callable[[Any], object]]] = {
     "PRE": ("read", lambda read: read == "pre"),
     "PREV": ("base", lambda base: base == "prev"),
     "EXACT": ("gain", GAINS.index),
+    "AT": ("at", IMPORTANCES.index),
     "DELTA": ("correction", lambda correction: correction != "none"),
     "DIAGONAL": ("correction", lambda correction: correction == "diagonal"),
     "OWN": ("own", bool),

@@ -316,42 +316,45 @@ class Importance(NamedTuple):
 
 
 def whiten(
-    x: Tensor,
-    j: Tensor,
+    x: Tensor | None,
+    k: Tensor,
+    b: Tensor,
     g: Tensor | None,
     *,
     prior: Tensor,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
     at: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x / I, the log decay of a mean whose importance decays to the prior, sum x^2 / I, sum x^2."""
-    given = _Given(j[..., 0], cu_seqlens, compute_dtype(x, j))
-    (B, T, HV, K), dtype = j.shape, x.dtype
-    j, x, first = j.to(given.dtype), given.token(x), given.state(initial_state, K)
-    g = (
-        torch.zeros(B, T, HV, 1, dtype=given.dtype, device=j.device)
-        if g is None
-        else given.token(g)
-    )
-    parts = [(i, 0, T) for i in range(B)]
-    if cu_seqlens is not None:
-        parts = [(0, *x) for x in itertools.pairwise(cu_seqlens.tolist())]
-    rows = [torch.cat([first[n : n + 1], j[i, a:b]])[:-1] for n, (i, a, b) in enumerate(parts)]
-    last = torch.cat(rows).reshape(j.shape)
-    prior = prior.to(given.dtype)
-    before = g.exp() * last + prior
-    total = before if at == "found" else j + prior
-    scaled = x / total
-    sums = (x * scaled).sum(-1), x.square().sum(-1)
-    return scaled.to(dtype), g + ((last + prior) / before).log(), *sums
+) -> tuple[Tensor, ...]:
+    """x / I, the final J, the log decay of a mean whose importance decays to the prior,
+    sum x^2 / I, sum x^2 and J, where I is the prior and J after a token ("written"), as its
+    decay leaves it ("found") or before it ("previous")."""
+
+    def rule(x: Tensor, k: Tensor, b: Tensor, g: Tensor | None, j: Tensor) -> Any:
+        kept = j if g is None else g.exp() * j
+        new = kept + b * k.square()
+        before = kept + floor
+        total = {"written": new + floor, "found": before, "previous": j + floor}[at]
+        scaled = x / total
+        f = ((j + floor) / before).log()
+        sums = (x * scaled).sum(-1), x.square().sum(-1)
+        return [scaled, f if g is None else g + f, *sums, new], [new]
+
+    x = k if x is None else x
+    given = _Given(b, cu_seqlens, compute_dtype(x, k, b))
+    floor = prior.to(given.dtype)
+    start = given.state(initial_state, k.shape[3])
+    tokens = [given.token(y) for y in (x, k, b, g)]
+    (scaled, *others), (final,) = given.walk(rule, tokens, [start], None)
+    return scaled.to(x.dtype), final, *others
 
 
 class Whiten(NamedTuple):
     """Operands of `whiten`."""
 
-    x: Tensor
-    j: Tensor
+    x: Tensor | None
+    k: Tensor
+    b: Tensor
     g: Tensor | None
     prior: Tensor
     initial_state: Tensor | None
@@ -359,14 +362,15 @@ class Whiten(NamedTuple):
     at: str
     forgets: bool
     sums: bool
+    keeps: bool
 
     def loop(self) -> Any:
-        scaled, f, *sums = whiten(
-            self.x, self.j, self.g, prior=self.prior, initial_state=self.initial_state,
+        found = whiten(
+            *self[:4], prior=self.prior, initial_state=self.initial_state,
             cu_seqlens=self.cu_seqlens, at=self.at,
         )  # fmt: skip
-        kept = (self.forgets, self.sums, self.sums)
-        return scaled, *(y if k else y.new_empty(0) for y, k in zip((f, *sums), kept, strict=True))
+        kept = (True, True, self.forgets, self.sums, self.sums, self.keeps)
+        return tuple(y if k else y.new_empty(0) for y, k in zip(found, kept, strict=True))
 
 
 def synapse(

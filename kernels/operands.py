@@ -51,7 +51,8 @@ def _check_packing(batch: int, cu_seqlens: Tensor | None) -> int:
     return cu_seqlens.shape[0] - 1
 
 
-def _check_keys(name: str, x: Tensor, B: int, T: int, HV: int, K: int) -> None:
+def check_keys(name: str, x: Tensor, B: int, T: int, HV: int, K: int) -> None:
+    """Refuse keys or queries of another shape."""
     if x.ndim != 4 or x.shape[:2] != (B, T) or HV % x.shape[2] or x.shape[3] != K:
         raise ValueError(
             f"{name}: got shape {tuple(x.shape)}; "
@@ -82,7 +83,7 @@ def check_operands(
         raise ValueError(f"w: got value size {V}; the kernels accept 1 to 256")
     K = next(iter(keys.values())).shape[-1]
     for name, x in keys.items():
-        _check_keys(name, x, B, T, HV, K)
+        check_keys(name, x, B, T, HV, K)
     _check_gate(g, B, T, HV, K)
     shape = (_check_packing(B, cu_seqlens), HV, K, V)
     for state in states:
@@ -109,7 +110,7 @@ def check_importance(
     B, T, HV = b.shape
     check_device("k", k)
     K = k.shape[-1]
-    _check_keys("k", k, B, T, HV, K)
+    check_keys("k", k, B, T, HV, K)
     _check_gate(g, B, T, HV, K)
     check_state(initial_state, (_check_packing(B, cu_seqlens), HV, K))
 
@@ -127,7 +128,7 @@ def check_riccati(
     if u.ndim != 4:
         raise ValueError(f"u: got shape {tuple(u.shape)}; expected [B, T, HV, K]")
     B, T, HV, K = u.shape
-    _check_keys("u", u, B, T, HV, K)
+    check_keys("u", u, B, T, HV, K)
     for name, x in (("a", a), ("c", c), ("d", d)):
         check_device(name, x)
         if tuple(x.shape) not in ((B, T, HV, 1), (B, T, HV, K)):
@@ -149,7 +150,7 @@ def check_precision(
     for name, x in (("k", k), ("beta", beta)):
         check_device(name, x)
     for name, x in (("q", q), ("k", k)):
-        _check_keys(name, x, B, T, HV, K)
+        check_keys(name, x, B, T, HV, K)
     if g is not None and g.ndim != 3:
         raise ValueError(f"g: got shape {tuple(g.shape)}; expected {(B, T, HV)}")
     _check_gate(g, B, T, HV, K)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import loops
 from .common import Chunks, launch, locate_chunk, locate_sequence, make_chunks
-from .importance import CHUNK, compose, importance_carry_kernel, importance_tiles
+from .importance import CHUNK, compose, importance_carry_kernel, scan_tiles
 from .loops import Riccati
 from .operands import check_riccati, final_state, given_or_zeros, prepare
 from .register import register
@@ -290,7 +290,7 @@ def forward(x: Riccati, _keep: bool) -> tuple[Tensor, Tensor]:
     x, chunks = _begin(x)
     found = z, final = _allocate(x, False)
     HV, K = x.u.shape[2:]
-    tiles = importance_tiles(K)
+    tiles = scan_tiles(K)
     maps, entering = (x.u.new_empty(chunks.number, HV, *rest) for rest in ((4, K), (K,)))
 
     def scan(**own: Any) -> None:
@@ -319,7 +319,7 @@ def gradients(x: Riccati, grads: Any, _wanted: Any, z: Tensor) -> tuple[Tensor |
     x, chunks = _begin(x)
     room, dinitial = _allocate(x, False)
     dz, dfinal = given_or_zeros(grads[0], room), given_or_zeros(grads[1], _final(x))
-    tiles = importance_tiles(x.u.shape[3])
+    tiles = scan_tiles(x.u.shape[3])
     factor, term, entering = x.u.new_empty(3, chunks.number, *x.u.shape[2:])
     found = da, dc, dd, du = [torch.empty_like(y) for y in x[:4]]
 
@@ -336,7 +336,6 @@ def gradients(x: Riccati, grads: Any, _wanted: Any, z: Tensor) -> tuple[Tensor |
         across="K",
         factor=factor,
         term=term,
-        g=None,
         outside=dfinal,
         entering=entering,
         leaving=dinitial,

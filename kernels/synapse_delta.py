@@ -33,6 +33,7 @@ from .common import (
     locate_sequence,
     make_chunks,
     power_of_two,
+    reciprocal,
     reduce_heads,
 )
 from .loops import SynapseDelta
@@ -52,7 +53,6 @@ from .operands import (
 )
 from .register import register, register_step
 from .synapse import RECIPROCALS
-from .synapse_kernels import reciprocal
 
 
 @triton.jit

@@ -31,23 +31,7 @@ dg_t = end + sum_{s >= t} (read_s - write_s), s > t for the reads of a read befo
 import triton
 import triton.language as tl
 
-from .common import locate_chunk, locate_sequence, split_log
-
-
-@triton.jit
-def reciprocal(x, RECIP: tl.constexpr):
-    """1 / x of a positive normal number: 0 correctly rounded, 1 and 2 to one unit in the last
-    place."""
-    if RECIP == 1:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    elif RECIP == 2:
-        return tl.inline_asm_elementwise(
-            "v_rcp_f32 $0, $1", "=v,v", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
+from .common import locate_chunk, locate_sequence, reciprocal, split_log
 
 
 @triton.jit

@@ -58,12 +58,14 @@ class PosteriorStep(Protocol):
 
 
 class Whiten(Protocol):
-    """A key or query over an importance, and how the mean is forgotten that it belongs to."""
+    """A key or query over the importance of keys, the importance at the end, and how the mean is
+    forgotten that it belongs to."""
 
     def __call__(
         self,
-        x: Tensor,
-        j: Tensor,
+        x: Tensor | None,
+        k: Tensor,
+        b: Tensor,
         g: Tensor | None = None,
         *,
         prior: Tensor,
@@ -71,8 +73,9 @@ class Whiten(Protocol):
         at: str = "written",
         forgets: bool = False,
         sums: bool = False,
+        keeps: bool = False,
         cu_seqlens: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]: ...
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
 
 
 class Core(Protocol):
@@ -87,8 +90,8 @@ class Core(Protocol):
 
     @property
     def whiten(self) -> Whiten | None:
-        """Keys over an importance and what they leave of a memory, where the engine has it in one
-        pass."""
+        """The scan of an importance and what it makes of keys and of a memory, where the engine has
+        them in one operation."""
 
     @property
     def posterior_step(self) -> PosteriorStep | None:

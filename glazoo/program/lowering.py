@@ -428,13 +428,18 @@ def _per_key(
     q, k, w, forget, found, symbol = "q", "k", "v", g, None, "S"
     J = "J" if when == "post" else "J_previous"
     isotropic, diffuse = p.precision == "isotropic", spec.forgetting == "diffuse"
-    # Of what importance makes of keys, an engine may have all in one pass.
+    # Of an importance and what it makes of keys, an engine may have all in one operation.
     at_once = imp is not None and imp.preconditioner is None and spec.forgetting == "temper"
     at_once = at_once and not isotropic
     if p.gain != "first_order" and p.correction == "diagonal":
         # What is left of the mean needs the quotient before it is rounded.
         at_once = False
+    counted: tuple[step.Importance, step.Variance] | None = None
     forgets = None
+
+    def over(divide: step.Divide | step.Gain, keeps: bool = False) -> Step | step.Tempered:
+        return step.Tempered(*counted, forgets, divide, keeps) if counted else divide
+
     # Importance over axes of its own, while the mean stays where the keys are.
     axes = imp is not None and imp.basis == "rotated" and diffuse
     own = diffuse and spec.hebbian and not (axes or isotropic)
@@ -461,12 +466,14 @@ def _per_key(
         discount = spec.forgetting == "discount"
         pulled = not spec.hebbian and not discount and (g is not None or p.gain != "first_order")
         keeps = pulled or when == "pre" or (discount and p.gain != "first_order")
-        yield step.Importance(g, keeps, isotropic, discount)
-        yield step.Variance(J)
+        scan = step.Importance(g, keeps, isotropic, discount), step.Variance(J)
+        if at_once:
+            counted = scan
+        else:
+            yield from scan
         symbol = "h" if spec.hebbian else "mu"
         if spec.hebbian:
-            divide = step.Divide("read", "q", J)
-            yield step.Tempered(None, divide) if at_once else divide
+            yield over(step.Divide("read", "q", J))
             q = "read"
         elif discount:
             forget = None
@@ -484,7 +491,7 @@ def _per_key(
             yield from _over_found("scaled", axes)
             found, scaled = None, "scaled"
         gain = step.Gain(beta, found, forget, diagonal, _gain(spec), scaled)
-        yield step.Tempered(forgets, gain) if at_once else gain
+        yield over(gain)
         if diagonal:
             yield step.Linear(q, "kappa", w, "kept", symbol=symbol)
         else:
@@ -511,8 +518,7 @@ def _per_key(
         yield step.Turn("kappa", "k_axes", back=True)
         k = "kappa"
     elif imp is not None and imp.preconditioner is None:
-        divide = step.Divide("kappa", "k", "J")
-        yield step.Tempered(forgets, divide) if at_once else divide
+        yield over(step.Divide("kappa", "k", "J"), keeps=removed is not None)
         k = "kappa"
         if removed is not None:
             yield step.Divide("removed_key", removed, "J")

@@ -226,11 +226,13 @@ class Importance(Step):
         if self.discount:
             J, final = J - x["prior"], final - x["prior"]
         x["importance"] = final
-        x["J"] = env.over_keys(J)
+        self.keep(env, J, first)
+
+    def keep(self, env: Env, J: Tensor, first: Tensor | None) -> None:
+        """Keep the importance of every token for later steps, from the one before the first."""
+        env.x["J"] = env.over_keys(J)
         if self.keeps_previous:
-            x.functions["J_previous"] = lambda: env.over_keys(env.previous(J, first))
-            if first is not None:
-                x["J_first"] = first
+            env.x.functions["J_previous"] = lambda: env.over_keys(env.previous(J, first))
 
     def write(self, names: Names) -> None:
         x, shape = names.x, NUMBER if self.isotropic else _KEY
@@ -1020,17 +1022,22 @@ class SynapseDelta(Step):
 
 @dataclass(frozen=True, slots=True)
 class Tempered:
-    """Steps of which an engine may have all in one pass over the keys: how a mean is forgotten when
-    its importance decays, if it is, and a key or query over the importance."""
+    """Steps of which an engine may have all in one operation: the scan of an importance over keys,
+    how a mean is forgotten when it decays, if it is, and a key or query over the importance."""
 
+    scan: Importance
+    variance: Variance
     forget: Forget | None
     divide: Divide | Gain
     """Of a gain the importance is the one that a token finds."""
+    keeps: bool = False
+    """Whether later steps need the importance, too."""
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """Both of them."""
-        return (self.divide,) if self.forget is None else (self.forget, self.divide)
+        """All of them."""
+        forget = () if self.forget is None else (self.forget,)
+        return self.scan, self.variance, *forget, self.divide
 
     def run(self, env: Env) -> None:
         x, divide, whiten = env.x, self.divide, env.core.whiten
@@ -1041,20 +1048,25 @@ class Tempered:
         if isinstance(divide, Gain):
             name, at = "k", "found"
         else:
-            name, at = divide.of, "found" if divide.importance == "J_previous" else "written"
-        of = x.factors(name)
-        g = None if self.forget is None else env.gate(self.forget.g)
-        scaled, forget, reached, square = whiten(
-            of.of,
-            x["J"],
-            g,
+            name = divide.of
+            at = "previous" if divide.importance == "J_previous" else "written"
+        of, k, first = x.factors(name), env.token("k"), x.get("importance")
+        scaled, x["importance"], forget, reached, square, J = whiten(
+            None if of.of is k else of.of,
+            k,
+            x["b"],
+            env.gate(self.scan.g),
             prior=env.prior(),
-            initial_state=x.get("J_first"),
+            initial_state=first,
             at=at,
-            forgets=g is not None,
+            forgets=self.forget is not None and self.forget.g is not None,
             sums=isinstance(divide, Gain),
+            keeps=self.keeps or env.uncertainty,
             cu_seqlens=env.cu_seqlens,
         )
+        if J is not None:
+            self.scan.keep(env, J, first)
+            self.variance.run(env)
         if forget is not None:
             x["forget"] = forget
         if isinstance(divide, Gain):

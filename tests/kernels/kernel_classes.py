@@ -28,8 +28,19 @@ from synapse_cases import (
     synapse_loop,
     synapse_operands,
 )
+from whiten_cases import chosen, paired, whiten_loop
+from whiten_cases import operands as whiten_operands
 
-from glazoo.kernels import delta, importance, linear, riccati, solve, synapse, synapse_delta
+from glazoo.kernels import (
+    delta,
+    importance,
+    linear,
+    riccati,
+    solve,
+    synapse,
+    synapse_delta,
+    whiten,
+)
 
 HEADS = {"q": 2, "e": 1, "k": 1, "w": 2}
 RESULTS = ("output", "final state", "final importance", "uncertainty")
@@ -122,6 +133,15 @@ CLASSES = {
     "riccati": single(
         riccati, riccati_loop, lambda B, at, **x: riccati_operands(B, at.T, 2, at.K, **x)
     ),
+    "whiten": single(
+        paired(whiten),
+        paired(whiten_loop),
+        lambda B, at, **x: whiten_operands(B, at.T, 1, 2, at.K, **x),
+    )
+    | {
+        "call": lambda **x: list(chosen(whiten)(**x)[:2]),
+        "truth": lambda **x: list(chosen(whiten_loop)(**x)[:2]),
+    },
     "solve": single(
         solve, solve_loop, lambda B, at, **x: solve_operands(B, at.T, 1, 2, at.K, **x), symmetric
     ),
@@ -139,6 +159,8 @@ def gates(name: str) -> tuple[str, ...]:
 OPTIONS = [
     ("linear", {"read": "pre"}),
     ("delta", {"base": "prev"}),
+    ("whiten", {"at": "written"}),
+    ("whiten", {"at": "previous"}),
     ("synapse", {"read": "pre"}),
     ("synapse", {"uncertainty": True}),
     ("synapse_delta", {"base": "prev"}),

@@ -30,6 +30,7 @@ TOKENS = {
     "linear": 3,
     "delta": 4,
     "importance": 1,
+    "whiten": 2,
     "synapse": 3,
     "synapse_delta": 3,
     "solve": 2,

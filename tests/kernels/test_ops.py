@@ -3,6 +3,7 @@
 import pytest
 import torch
 from kernel_cases import in_dtype, make_operands, riccati_operands
+from whiten_cases import operands as whiten_operands
 
 from glazoo.kernels import (
     delta,
@@ -50,6 +51,19 @@ def test_opcheck(name, names, gate, packed):
 @pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_opcheck_riccati(packed):
     test_opcheck("riccati", "acdu", "head", packed)
+
+
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("own", [False, True])
+def test_opcheck_whiten(own, packed):
+    given = in_dtype(
+        whiten_operands(1, 3, 1, 2, 3, "key", sequences=3 if packed else None, own=own),
+        torch.float32,
+    )
+    given = [None if x is None else x.requires_grad_() for x in given.values()]
+    ends = torch.tensor([0, 2, 2, 3]) if packed else None
+    given += [ends, "found", True, True, not own, False]
+    torch.library.opcheck(torch.ops.glazoo.whiten.default, tuple(given))
 
 
 @pytest.mark.parametrize(("name", "names"), NAMES)

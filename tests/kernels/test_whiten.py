@@ -13,56 +13,80 @@ pytestmark = pytest.mark.usefixtures("poison")
 PACKED = torch.tensor([0, 0, 33, 33, 40, 40])
 
 
-@pytest.mark.parametrize("at", ["written", "found"])
+ATS = ("written", "found", "previous")
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("at", ATS)
+@pytest.mark.parametrize("gate", ["none", "head", "key"])
+def test_keys_and_forgetting(at, gate, own):
+    compare(operands(1, 10, 1, 2, 5, gate, own=own), at=at)
+
+
+@pytest.mark.parametrize("at", ATS)
+def test_across_chunks(at):
+    """Strong decays, no states before, and two heads of queries for as many values."""
+    compare(operands(1, 70, 2, 2, 3, "key", strong=True, state=False), at=at)
+
+
 @pytest.mark.parametrize("gate", ["head", "key"])
-def test_keys_and_forgetting(at, gate):
-    given = operands(1, 40, 1, 2, 19, gate, resets=False)
-    compare(given, at=at, forgets=True, sums=at == "found")
+@pytest.mark.parametrize("at", ATS)
+def test_packed(at, gate):
+    given = operands(1, 40, 1, 2, 5, gate, sequences=5)
+    compare(given, at=at, cu_seqlens=PACKED)
 
 
-@pytest.mark.parametrize(("at", "gate"), [("written", "none"), ("found", "none"), ("found", "key")])
-def test_keys_alone(at, gate):
-    given = operands(2, 35, 2, 2, 8, gate, state=False, resets=False)
-    compare(given, at=at, forgets=False, sums=True)
-
-
-@pytest.mark.parametrize("gate", ["head", "key"])
-def test_packed(gate):
-    given = operands(1, 40, 1, 2, 5, gate, sequences=5, resets=False)
-    compare(given, at="found", forgets=True, sums=True, cu_seqlens=PACKED)
-    compare(given, at="written", forgets=True, sums=False, cu_seqlens=PACKED)
-
-
-@pytest.mark.parametrize("at", ["written", pytest.param("found", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("at", ATS)
 def test_half_precision(at):
-    compare(operands(1, 40, 1, 1, 16, "key", resets=False), torch.float16, at=at, forgets=True,
-            sums=True)  # fmt: skip
+    compare(operands(1, 10, 1, 1, 16, "key"), torch.float16, at=at)
+
+
+@pytest.mark.parametrize("T", [1, 4, 64, 65])
+def test_lengths(T):
+    compare(operands(2, T, 1, 1, 2, "head"), at="found")
+
+
+def test_no_tokens():
+    given = operands(2, 0, 1, 2, 4, "key")
+    given = {name: x.float().requires_grad_() for name, x in given.items()}
+    scaled, final, *others = whiten(**given, forgets=True, sums=True, keeps=True)
+    assert scaled.shape == (2, 0, 2, 4)
+    assert [x.shape[:2] for x in others] == [(2, 0)] * 4
+    assert torch.equal(final, given["initial_state"])
+    (gradient,) = torch.autograd.grad(2 * final.sum(), given["initial_state"])
+    assert (gradient == 2).all()
 
 
 def test_a_reset_forgets_all():
     given = operands(1, 40, 1, 1, 8, "head", resets=True)
     given = {name: x.float().requires_grad_() for name, x in given.items()}
-    scaled, f, *_ = whiten(**given, at="found", forgets=True)
+    scaled, _, f, *_ = whiten(**given, at="found", forgets=True)
     reset = torch.isinf(given["g"])
     assert reset.any()
     assert (f[reset] == -torch.inf).all()
     # Nothing that the memory kept has a gradient.
     weight = torch.where(torch.isinf(f), 0.0, 1.0).detach()
     grads = torch.autograd.grad(
-        [scaled, f], [given["g"], given["j"]], [torch.ones_like(scaled), weight]
+        [scaled, f], [given["g"], given["k"]], [torch.ones_like(scaled), weight]
     )
     assert all(torch.isfinite(x).all() for x in grads)
     assert (grads[0][reset] == 0).all()
 
 
-def test_importance_one_leaves_keys_as_they_are():
-    given = operands(1, 20, 1, 1, 16, "head", state=False, resets=False)
-    given["j"], given["prior"] = torch.zeros_like(given["j"]), torch.ones_like(given["prior"])
+@pytest.mark.parametrize("gate", ["none", "head"])
+def test_importance_one_leaves_keys_as_they_are(gate):
+    given = operands(1, 20, 1, 1, 16, gate, state=False, resets=False)
+    given["b"], given["prior"] = torch.zeros_like(given["b"]), torch.ones_like(given["prior"])
     given = {name: x if x is None else x.float() for name, x in given.items()}
-    scaled, f, reached, square = whiten(**given, at="found", forgets=True, sums=True)
-    assert torch.equal(scaled, given["x"])
-    assert torch.equal(f, given["g"][..., None].expand(f.shape))
-    assert torch.equal(reached, square)
+    for at in ATS:
+        scaled, final, f, reached, square, _ = whiten(
+            **given, at=at, forgets=gate != "none", sums=True
+        )
+        assert torch.equal(scaled, given["x"])
+        assert torch.equal(reached, square)
+        assert (final == 0).all()
+        if f is not None:
+            assert torch.equal(f, given["g"][..., None].expand(f.shape))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
@@ -73,7 +97,7 @@ def test_forward_mode_and_derivatives_of_derivatives():
     along = tuple(torch.randn_like(x) for x in xs)
 
     def loss(function, *values):
-        options = {"at": "written", "forgets": True, "sums": True}
+        options = {"at": "written", "forgets": True, "sums": True, "keeps": True}
         return sum(
             y.pow(2).sum() for y in function(**dict(zip(names, values, strict=True)), **options)
         )
@@ -96,7 +120,8 @@ def test_forward_mode_and_derivatives_of_derivatives():
         ({"at": "lost"}, "at: got 'lost'"),
         ({"g": None, "forgets": True}, "forgets: got True without g"),
         ({"prior": torch.ones(3)}, r"prior: got shape \(3,\)"),
-        ({"j": torch.ones(1, 4, 2)}, r"j: got shape \(1, 4, 2\)"),
+        ({"b": torch.ones(1, 4)}, r"b: got shape \(1, 4\)"),
+        ({"x": torch.ones(1, 4, 1, 7)}, r"x: got shape \(1, 4, 1, 7\)"),
     ],
 )
 def test_misuse_is_named(changes, message):

@@ -1,58 +1,84 @@
 """Keys over an importance: the loop per token, operands, and the comparison that tests share."""
 
 import torch
-from kernel_cases import assert_matches_loop, decay, make_gate, per_head, segments
+from kernel_cases import assert_matches_loop, decay, make_gate, per_head, walk
 
 from glazoo.kernels import whiten
 
+# Of a decay without a gate of its own: what stands for minus infinity has no gradient.
+LEAST = -50.0
+
 
 def whiten_loop(
-    x, j, g=None, prior=None, initial_state=None, *, at, forgets, sums, cu_seqlens=None
+    x, k, b, g=None, prior=None, initial_state=None, *, at, forgets, sums, keeps, cu_seqlens=None
 ):
-    HV = j.shape[2]
-    x = per_head(x, HV)
-    rows = []
-    for n, (i, start, end) in enumerate(segments(j, cu_seqlens)):
-        last = torch.zeros_like(prior) if initial_state is None else initial_state[n]
-        for t in range(start, end):
-            a = decay(g, i, t, last)
-            before = a * last + prior
-            total = before if at == "found" else j[i, t] + prior
-            log = torch.zeros_like(last) if g is None else per_key(g[i, t], last)
-            f = log + ((last + prior) / before).log()
-            rows.append(
-                (x[i, t] / total, f, (x[i, t] ** 2 / total).sum(-1), (x[i, t] ** 2).sum(-1))
-            )
-            last = j[i, t]
-    scaled, f, *found = (torch.stack(y) for y in zip(*rows, strict=True))
-    return scaled.reshape(j.shape), *([f] if forgets else []), *(found if sums else [])
+    HV, K = b.shape[2], k.shape[3]
+    k = per_head(k, HV)
+    x = k if x is None else per_head(x, HV)
+
+    def step(i, t, last):
+        a = decay(g, i, t, last)
+        before = a * last + prior
+        j = a * last + b[i, t][:, None] * k[i, t] ** 2
+        total = {"written": j + prior, "found": before, "previous": last + prior}[at]
+        log = torch.zeros_like(last) if g is None else per_key(g[i, t], last)
+        f = log + ((last + prior) / before).log()
+        totals = torch.stack([(x[i, t] ** 2 / total).sum(-1), (x[i, t] ** 2).sum(-1)], -1)
+        return j, torch.cat([x[i, t] / total, f, totals, j], -1)
+
+    rows, final = walk(k, (HV, K), initial_state, cu_seqlens, step)
+    rows = k.new_empty(0, HV, 3 * K + 2) if rows is None else rows
+    rows = rows.reshape(*b.shape, 3 * K + 2)
+    scaled, f, reached, square, j = rows.split([K, K, 1, 1, K], -1)
+    f, j = (y if asked else None for y, asked in ((f, forgets), (j, keeps)))
+    reached, square = (y[..., 0] if sums else None for y in (reached, square))
+    return scaled, final, f, reached, square, j
 
 
 def per_key(g, like):
     return (g if g.ndim == like.ndim else g[:, None]).expand(like.shape)
 
 
-def operands(B, T, HX, HV, K, gate, *, resets=True, state=True, sequences=None):
+def operands(
+    B, T, HX, HV, K, gate, *, resets=True, strong=False, state=True, sequences=None, own=False
+):
+    """own: keys that are divided themselves."""
     torch.manual_seed(0)
     shape = sequences or B, HV, K
     return {
-        "x": torch.randn(B, T, HX, K, dtype=torch.float64),
-        "j": torch.rand(B, T, HV, K, dtype=torch.float64),
-        "g": make_gate(gate, (B, T, HV, K), resets, False),
+        "x": None if own else torch.randn(B, T, HX, K, dtype=torch.float64),
+        "k": torch.randn(B, T, HX, K, dtype=torch.float64),
+        "b": torch.rand(B, T, HV, dtype=torch.float64),
+        "g": make_gate(gate, (B, T, HV, K), resets, strong),
         "prior": 0.5 + torch.rand(HV, K, dtype=torch.float64),
         "initial_state": torch.rand(shape, dtype=torch.float64) if state else None,
     }
 
 
-def paired(function, **options):
+def chosen(function):
+    """All results that there are, by the importance that divides; the final one second."""
+
+    def run(at="found", g=None, **x):
+        sums = at == "found"
+        return function(g=g, at=at, forgets=g is not None, sums=sums, keeps=not sums, **x)
+
+    return run
+
+
+def paired(function):
     """The function's first result, and the others in a row."""
 
     def run(**x):
-        scaled, *others = (y for y in function(**x, **options) if y is not None)
-        return scaled, torch.cat([y.flatten() for y in (*others, scaled.new_zeros(1).float())])
+        scaled, final, f, *others = chosen(function)(**x)
+        decays = None if f is None else f.clamp(min=LEAST)
+        found = (y.flatten().to(final.dtype) for y in (final, decays, *others) if y is not None)
+        return scaled, torch.cat([*found])
 
     return run
 
 
 def compare(given, dtype=torch.float32, **options):
-    assert_matches_loop(paired(whiten, **options), paired(whiten_loop, **options), given, dtype)
+    def bound(function):
+        return lambda **x: paired(function)(**x, **options)
+
+    assert_matches_loop(bound(whiten), bound(whiten_loop), given, dtype)
