@@ -77,6 +77,15 @@ def issued(listing: Listing, touched: Touched) -> float:
     loops = []
     for loop in listing.loops:
         block = next((headers[x] for x in loop.places if x in headers), None)
+        if block is None:
+            # The jump back may be counted to a line of the loop, next to which it was placed.
+            around = [
+                x
+                for file, line in loop.places
+                for x in headers.values()
+                if x.file == file and x.first <= line <= x.last
+            ]
+            block = min(around, key=lambda x: x.last - x.first, default=None)
         if block is None or sum(x.places == loop.places for x in listing.loops) > 1:
             raise RuntimeError(f"the loop at {loop.places} is not one loop of the source")
         loops.append((loop, block.times(touched, block.first)))

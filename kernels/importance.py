@@ -168,12 +168,12 @@ def importance_kernel(
                 tl.store(j + p_t, b_j, mask=m_t)
             if scaled is not None:
                 b_before = b_kept + b_prior
-                b_total = choose(b_j + b_prior, b_before, b_last + b_prior, AT)
-                b_s = quotient(b_x[u], b_total, RECIP)
-                tl.store(scaled + p_t, b_s.to(scaled.dtype.element_ty), mask=m_t)
                 if f is not None:
                     b_y = tl.log(quotient(b_last + b_prior, b_before, RECIP))
                     tl.store(f + p_t, b_g[u] + b_y, mask=m_t)
+                b_total = choose(b_j + b_prior, b_before, b_last + b_prior, AT)
+                b_s = quotient(b_x[u], b_total, RECIP)
+                tl.store(scaled + p_t, b_s.to(scaled.dtype.element_ty), mask=m_t)
                 if reached is not None:
                     # In one order of operations: equal to the last bit where importance is one.
                     o_row = (row0 + t + u) * HV + i_h
