@@ -69,6 +69,8 @@ BUDGETS = HERE / "budgets.toml"
 # The table of BUDGETS that is of no target.
 EAGER = "eager"
 SHAPES = ((64, 64), (128, 128), (128, 256), (96, 192))
+# Kernels that are faster for all that they spill as many bytes: measured, see LOG.md.
+SPILLED = {"chunk_dkey": 48}
 # Room that a budget leaves for instructions: another Triton schedules a little differently.
 ROOM = 1.05
 GATES = ("none", "head", "key")
@@ -371,7 +373,7 @@ def violations(found: Measurement, budget: dict[str, float] | None) -> list[str]
         for field in ("registers", "shared", "work")
         if getattr(found, field) > budget[field]
     ]
-    if found.spill:
+    if found.spill > SPILLED.get(found.name.partition("/")[0], 0):
         over.append(f"{where}: {found.spill} bytes spilled")
     if found.misled:
         over.append(f"{where}: {found.misled} products take addresses from data")

@@ -638,7 +638,7 @@ def chunk_dkey_kernel(
     b_de = tl.zeros([BT, BK], tl.float32)
     b_ds = tl.zeros([BT, BT], tl.float32)
     b_dl = tl.zeros([BT, BT], tl.float32)
-    b_last = tl.zeros([BK, BV], tl.float32)
+    b_last = 0.0
     p_state = (i_c * HV + i_h) * (K * V)
     for i_v in range(tl.cdiv(V, BV)):
         o_v = i_v * BV + tl.arange(0, BV)
@@ -654,7 +654,7 @@ def chunk_dkey_kernel(
         b_dq = tl.dot(b_do, b_h, b_dq, input_precision=PREC, out_dtype=tl.float32)
         b_dk = tl.dot(b_w, b_dh, b_dk, input_precision=PREC, out_dtype=tl.float32)
         if GATE != 0:
-            b_last += load_product(state, dstate, p_state, o_k, o_v, m_k, m_v, V)
+            b_last += tl.sum(load_product(state, dstate, p_state, o_k, o_v, m_k, m_v, V))
         if HAS_E:
             b_dw = tl.load(dw + p_w, mask=m_tv, other=0.0)
             b_dl = tl.dot(b_dw, tl.trans(b_w), b_dl, input_precision=PREC, out_dtype=tl.float32)
@@ -723,7 +723,7 @@ def chunk_dkey_kernel(
             if SHIFT_E:
                 b_now += b_y
         b_x -= tl.sum(b_k * b_ik, 1)
-        b_total = tl.sum(b_last) * decay_from_start(e_hi, e_lo)
+        b_total = b_last * decay_from_start(e_hi, e_lo)
         b_dg = tl.cumsum(b_x, 0, reverse=True) - b_now + tl.cumsum(b_z, 0) - b_z + b_total
         r_hi, r_lo = reader_decay(p_d, o_t, rows, HV, True)
         b_dg = tl.where(decay_between(c_hi, c_lo, r_hi, r_lo) == 0.0, 0.0, b_dg)
@@ -1147,7 +1147,7 @@ class Decayed(NamedTuple):
     """q, e (or none) and k of every value head, [B, T, HV, K], multiplied by their decays."""
 
     q: Tensor
-    e: Tensor | None
+    e: Any
     k: Tensor
 
 
@@ -1337,11 +1337,11 @@ def chunk_dkey(
     same = e is k
     de = w.new_empty(0) if e is None or same else torch.empty_like(dq)
     multiplied = gate.write is not None or gate.erase is not None
-    of = {"q": q, "e": e, "k": k, "dq": dq, "de": de, "dk": dk, "SAME": same}
-    shifts = {"SHIFT_Q": shift_q, "SHIFT_E": shift_e}
-    outside = {"w": w, "state": state, "dstate": dstate, "do": do, "dw": dw}
+    of: dict[str, Any] = {"q": q, "e": e, "k": k, "dq": dq, "de": de, "dk": dk, "SAME": same}
+    shifts: dict[str, Any] = {"SHIFT_Q": shift_q, "SHIFT_E": shift_e}
+    outside: dict[str, Any] = {"w": w, "state": state, "dstate": dstate, "do": do, "dw": dw}
     if near is None:
-        tiles = chunk_tiles("chunk_dkey_kernel", K, V, w.dtype)
+        tiles = chunk_tiles("chunk_dkey_kernel", K, V, w.dtype, e is not None)
         blocks = -(-K // tiles.BK)
         dg = w.new_empty(0 if gate.g is None else blocks, B, T, HV, dtype=torch.float32)
         dfactor = w.new_empty(blocks if multiplied else 0, B, T, HV, dtype=torch.float32)
@@ -1364,7 +1364,7 @@ def chunk_dkey(
         return dq, de, dk, dg, _over_tiles(dfactor) if multiplied else dfactor
     assert gate.g is not None
     dscore, dsolve = chunk_dscore(w, do, dw, chunks, gate.scale)
-    shared = {
+    shared: dict[str, Any] = {
         "dscore": dscore,
         "dsolve": dsolve,
         "dq_near": torch.empty_like(near.q_near),

@@ -384,7 +384,6 @@ def forward(x: GatedDelta, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     q, e, k, score, matrix = x.q, _erase_key(x), x.k, None, None
     if gate.GATE == 2:
         score, matrix, _, (q, e, k) = chunk_readers(q, e, k, gate, chunks, False, prev, True)
-        assert e is not None
     inverse = chunk_solve(e, k, gate, matrix, x.w.shape[2], chunks, prev)
     del matrix
     state, final, u = _delta_state(e, k, x.w, gate, inverse, x.initial_state, chunks, prev)
@@ -406,7 +405,6 @@ def gradients(
         score, _, near, far = chunk_readers(q, e, k, gate, chunks, False, prev, False)
         qg, eg, kg = far
         del far
-        assert eg is not None
     state, _, u = _delta_state(eg, kg, w, gate, inverse, x.initial_state, chunks, prev)
     du = chunk_dvalue(qg, kg, gate, do, None, score, chunks, False)
     dstate, dinitial, dw = _delta_dstate(qg, eg, kg, do, du, gate, inverse, dfinal, chunks, prev)
