@@ -55,6 +55,7 @@ from glazoo.kernels.loops import (
     Synapse,
     SynapseDelta,
     Whiten,
+    WhitenedLinear,
 )
 from glazoo.kernels.step import (
     Posterior,
@@ -246,10 +247,13 @@ def _calls(K: int, V: int, gate: str, B: int, T: int) -> Iterator[Callable[[], o
     yield passes("linear", linear)
     yield passes("delta", delta, 2)
     yield passes("importance", scan, 2)
-    # As a Hebbian memory takes them, read after or before a write, and a delta rule.
-    for x, at in ((q, "written"), (q, "previous"), (None, "written"), (None, "found")):
-        options = (at, x is None and g is not None, at == "found", False)
-        yield passes("whiten", Whiten(x, k, b, g, prior, importance, None, *options), -1)
+    for at in ("written", "found"):
+        options = (at, g is not None, at == "found", False)
+        yield passes("whiten", Whiten(None, k, b, g, prior, importance, None, *options), -1)
+    gates = (b, g, write, prior, state, importance)
+    for read in ("post", "pre"):
+        x = WhitenedLinear(q, k, w, *gates, None, read, 0.5, False)
+        yield passes("whitened_linear", x, -2, -1)
     one, kept = b.unsqueeze(3), _meta(B, T, HV, K, dtype=torch.float32)
     factors = {"none": (one, one, one), "head": (one, kept, one), "key": (kept, kept, one)}[gate]
     yield passes("riccati", Riccati(*factors, kept, importance, None), 0)

@@ -62,6 +62,7 @@ from glazoo.kernels import (
     synapse_delta_step,
     synapse_step,
     whiten,
+    whitened_linear,
 )
 from glazoo.kernels.common import interpreting, reciprocal, reciprocal_kind
 
@@ -255,8 +256,8 @@ def make_operands(
 
 def _metaplastic(x: Row) -> tuple[Tensor, ...]:
     """`linear` that reads with the query over the importance."""
-    read, *_ = whiten(x["q"], x["k"], x["b"], x["g"], prior=x["prior"])
-    return linear(read, x["k"], x["v"], x["g"])[:1]
+    given = (x[c] for c in ("q", "k", "v", "b", "g"))
+    return whitened_linear(*given, prior=x["prior"])[:1]
 
 
 def _metaplastic_delta(x: Row) -> tuple[Tensor, ...]:

@@ -385,6 +385,7 @@ class _Over:
     posterior_step = None
     # What it finds of an importance, other processes may have.
     whiten = None
+    whitened_linear = None
 
     def __init__(self, core: Core, place: _Place, env: Env) -> None:
         self.core, self.place, self.env = core, place, env

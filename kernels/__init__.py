@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .synapse import synapse, synapse_step
     from .synapse_delta import synapse_delta, synapse_delta_step
     from .whiten import whiten
+    from .whitened_linear import whitened_linear
 
 __all__ = [
     "covariance",
@@ -37,6 +38,7 @@ __all__ = [
     "synapse_delta_step",
     "synapse_step",
     "whiten",
+    "whitened_linear",
 ]
 # Modules that hold them; the loops have what has no kernel.
 _PLACES = [
@@ -49,6 +51,7 @@ _PLACES = [
     "synapse",
     "synapse_delta",
     "whiten",
+    "whitened_linear",
     "loops",
 ]
 

@@ -256,6 +256,8 @@ def importance_backward_kernel(
     db,
     dg,
     dprior,
+    dk_more,
+    dg_more,
     cu_seqlens,
     chunk_ids,
     chunk_offsets,
@@ -273,7 +275,7 @@ def importance_backward_kernel(
 ):
     """Factor and term with which a chunk maps the gradient of the state that leaves it to that of
     the one that enters it or, from the first, gradients of x and k (per value head), b, g and the
-    prior (per chunk).
+    prior (per chunk). dk_more and dg_more are added to those of k and g.
 
     With P_t the gradient of the state that token t finds, y_t that of J_t in what the token makes
     of it, m_t of exp(g_t) J_{t-1} and l_t of J_{t-1}: P_t = l_t + exp(g_t) (m_t + y_t + P_{t+1}).
@@ -326,6 +328,13 @@ def importance_backward_kernel(
             b_dr = load_rows(dreached + o_h, t, rows, HV, ROWS)
         if dsquare is not None:
             b_dq = load_rows(dsquare + o_h, t, rows, HV, ROWS)
+        if dk_more is not None:
+            b_dk_more = load_rows(dk_more + p_tk, t, limit, HV * K, ROWS)
+        if dg_more is not None:
+            if HEAD:
+                b_dg_more = load_rows(dg_more + o_h, t, rows, HV, ROWS)
+            else:
+                b_dg_more = load_rows(dg_more + p_tk, t, limit, HV * K, ROWS)
         # Before every token, and after the last.
         b_js = (b_j,)
         b_as = ()
@@ -376,14 +385,21 @@ def importance_backward_kernel(
                     tl.store(dx + p_t, b_dx.to(dx.dtype.element_ty), mask=m_t)
                 else:
                     b_dk += b_dx
+                if dk_more is not None:
+                    b_dk += b_dk_more[u]
                 tl.store(dk + p_t, b_dk.to(dk.dtype.element_ty), mask=m_t)
                 if g is not None:
                     b_dg = b_dkept * b_kept
                     if df is not None:
                         b_dg += b_df[u]
                     if HEAD:
-                        tl.store(dg + o_h + (t + u) * HV, tl.sum(b_dg, 0), mask=t + u < rows)
+                        b_dg = tl.sum(b_dg, 0)
+                        if dg_more is not None:
+                            b_dg += b_dg_more[u]
+                        tl.store(dg + o_h + (t + u) * HV, b_dg, mask=t + u < rows)
                     else:
+                        if dg_more is not None:
+                            b_dg += b_dg_more[u]
                         tl.store(dg + p_t, b_dg.to(dg.dtype.element_ty), mask=m_t)
             else:
                 b_f *= b_as[u]
@@ -410,6 +426,7 @@ _OPTIONAL: dict[str, Any] = {
     **dict.fromkeys(("x", "prior", "entering", "factor", "term")),
     **dict.fromkeys(("kept", "j", "scaled", "f", "reached", "square")),
     **dict.fromkeys(("dj", "dscaled", "df", "dreached", "dsquare", "dx", "dprior")),
+    **dict.fromkeys(("dk_more", "dg_more")),
     "at": IMPORTANCES[0],
     "ROWS": ROWS,
     "exact": False,
@@ -439,6 +456,10 @@ def carried(
     chunks, (HV, K) = chunks_of(x), (x.b.shape[2], x.k.shape[3])
     factor, term, entering = x.b.new_empty(3, chunks.number, HV, K, dtype=torch.float32)
     own = _OPTIONAL | x._asdict() | own
+    kept = made.get("kept")
+    if kept is not None and (x.cu_seqlens is not None or x.b.shape[1] % CHUNK):
+        # It is a result, which two calls give alike, also where there is no token.
+        kept.zero_()
 
     def walk(**more: Any) -> None:
         launch(kernel, chunks.number, _walk_tiles(K), chunks, **(own | more))

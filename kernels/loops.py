@@ -373,6 +373,40 @@ class Whiten(NamedTuple):
         return tuple(y if k else y.new_empty(0) for y, k in zip(found, kept, strict=True))
 
 
+class WhitenedLinear(NamedTuple):
+    """Operands of `linear` whose queries `whiten` divides, with the importance that a token leaves
+    or, read "pre", the one before it."""
+
+    q: Tensor
+    k: Tensor
+    w: Tensor
+    b: Tensor
+    g: Tensor | None
+    beta: Tensor | None
+    prior: Tensor
+    memory: Tensor | None
+    importance: Tensor | None
+    cu_seqlens: Tensor | None
+    read: str
+    scale: float
+    keeps: bool
+
+    def over(self) -> Whiten:
+        """What divides the queries."""
+        at = "previous" if self.read == "pre" else "written"
+        given = (self.q, self.k, self.b, self.g, self.prior, self.importance, self.cu_seqlens)
+        return Whiten(*given, at, False, False, self.keeps)
+
+    def linear(self, read: Tensor) -> GatedLinear:
+        """What reads by the quotient."""
+        given = (self.k, self.w, self.g, self.beta, self.memory, self.cu_seqlens)
+        return GatedLinear(read, *given, self.read, self.scale)
+
+    def loop(self) -> Any:
+        read, final, *_, j = self.over().loop()
+        return *self.linear(read).loop(), final, j
+
+
 def synapse(
     q: Tensor,
     k: Tensor,

@@ -37,7 +37,8 @@ from .register import register
 _RESULTS = ("scaled", "final", "f", "reached", "square", "j")
 
 
-def _allocate(x: Whiten, keep: bool) -> tuple[Tensor, ...]:
+def allocate(x: Whiten, keep: bool) -> tuple[Tensor, ...]:
+    """Room for all results, empty where not asked for, and for what is kept."""
     K = x.k.shape[3]
     tokens = (*x.b.shape, K)
 
@@ -53,7 +54,7 @@ def _allocate(x: Whiten, keep: bool) -> tuple[Tensor, ...]:
 def forward(x: Whiten, keep: bool) -> tuple[Tensor, ...]:
     """All results, empty where not asked for, and what is kept."""
     x = prepare(x, wide=("initial_state",))
-    found = _allocate(x, keep)
+    found = allocate(x, keep)
     made = {
         name: y if y.numel() else None
         for name, y in zip((*_RESULTS, "kept"), found, strict=True)
@@ -64,11 +65,18 @@ def forward(x: Whiten, keep: bool) -> tuple[Tensor, ...]:
     return found
 
 
-def gradients(x: Whiten, grads: Any, _wanted: Any, kept: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of the operands, in order."""
+def gradients(
+    x: Whiten,
+    grads: Any,
+    _wanted: Any,
+    kept: Tensor,
+    dk: Tensor | None = None,
+    dg: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the operands, in order; with dk and dg, which k and g have otherwise."""
     x = prepare(x, wide=("initial_state",))
     HK, K = x.k.shape[2:]
-    room, *_ = found = _allocate(x, False)
+    room, *_ = found = allocate(x, False)
     given = {
         f"d{name}": None if y is None or not z.numel() else y.contiguous()
         for name, y, z in zip(_RESULTS, grads, found, strict=False)
@@ -78,11 +86,22 @@ def gradients(x: Whiten, grads: Any, _wanted: Any, kept: Tensor) -> tuple[Tensor
     if x.x is not None:
         made["dx"] = torch.empty_like(room)
     made["dprior"] = dprior = x.prior.new_zeros(chunks_of(x).number, *x.prior.shape)
+    more = {"dg_more": None if dg is None else dg.contiguous()}
+    if dk is not None and x.b.shape[2] == HK:
+        more["dk_more"], dk = dk.contiguous(), None
     dfinal = given.pop("dfinal")
-    carried(importance_backward_kernel, x, dfinal, dinitial, made, kept=kept, **given)
+    carried(importance_backward_kernel, x, dfinal, dinitial, made | more, kept=kept, **given)
     dx = None if x.x is None else reduce_heads(made["dx"], x.x.shape[2])
-    dk = reduce_heads(made["dk"], HK)
-    return dx, dk, made["db"], made["dg"], dprior.sum(0), dinitial, None
+    own = reduce_heads(made["dk"], HK)
+    return (
+        dx,
+        own if dk is None else own + dk,
+        made["db"],
+        made["dg"],
+        dprior.sum(0),
+        dinitial,
+        None,
+    )
 
 
 _whiten = register(
@@ -91,7 +110,7 @@ _whiten = register(
     results=_RESULTS,
     kept=("states",),
     forward=forward,
-    allocate=_allocate,
+    allocate=allocate,
     gradients=gradients,
 )
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from glazoo.kernels import loops
 from glazoo.kernels.loops import compute_dtype, scaled, times
-from glazoo.program.core import PosteriorStep, Whiten
+from glazoo.program.core import PosteriorStep, Whiten, WhitenedLinear
 
 __all__ = [
     "covariance",
@@ -29,11 +29,13 @@ __all__ = [
     "synapse",
     "synapse_delta",
     "whiten",
+    "whitened_linear",
 ]
 
 posterior_step: PosteriorStep | None = None
 """A token is several operations here, as any number of them."""
 whiten: Whiten | None = None
+whitened_linear: WhitenedLinear | None = None
 """Keys are divided by steps here."""
 
 Tokens = Sequence[Tensor | None]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Core", "Kernel", "PosteriorStep", "Whiten", "automatic"]
+__all__ = ["Core", "Kernel", "PosteriorStep", "Whiten", "WhitenedLinear", "automatic"]
 
 
 class Kernel(StrEnum):
@@ -78,6 +78,27 @@ class Whiten(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]: ...
 
 
+class WhitenedLinear(Protocol):
+    """The class linear, read by queries over the importance of keys."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        w: Tensor,
+        b: Tensor,
+        g: Tensor | None = None,
+        *,
+        prior: Tensor,
+        beta: Tensor | None = None,
+        scale: float = 1.0,
+        initial_state: tuple[Tensor, Tensor] | None = None,
+        read: str = "post",
+        keeps: bool = False,
+        cu_seqlens: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor | None]: ...
+
+
 class Core(Protocol):
     """The core operations of an engine; their modules say what each one computes.
 
@@ -92,6 +113,10 @@ class Core(Protocol):
     def whiten(self) -> Whiten | None:
         """The scan of an importance and what it makes of keys and of a memory, where the engine has
         them in one operation."""
+
+    @property
+    def whitened_linear(self) -> WhitenedLinear | None:
+        """The scan of an importance and the class linear that it reads, likewise."""
 
     @property
     def posterior_step(self) -> PosteriorStep | None:

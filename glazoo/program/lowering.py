@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["Program", "lower"]
 
 
-Part = Step | step.Tempered | step.OneToken
+Part = Step | step.Tempered | step.TemperedRead | step.OneToken
 """What a program runs: a step, or several of which an engine may have all in one piece."""
 
 
@@ -421,7 +421,7 @@ def _matrix(spec: Spec, g: str | None, beta: str | None, e: str) -> Iterator[Ste
 
 def _per_key(
     spec: Spec, g: str | None, beta: str | None, e: str, removed: str | None
-) -> Iterator[Step | step.Tempered]:
+) -> Iterator[Step | step.Tempered | step.TemperedRead]:
     """Importance that is constant, one number or one vector over keys: the classes of matrix
     products."""
     p, imp, when = spec.posterior, spec.importance, spec.read.when
@@ -473,7 +473,9 @@ def _per_key(
             yield from scan
         symbol = "h" if spec.hebbian else "mu"
         if spec.hebbian:
-            yield over(step.Divide("read", "q", J))
+            divide = step.Divide("read", "q", J)
+            if not at_once:
+                yield divide
             q = "read"
         elif discount:
             forget = None
@@ -503,7 +505,8 @@ def _per_key(
         yield step.Times("w", beta, "v")
         w = "w"
     if spec.hebbian and not diffuse:
-        yield step.Linear(q, k, w, g, when, symbol)
+        memory = step.Linear(q, k, w, g, when, symbol)
+        yield step.TemperedRead(*counted, divide, memory) if counted else memory
         return
     if not spec.hebbian and beta is not None and spec.erase.strength == "write":
         yield step.Times("e", beta, e)

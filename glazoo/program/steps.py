@@ -1023,14 +1023,14 @@ class SynapseDelta(Step):
 @dataclass(frozen=True, slots=True)
 class Tempered:
     """Steps of which an engine may have all in one operation: the scan of an importance over keys,
-    how a mean is forgotten when it decays, if it is, and a key or query over the importance."""
+    how a mean is forgotten when it decays, if it is, and the key over the importance."""
 
     scan: Importance
     variance: Variance
     forget: Forget | None
     divide: Divide | Gain
     """Of a gain the importance is the one that a token finds."""
-    keeps: bool = False
+    keeps: bool
     """Whether later steps need the importance, too."""
 
     @property
@@ -1040,27 +1040,22 @@ class Tempered:
         return self.scan, self.variance, *forget, self.divide
 
     def run(self, env: Env) -> None:
-        x, divide, whiten = env.x, self.divide, env.core.whiten
+        x, whiten, first = env.x, env.core.whiten, env.x.get("importance")
         if whiten is None:
             for part in self.steps:
                 part.run(env)
             return
-        if isinstance(divide, Gain):
-            name, at = "k", "found"
-        else:
-            name = divide.of
-            at = "previous" if divide.importance == "J_previous" else "written"
-        of, k, first = x.factors(name), env.token("k"), x.get("importance")
+        gains = isinstance(self.divide, Gain)
         scaled, x["importance"], forget, reached, square, J = whiten(
-            None if of.of is k else of.of,
-            k,
+            None,
+            env.token("k"),
             x["b"],
             env.gate(self.scan.g),
             prior=env.prior(),
             initial_state=first,
-            at=at,
+            at="found" if gains else "written",
             forgets=self.forget is not None and self.forget.g is not None,
-            sums=isinstance(divide, Gain),
+            sums=gains,
             keeps=self.keeps or env.uncertainty,
             cu_seqlens=env.cu_seqlens,
         )
@@ -1069,13 +1064,53 @@ class Tempered:
             self.variance.run(env)
         if forget is not None:
             x["forget"] = forget
-        if isinstance(divide, Gain):
+        if isinstance(self.divide, Gain):
             assert reached is not None
-            divide.strengthen(env, scaled, reached, square)
-        elif of.scale == 1:
-            x[divide.out] = scaled
+            self.divide.strengthen(env, scaled, reached, square)
         else:
-            x.postpone(divide.out, scaled, scale=of.scale)
+            x[self.divide.out] = scaled
+
+
+@dataclass(frozen=True, slots=True)
+class TemperedRead:
+    """Likewise: the scan of an importance over keys, and a Hebbian memory that a query over the
+    importance reads."""
+
+    scan: Importance
+    variance: Variance
+    divide: Divide
+    memory: Linear
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """All of them."""
+        return self.scan, self.variance, self.divide, self.memory
+
+    def run(self, env: Env) -> None:
+        x, read, first = env.x, env.core.whitened_linear, env.x.get("importance")
+        if read is None:
+            for part in self.steps:
+                part.run(env)
+            return
+        q, w = x.factors(self.divide.of), x.factors(self.memory.w)
+        y, states, J = read(
+            env.narrowed(q.of),
+            env.token(self.memory.k),
+            env.narrowed(w.of),
+            x["b"],
+            env.gate(self.scan.g),
+            prior=env.prior(),
+            beta=w.gate,
+            scale=q.scale,
+            initial_state=env.pair(),
+            read=self.memory.read,
+            keeps=env.uncertainty,
+            cu_seqlens=env.cu_seqlens,
+        )
+        if J is not None:
+            self.scan.keep(env, J, first)
+            self.variance.run(env)
+        env.take((y, states, None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -1085,7 +1120,7 @@ class OneToken:
 
     before: tuple[Step, ...]
     """What makes a tied key and a gated erase key."""
-    memory: tuple[Step | Tempered, ...]
+    memory: tuple[Step | Tempered | TemperedRead, ...]
     """The memory itself."""
     beta: str | None
     b: str | None
@@ -1104,7 +1139,7 @@ class OneToken:
     base: str
 
     @property
-    def steps(self) -> tuple[Step | Tempered, ...]:
+    def steps(self) -> tuple[Step | Tempered | TemperedRead, ...]:
         """All of them."""
         return (*self.before, *self.memory)
 

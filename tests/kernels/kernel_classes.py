@@ -28,7 +28,13 @@ from synapse_cases import (
     synapse_loop,
     synapse_operands,
 )
-from whiten_cases import chosen, paired, whiten_loop
+from whiten_cases import (
+    chosen,
+    paired,
+    whiten_loop,
+    whitened_linear_loop,
+    whitened_linear_operands,
+)
 from whiten_cases import operands as whiten_operands
 
 from glazoo.kernels import (
@@ -40,6 +46,7 @@ from glazoo.kernels import (
     synapse,
     synapse_delta,
     whiten,
+    whitened_linear,
 )
 
 HEADS = {"q": 2, "e": 1, "k": 1, "w": 2}
@@ -145,6 +152,9 @@ CLASSES = {
     "solve": single(
         solve, solve_loop, lambda B, at, **x: solve_operands(B, at.T, 1, 2, at.K, **x), symmetric
     ),
+    "whitened_linear": double(
+        whitened_linear, whitened_linear_loop, whitened_linear_operands, scale=0.3
+    ),
     "synapse": double(synapse, synapse_loop, synapse_operands),
     "synapse_delta": double(synapse_delta, synapse_delta_loop, synapse_delta_operands),
 }
@@ -161,6 +171,8 @@ OPTIONS = [
     ("delta", {"base": "prev"}),
     ("whiten", {"at": "written"}),
     ("whiten", {"at": "previous"}),
+    ("whitened_linear", {"read": "pre"}),
+    ("whitened_linear", {"keeps": True}),
     ("synapse", {"read": "pre"}),
     ("synapse", {"uncertainty": True}),
     ("synapse_delta", {"base": "prev"}),
@@ -200,6 +212,7 @@ def assert_decodes(name: str, gate: str, at: Place) -> None:
         outputs.append(o)
     for i, x in enumerate([torch.cat(outputs, 1), *states]):
         witness = [run[i] for run in seen]
-        # Decoding multiplies in float32 whatever the dtype, except the products of `solve`.
-        dtype = at.dtype if name == "solve" else torch.float32
+        # Decoding multiplies in float32 whatever the dtype, except the products of `solve` and
+        # queries that another pass divides.
+        dtype = at.dtype if name in ("solve", "whitened_linear") else torch.float32
         assert_within_budget(x, truth[i], dtype, witness=witness, name=RESULTS[i])

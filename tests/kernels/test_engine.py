@@ -31,6 +31,7 @@ TOKENS = {
     "delta": 4,
     "importance": 1,
     "whiten": 2,
+    "whitened_linear": 3,
     "synapse": 3,
     "synapse_delta": 3,
     "solve": 2,

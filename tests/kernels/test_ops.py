@@ -4,6 +4,7 @@ import pytest
 import torch
 from kernel_cases import in_dtype, make_operands, riccati_operands
 from whiten_cases import operands as whiten_operands
+from whiten_cases import whitened_linear_operands
 
 from glazoo.kernels import (
     delta,
@@ -64,6 +65,18 @@ def test_opcheck_whiten(own, packed):
     ends = torch.tensor([0, 2, 2, 3]) if packed else None
     given += [ends, "found", True, True, not own, False]
     torch.library.opcheck(torch.ops.glazoo.whiten.default, tuple(given))
+
+
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_opcheck_whitened_linear(packed):
+    given = whitened_linear_operands(
+        1, 3, 1, 2, 16, 16, gate="key", sequences=3 if packed else None
+    )
+    names = ("q", "k", "w", "b", "g", "beta", "prior", "h", "j")
+    given = [given[x].float().requires_grad_() for x in names]
+    ends = torch.tensor([0, 2, 2, 3]) if packed else None
+    given += [ends, "post", 0.5, packed, False]
+    torch.library.opcheck(torch.ops.glazoo.whitened_linear.default, tuple(given))
 
 
 @pytest.mark.parametrize(("name", "names"), NAMES)

@@ -5,9 +5,10 @@ import functools
 import pytest
 import torch
 from budget import assert_within_budget
-from whiten_cases import compare, operands, whiten_loop
+from kernel_classes import CLASSES, Place
+from whiten_cases import compare, operands, whiten_loop, whitened_linear_operands
 
-from glazoo.kernels import whiten
+from glazoo.kernels import whiten, whitened_linear
 
 pytestmark = pytest.mark.usefixtures("poison")
 PACKED = torch.tensor([0, 0, 33, 33, 40, 40])
@@ -87,6 +88,32 @@ def test_importance_one_leaves_keys_as_they_are(gate):
         assert (final == 0).all()
         if f is not None:
             assert torch.equal(f, given["g"][..., None].expand(f.shape))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (1, 2)])
+@pytest.mark.parametrize("gate", ["none", "head", "key"])
+@pytest.mark.parametrize("options", [{"read": "post"}, {"read": "pre", "keeps": True}], ids=str)
+def test_a_memory_that_a_query_over_the_importance_reads(options, gate, heads):
+    of = CLASSES["whitened_linear"]
+    at = Place("cpu", torch.float32, 20, 5, 8)
+    given = whitened_linear_operands(1, at.T, *heads, at.K, at.V, gate=gate)
+    of["compare"](given, at, options, options)
+
+
+def test_a_memory_of_packed_sequences():
+    at = Place("cpu", torch.float16, 40, 5, 8)
+    given = whitened_linear_operands(1, 40, 1, 2, 5, 8, gate="key", sequences=5)
+    options = {"cu_seqlens": PACKED}
+    CLASSES["whitened_linear"]["compare"](given, at, options, options)
+
+
+def test_shapes_of_a_memory_that_do_not_fit_are_named():
+    given = whitened_linear_operands(1, 4, 1, 2, 8, 8, gate="head")
+    given = {c: x.float() for c, x in given.items() if c not in "hj"}
+    with pytest.raises(ValueError, match=r"b: got shape \(1, 4, 1\)"):
+        whitened_linear(**given | {"b": given["b"][..., :1]})
+    with pytest.raises(ValueError, match="read: got 'now'"):
+        whitened_linear(**given, read="now")
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")

@@ -1,7 +1,7 @@
 """Keys over an importance: the loop per token, operands, and the comparison that tests share."""
 
 import torch
-from kernel_cases import assert_matches_loop, decay, make_gate, per_head, walk
+from kernel_cases import assert_matches_loop, decay, linear_loop, make_gate, per_head, walk
 
 from glazoo.kernels import whiten
 
@@ -33,6 +33,41 @@ def whiten_loop(
     f, j = (y if asked else None for y, asked in ((f, forgets), (j, keeps)))
     reached, square = (y[..., 0] if sums else None for y in (reached, square))
     return scaled, final, f, reached, square, j
+
+
+def whitened_linear_loop(
+    q,
+    k,
+    w,
+    b,
+    prior,
+    g=None,
+    beta=None,
+    h=None,
+    j=None,
+    *,
+    read="post",
+    scale=1.0,
+    keeps=False,
+    cu_seqlens=None,
+):
+    """`linear_loop` of queries over the importance."""
+    at = "written" if read == "post" else "previous"
+    divided, final, *_, every = whiten_loop(
+        q, k, b, g, prior, j, at=at, forgets=False, sums=False, keeps=True, cu_seqlens=cu_seqlens
+    )
+    o, state = linear_loop(divided, k, w, g, beta, h, scale=scale, read=read, cu_seqlens=cu_seqlens)
+    found = {"output": o, "final h": state, "final J": final}
+    return found | {"J": every} if keeps else found
+
+
+def whitened_linear_operands(B, T, H, HV, K, V, *, state=True, sequences=None, **options):
+    found = operands(B, T, H, HV, K, state=state, sequences=sequences, **options)
+    j, q = found.pop("initial_state"), found.pop("x")
+    found |= {"q": q, "w": torch.randn(B, T, HV, V, dtype=torch.float64)}
+    found["beta"] = torch.rand(B, T, HV, dtype=torch.float64)
+    h = torch.randn(sequences or B, HV, K, V, dtype=torch.float64) if state else None
+    return found | {"h": h, "j": j}
 
 
 def per_key(g, like):

@@ -8,11 +8,12 @@ from glazoo.engines.chunked.riccati import riccati
 from glazoo.engines.chunked.solve import solve
 from glazoo.engines.chunked.synapse import synapse
 from glazoo.engines.chunked.synapse_delta import synapse_delta
-from glazoo.program.core import PosteriorStep, Whiten
+from glazoo.program.core import PosteriorStep, Whiten, WhitenedLinear
 
 posterior_step: PosteriorStep | None = None
 """A token of decoding takes the same few operations here, in one piece or in several."""
 whiten: Whiten | None = None
+whitened_linear: WhitenedLinear | None = None
 """Keys are divided by steps here, which a compiler fuses."""
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "synapse",
     "synapse_delta",
     "whiten",
+    "whitened_linear",
 ]

@@ -1,7 +1,7 @@
 """The compiled engine: the chunked one, with loops compiled by numba for what matrix products do
 not express, on a CPU."""
 
-from glazoo.engines.chunked import covariance, solve, whiten
+from glazoo.engines.chunked import covariance, solve, whiten, whitened_linear
 from glazoo.engines.compiled.importance import importance
 from glazoo.engines.compiled.riccati import riccati
 from glazoo.engines.compiled.step import delta, linear, posterior_step
@@ -19,4 +19,5 @@ __all__ = [
     "synapse",
     "synapse_delta",
     "whiten",
+    "whitened_linear",
 ]
