@@ -78,8 +78,10 @@ def test_an_instruction_counts_as_often_as_loops_and_conditions_run():
 
     # In the loop: one instruction, two under the condition, six and the jump.
     each = 1 + 0.75 * (1 + 4 * (1 + 0.5 * 2 + 6 + 1) + 1)
-    listing = parse(ASSEMBLY.format(jump=6))
-    assert issued(listing, _touched()) == pytest.approx(each)
+    # The jump may be counted to a line inside of the loop.
+    for jump in (6, 10):
+        listing = parse(ASSEMBLY.format(jump=jump))
+        assert issued(listing, _touched()) == pytest.approx(each)
 
 
 def test_a_loop_that_the_source_does_not_have_is_an_error():
@@ -87,7 +89,7 @@ def test_a_loop_that_the_source_does_not_have_is_an_error():
     from peer import issued
 
     with pytest.raises(RuntimeError, match="is not one loop of the source"):
-        issued(parse(ASSEMBLY.format(jump=10)), _touched())
+        issued(parse(ASSEMBLY.format(jump=11)), _touched())
 
 
 def test_the_slower_of_memory_and_schedulers_decides():
