@@ -1,24 +1,36 @@
-"""Times the chunked engine on a CPU against the PyTorch fallbacks that transformers ships.
+"""Times the CPU engines against the PyTorch fallbacks that transformers ships.
 
-    python benchmarks/cpu.py            # the whole table, eleven minutes on two cores
-    python benchmarks/cpu.py --quick    # two sizes, about two minutes
-    python benchmarks/cpu.py --decode   # tokens of decoding and generation alone, about two minutes
+    python benchmarks/cpu.py            # the whole table, about twelve minutes on two idle cores
+    python benchmarks/cpu.py --quick    # two sizes, two and a half minutes
+    python benchmarks/cpu.py --decode   # tokens of decoding and generation alone, about a minute
     python benchmarks/cpu.py --output FILE    # goes on where a run that was stopped left FILE
+    python benchmarks/cpu.py --table FILE     # the rows of docs/engines.md, from what a run wrote
 
-Every contender of a size gets the same operands, is first checked against the float32 result of its
-rival, and is timed in the same rounds (interleaved, so that a busy machine disturbs all alike).
-Times are wall-clock medians with the 20th and 80th percentile; memory is the growth of the peak
-resident set over one forward and backward pass. Nothing is asserted about time. The result is
-printed and written to benchmarks/results/.
+Every contender of a size gets the same operands and is timed in the same rounds (interleaved, so
+that a busy machine disturbs all alike): as many as fit into its seconds, three at least. Who needs
+longer than LONGEST for one call, or more than MEMORY_LIMIT, is left out of that size, and printed.
+Rivals' values and gradients are compared once for all lengths, on CHECKED tokens.
+Times are wall-clock medians with the 20th and 80th percentile, ratios those of rounds; memory is
+the growth of the peak resident set over one forward and backward pass, the first of that size.
+Nothing is asserted about time. The result is printed and written to benchmarks/results/.
+
+Pure PyTorch forms of other packages take part where they can be imported:
+
+    pip install --target DIR --no-deps flash-linear-attention fla-core mlstm_kernels
+    PYTHONPATH=DIR python benchmarks/cpu.py
+
+mamba_ssm does not: its package imports a CUDA extension, which only nvcc builds.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import ctypes
 import datetime
 import gc
+import importlib
 import inspect
 import json
 import os
@@ -26,8 +38,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,29 +62,39 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 
 from glazoo import attention, load, metaplasticize
 from glazoo.compare.machine import machine
-from glazoo.compare.timing import in_turns, spread
+from glazoo.compare.timing import Spread, in_turns, spread
 from glazoo.engines import available, chunked
 from glazoo.theory.instances import Instance
 from glazoo.versions import stated
 
 RESULTS = Path(__file__).parent / "results"
-# The Kimi function makes tensors of T x 64 x H x K numbers, about six of which live at once.
+# Who makes tensors of T x 64 x H x K numbers, about six of which live at once; bytes at most.
+LARGE = ("chunk_kimi_delta_attention", "fla's naive_chunk_kda")
 MEMORY_LIMIT = 2 << 30
+# Seconds of a forward and backward pass at most.
+LONGEST = 8.0
+# Rivals are compared at this length, whole chunks of all of them.
+CHECKED = 192
 # (contender, rival, what the ratio should be): rival's time over the contender's for a speed-up,
-# the contender's over the rival's for a cost.
-GOALS = (
+# the contender's over the rival's for a cost. None: no goal, other packages are for comparison.
+GOALS: tuple[tuple[str, str, str, float | None], ...] = (
     ("linear", "mamba2_chunk_scan", "speed-up", 1.5),
     ("delta", "torch_chunk_gated_delta_rule", "speed-up", 1.5),
     ("delta, decay per key", "chunk_kimi_delta_attention", "speed-up", 1.5),
     ("metaplastic mamba2", "mamba2", "cost", 1.3),
-    ("metaplastic deltanet", "deltanet", "cost", 1.3),
-    ("metaplastic gated_deltanet", "gated_deltanet", "cost", 1.3),
+    ("metaplastic deltanet", "deltanet", "cost", 1.2),
+    ("metaplastic gated_deltanet", "gated_deltanet", "cost", 1.2),
+    ("metaplastic kda", "kda", "cost", 1.2),
     ("synapse", "linear", "cost", 8.0),
     ("synapse, compiled", "synapse", "speed-up", 4.0),
     ("synapse_delta, compiled", "synapse_delta", "speed-up", 4.0),
     ("importance, compiled", "importance", "speed-up", 2.0),
     ("mamba2, full precision", "delta", "cost", 6.0),
     ("gated_deltanet, full precision", "delta", "cost", 6.0),
+    ("linear", "fla's naive_chunk_simple_gla", "speed-up", None),
+    ("delta", "fla's naive_chunk_gated_delta_rule", "speed-up", None),
+    ("delta, decay per key", "fla's naive_chunk_kda", "speed-up", None),
+    ("mlstm", "mlstm_kernels' native", "speed-up", None),
 )
 # Goals that are stated for one width of K = V only.
 ONE_WIDTH = dict.fromkeys(
@@ -163,7 +186,7 @@ def contenders(x: dict[str, Tensor], size: Size) -> dict[str, Callable[[], Tenso
         spec = load(name)
         gates: dict[str, Tensor] = {"beta": beta}
         if spec.decay.shape != "none":
-            gates["g"] = g
+            gates["g"] = x["g_key"] if spec.decay.shape == "key" else g
         if metaplastic:
             spec = metaplasticize(spec, gate="head", **form)
             gates |= {"b": x["b"], "prior": x["prior"]}
@@ -185,18 +208,52 @@ def contenders(x: dict[str, Tensor], size: Size) -> dict[str, Callable[[], Tenso
         found[f"synapse{suffix}"] = partial(synapse, core)
         found[f"synapse_delta{suffix}"] = partial(synapse_delta, core)
         found[f"importance{suffix}"] = lambda core=core: core.importance(k, x["b"], g)[0]
-    for name in ("mamba2", "deltanet", "gated_deltanet"):
+    found["mlstm"] = variant("mlstm", metaplastic=False)
+    for name in ("mamba2", "deltanet", "gated_deltanet", "kda"):
         found[name] = variant(name, metaplastic=False)
         found[f"metaplastic {name}"] = variant(name, metaplastic=True)
     for name in ("mamba2", "gated_deltanet"):
         found[f"{name}, full precision"] = variant(name, metaplastic=True, precision="full")
-    if 6 * 64 * 4 * size.tokens * size.heads * size.width <= MEMORY_LIMIT:
-        found["chunk_kimi_delta_attention"] = lambda: kimi(q, k, v, x["g_key"], beta)[0]
+    found["chunk_kimi_delta_attention"] = lambda: kimi(q, k, v, x["g_key"], beta)[0]
+    return found | of_packages(x)
+
+
+def of_packages(x: dict[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
+    """The same of other packages, where these are installed."""
+    q, k, v, g, beta = x["q"], x["k"], x["v"], x["g"], x["beta"]
+    found: dict[str, Callable[[], Tensor]] = {}
+    with contextlib.suppress(ModuleNotFoundError):
+        simple_gla, gated_delta_rule, kda = (
+            importlib.import_module(f"fla.ops.{name}.naive")
+            for name in ("simple_gla", "gated_delta_rule", "kda")
+        )
+        found["fla's naive_chunk_simple_gla"] = lambda: simple_gla.naive_chunk_simple_gla(
+            q, k, v * (-g).unsqueeze(-1), g, scale=1.0
+        )[0]
+        found["fla's naive_chunk_gated_delta_rule"] = lambda: (
+            gated_delta_rule.naive_chunk_gated_delta_rule(q, k, v, g, beta)[0]
+        )
+        found["fla's naive_chunk_kda"] = lambda: kda.naive_chunk_kda(q, k, v, x["g_key"], beta)[0]
+    with contextlib.suppress(ModuleNotFoundError):
+        native = importlib.import_module("mlstm_kernels.torch.chunkwise.native")
+
+        def mlstm() -> Tensor:
+            # It takes what exp and a sigmoid make the gates of, and heads first.
+            gates = (beta.log(), g - (-torch.expm1(g)).log())
+            y: Tensor = native.mlstm_chunkwise__native_custbw(
+                *(y.transpose(1, 2) for y in (q, k, v, *gates)), eps=0.0
+            )
+            return y.transpose(1, 2)
+
+        found["mlstm_kernels' native"] = mlstm
     return found
 
 
-def check(found: dict[str, Callable[[], Tensor]], x: dict[str, Tensor]) -> dict[str, float]:
+def check(size: Size) -> dict[str, float]:
     """Largest difference of output and gradients between rivals, relative to the largest entry."""
+    size = replace(size, tokens=CHECKED)
+    x = operands(size)
+    found = contenders(x, size)
     differences = {}
     leaves = list(x.values())
     for contender, rival, kind, _ in GOALS:
@@ -256,23 +313,81 @@ def peak(function: Callable[[], Tensor], leaves: list[Tensor]) -> int | None:
 
 def measure(
     size: Size, rounds: int, patience: float, memory: bool, console: Console
-) -> tuple[list[Timing], dict[str, float]]:
-    """All contenders at one size, interleaved."""
+) -> tuple[list[Timing], dict[str, str]]:
+    """All contenders at one size, interleaved, and who is left out, with the reason."""
     x = operands(size)
     leaves = list(x.values())
-    found = contenders(x, size)
-    differences = check(found, x)
-    console.print(f"[bold]{size}[/bold]: results agree, {max(differences.values()):.1e} at most")
-    timings = {name: Timing(size, name) for name in found}
-    if memory:
-        for name, function in found.items():
-            timings[name].memory = peak(function, leaves)
-    calls = [partial(once, function, leaves) for function in found.values()]
-    # Slow contenders get fewer rounds, but at least two.
-    times = in_turns(calls, seconds=patience, least=2, most=rounds)
+    timings: dict[str, Timing] = {}
+    calls: list[Callable[[], tuple[float, float]]] = []
+    left_out: dict[str, str] = {}
+    need = 6 * 64 * 4 * size.tokens * size.heads * size.width
+    for name, function in contenders(x, size).items():
+        if name in LARGE and need > MEMORY_LIMIT:
+            left_out[name] = f"it needs {need / 2**30:.0f} GiB"
+            continue
+        start = time.perf_counter()
+        grown = (peak if memory else once)(function, leaves)
+        spent = time.perf_counter() - start
+        if spent > LONGEST:
+            left_out[name] = f"one call takes {spent:.1f} s"
+            continue
+        timings[name] = Timing(size, name, memory=grown if isinstance(grown, int) else None)
+        calls.append(partial(once, function, leaves))
+    times = in_turns(calls, seconds=patience, most=rounds, warm=True)
     for timing, own in zip(timings.values(), times, strict=True):
         timing.forward, timing.both = map(list, zip(*own, strict=True))
-    return list(timings.values()), differences
+    for name, why in left_out.items():
+        console.print(f"{name} is left out: {why}")
+    return list(timings.values()), left_out
+
+
+# Shapes that chunks of 64 tokens do not suit: contender and rival, each a variant, an engine and an
+# instance, with the cost that the contender should have at most, both of as many tokens.
+FEW, MORE = Instance(B=64, T=16, H=4, K=64, V=64), Instance(B=8, T=128, H=4, K=64, V=64)
+NARROW = Instance(T=1500, H=256, K=16, V=1)
+SHAPES = (
+    *(
+        ((name, "chunked", FEW), (name, "chunked", MORE), 1.2)
+        for name in ("simple_gla", "gla", "gated_deltanet", "metaplastic_gated_deltanet")
+    ),
+    (("gla", "chunked", NARROW), ("gla", "reference", NARROW), 1.0),
+)
+
+
+def shapes(rounds: int, patience: float, console: Console) -> list[dict[str, Any]]:
+    """Those shapes, forward and backward, in turns."""
+
+    def call(name: str, impl: str, one: Instance) -> Callable[[], tuple[float, float]]:
+        spec = load(name)
+        x = one.operands(spec, torch.float32)
+        leaves = [y.requires_grad_() for y in x.values()]
+        return partial(once, lambda: attention(spec, **x, impl=impl).output, leaves)
+
+    rows: list[dict[str, Any]] = []
+    for contender, rival, goal in SHAPES:
+        calls = [call(*contender), call(*rival)]
+        ours, theirs = ([y for _, y in x] for x in in_turns(calls, seconds=patience, most=rounds))
+        against = spread([a / b for a, b in zip(ours, theirs, strict=False)])
+        labels = [
+            f"{name}, {impl}, B {one.B}, T {one.T}, H {one.H}, K {one.K}, V {one.V}"
+            for name, impl, one in (contender, rival)
+        ]
+        rows.append(
+            {
+                "contender": labels[0],
+                "rival": labels[1],
+                "goal": goal,
+                "seconds": spread(ours)._asdict(),
+                "rival_seconds": spread(theirs)._asdict(),
+                "ratio": against._asdict(),
+                "met": against.p50 <= goal,
+            }
+        )
+        console.print(
+            f"{labels[0]}: {against.p50:.2f} ({against.p20:.2f} to {against.p80:.2f}) times "
+            f"{labels[1]}, {median(ours) * 1e3:.1f} ms (goal <= {goal})"
+        )
+    return rows
 
 
 def synapse_memory(tokens: tuple[int, ...], console: Console) -> list[dict[str, float]]:
@@ -427,7 +542,7 @@ def decode(rounds: int, console: Console) -> list[dict[str, Any]]:
 
 
 def ratios(timings: list[Timing]) -> list[dict[str, Any]]:
-    """Each goal at each size: medians of forward, forward + backward, and memory."""
+    """Each pair at a size: medians of the rounds' ratios, forward and with backward, and memory."""
     by_name = {timing.contender: timing for timing in timings}
     found = []
     for contender, rival, kind, goal in GOALS:
@@ -435,25 +550,32 @@ def ratios(timings: list[Timing]) -> list[dict[str, Any]]:
             continue
         ours, theirs = by_name[contender], by_name[rival]
 
-        def ratio(a: float, b: float, kind: str = kind) -> float:
-            return b / a if kind == "speed-up" else a / b
+        def of_rounds(a: list[float], b: list[float], kind: str = kind) -> Spread:
+            # One of them may have had more rounds.
+            pairs = zip(a, b, strict=False)
+            return spread([y / x if kind == "speed-up" else x / y for x, y in pairs])
 
-        both = ratio(median(ours.both), median(theirs.both))
-        stated = ONE_WIDTH.get(contender, ours.size.width) == ours.size.width
+        both = of_rounds(ours.both, theirs.both)
+        if ONE_WIDTH.get(contender, ours.size.width) != ours.size.width:
+            goal = None
         memory = None
         if ours.memory and theirs.memory:
             memory = ours.memory / theirs.memory
+        met = None
+        if goal is not None:
+            met = both.p50 >= goal if kind == "speed-up" else both.p50 <= goal
         found.append(
             {
                 **asdict(ours.size),
                 "contender": contender,
                 "rival": rival,
                 "kind": kind,
-                "goal": goal if stated else None,
-                "forward": ratio(median(ours.forward), median(theirs.forward)),
-                "both": both,
+                "goal": goal,
+                "forward": of_rounds(ours.forward, theirs.forward).p50,
+                "both": both.p50,
+                "spread": both._asdict(),
                 "memory": memory,
-                "met": None if not stated else both >= goal if kind == "speed-up" else both <= goal,
+                "met": met,
             }
         )
     return found
@@ -478,11 +600,11 @@ def show(size: Size, timings: list[Timing], compared: list[dict[str, Any]], to: 
         sign = ">=" if row["kind"] == "speed-up" else "<="
         goal = f"goal {sign} {row['goal']}: {'met' if row['met'] else 'missed'}"
         if row["met"] is None:
-            goal = "no goal at this width"
+            goal = "no goal"
         memory = "" if row["memory"] is None else f", memory x {row['memory']:.2f}"
         to.print(
             f"  {row['contender']} against {row['rival']}: {row['kind']} {row['both']:.2f} "
-            f"({goal}), "
+            f"({row['spread']['p20']:.2f} .. {row['spread']['p80']:.2f}; {goal}), "
             f"forward alone {row['forward']:.2f}{memory}"
         )
 
@@ -501,22 +623,110 @@ def about(threads: int) -> dict[str, Any]:
     return {"machine": machine(), "threads": threads, "load": load, **used, "commit": commit}
 
 
+# Rows of docs/engines.md: (contender, rival, what they are called there).
+TABLES = (
+    (
+        ("linear", "mamba2_chunk_scan", "`linear` | transformers' `mamba2_chunk_scan`"),
+        (
+            "delta",
+            "torch_chunk_gated_delta_rule",
+            "`delta` | transformers' `torch_chunk_gated_delta_rule`",
+        ),
+        (
+            "delta, decay per key",
+            "chunk_kimi_delta_attention",
+            "`delta`, one decay per key | transformers' Kimi delta attention",
+        ),
+    ),
+    (
+        *(
+            (f"metaplastic {name}", name, f"`{name}`, metaplastic, importance per key | `{name}`")
+            for name in ("mamba2", "deltanet", "gated_deltanet", "kda")
+        ),
+        ("synapse", "linear", "`synapse` (one importance per synapse) | `linear`"),
+    ),
+)
+WRITTEN = {
+    "gated_deltanet": "`gated_deltanet`",
+    "kda": "`kda`",
+    "metaplastic_gated_deltanet": "`metaplastic_gated_deltanet`",
+    "metaplastic_gated_deltanet[value]": "the same, importance per synapse",
+    "palimpsa": "`palimpsa`",
+}
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The rows of docs/engines.md: ratios at 8 heads of 64, ranges over all sizes, tokens."""
+
+    def number(x: float) -> str:
+        return f"{x:.2f}" if x < 2 else f"{x:.1f}" if x < 10 else f"{x:.0f}"
+
+    def range_of(values: list[float]) -> str:
+        return f"{number(min(values))} to {number(max(values))}"
+
+    lines: list[str] = []
+    for rows in TABLES:
+        for contender, rival, text in rows:
+            pair = [
+                row
+                for row in result["ratios"]
+                if (row["contender"], row["rival"]) == (contender, rival)
+            ]
+            if not pair:
+                continue
+            at = {
+                row["tokens"]: row["both"]
+                for row in pair
+                if (row["heads"], row["width"]) == (8, 64)
+            }
+            cells = [text, *(number(at[t]) if t in at else "" for t in (512, 2048, 8192))]
+            cells.append(range_of([row["both"] for row in pair]))
+            memory = [row["memory"] for row in pair if row["memory"]]
+            if pair[0]["kind"] == "speed-up" and memory:
+                cells.append(range_of(memory))
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    tokens = {row["contender"]: row.get("ratio") for row in result.get("decode", ())}
+
+    def times(name: str) -> str:
+        x = tokens.get(name)
+        return "" if x is None else f"{x['p50']:.2f} ({x['p20']:.2f} to {x['p80']:.2f})"
+
+    lines += [
+        f"| {text} | {times(f'{name}, compiled')} | {times(f'{name}, chunked')} |"
+        for name, text in WRITTEN.items()
+    ]
+    alone = ("mamba2, compiled", "mamba2, chunked", *(x for x in tokens if "converted" in x))
+    lines += ["", *(f"{name}: {times(name)}" for name in alone)]
+    for row in result.get("shapes", ()):
+        x = row["ratio"]
+        against = f"{x['p50']:.2f} ({x['p20']:.2f} to {x['p80']:.2f})"
+        lines.append(f"{row['contender']} against {row['rival']}: {against}")
+    for size, left_out in result.get("left_out", {}).items():
+        lines += [f"{size}, {name} is left out: {why}" for name, why in left_out.items()]
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two sizes, few rounds")
     parser.add_argument("--decode", action="store_true", help="decoding alone")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--rounds", type=int, default=None, help="default 5, quick 3")
+    parser.add_argument("--rounds", type=int, default=None, help="at most; default 9, quick 5")
     parser.add_argument("--patience", type=float, default=None, help="seconds per contender")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument("--output", type=Path, default=None, help="where to write the JSON")
+    parser.add_argument("--table", type=Path, help="print Markdown of this JSON, measure nothing")
     options = parser.parse_args()
+    if options.table:
+        print(markdown(json.loads(options.table.read_text())))
+        return 0
     torch.set_num_threads(options.threads)
     console = Console()
     lengths = (512, 2048) if options.quick else (512, 2048, 8192)
     widths = ((8, 64),) if options.quick else ((4, 32), (16, 32), (2, 64), (8, 64), (4, 128))
-    rounds = options.rounds or (3 if options.quick else 5)
-    patience = options.patience or (5.0 if options.quick else 10.0)
+    rounds = options.rounds or (5 if options.quick else 9)
+    patience = options.patience or 1.5
     here = about(options.threads)
     console.print(here)
     today = datetime.datetime.now(tz=datetime.UTC)
@@ -531,33 +741,51 @@ def main() -> int:
         "agreement": {},
         "timings": [],
         "ratios": [],
+        "left_out": {},
+        "shapes": [],
         "synapse_memory": [],
         "decode": [],
     }
     if path.exists():
-        result = json.loads(path.read_text())
+        result |= json.loads(path.read_text())
         constant = ("machine", "threads", "torch", "transformers")
         if any(result["machine"].get(key) != here[key] for key in constant):
             sys.exit(f"{path} is of another machine: {result['machine']}; give another --output")
-    if not result.get("decode"):
-        result["decode"] = decode(20 if options.quick else 60, console)
+
+    def keep() -> None:
         path.write_text(json.dumps(result, indent=1) + "\n")
-    for tokens in () if options.decode else lengths:
-        for heads, width in widths:
-            size = Size(tokens, heads, width)
-            if str(size) in result["agreement"]:
-                continue
-            timings, differences = measure(size, rounds, patience, not options.no_memory, console)
-            found = ratios(timings)
-            show(size, timings, found, console)
-            result["timings"] += [timing.summary() for timing in timings]
-            result["ratios"] += found
-            result["agreement"][str(size)] = differences
-            path.write_text(json.dumps(result, indent=1) + "\n")
+
+    absent = [name for name in ("fla", "mlstm_kernels", "numba") if find_spec(name) is None]
+    if absent:
+        console.print(f"not installed, left out: {', '.join(absent)}")
+    start = time.perf_counter()
+    if not result["decode"]:
+        result["decode"] = decode(20 if options.quick else 60, console)
+        keep()
+    sizes = [Size(tokens, *width) for tokens in lengths for width in widths]
+    for done, size in enumerate(() if options.decode else sizes):
+        if str(size) in result["left_out"]:
+            continue
+        passed = (time.perf_counter() - start) / 60
+        console.print(f"[bold]{size}[/bold]: {done} of {len(sizes)} done, {passed:.1f} minutes")
+        width = f"H {size.heads}, K = V = {size.width}"
+        if width not in result["agreement"]:
+            result["agreement"][width] = differences = check(size)
+            console.print(f"{width}: results agree, {max(differences.values()):.1e} at most")
+        timings, left_out = measure(size, rounds, patience, not options.no_memory, console)
+        found = ratios(timings)
+        show(size, timings, found, console)
+        result["timings"] += [timing.summary() for timing in timings]
+        result["ratios"] += found
+        result["left_out"][str(size)] = left_out
+        keep()
+    if not (options.decode or result["shapes"]):
+        result["shapes"] = shapes(rounds, patience, console)
+        keep()
     if not (options.no_memory or options.decode or result["synapse_memory"]):
         result["synapse_memory"] = synapse_memory((512, 2048, 8192), console)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    compared = result["ratios"]
+    keep()
+    compared = result["ratios"] + result["shapes"]
     stated = [row["met"] for row in compared if row["met"] is not None]
     console.print(f"{sum(stated)} of {len(stated)} goals met; written to {path}")
     return 0

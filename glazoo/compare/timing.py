@@ -41,22 +41,26 @@ def seconds_of(call: Callable[[], object], device: str | torch.device = "cpu") -
 
 
 def in_turns(
-    measurements: Sequence[Callable[[], T]], *, seconds: float, least: int = 3, most: int = 1000
+    measurements: Sequence[Callable[[], T]],
+    *,
+    seconds: float,
+    least: int = 3,
+    most: int = 1000,
+    warm: bool = False,
 ) -> list[list[T]]:
     """Repeat measurements in turns, so that a busy machine disturbs all alike.
-
-    Each is made once before, to warm up, which does not count.
 
     Args:
         measurements: what to do.
         seconds: time to spend on each; a measurement that has begun ends.
         least: repetitions of each, however long they take.
         most: repetitions of each at the most.
+        warm: whether each has run before; else it is made once more, which does not count.
 
     Returns:
         What each gave.
     """
-    for measure in measurements:
+    for measure in () if warm else measurements:
         measure()
     spent = [0.0] * len(measurements)
     out: list[list[T]] = [[] for _ in measurements]

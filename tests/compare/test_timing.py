@@ -14,6 +14,8 @@ def test_measurements_take_turns_after_one_that_warms_up() -> None:
     assert "".join(seen) == "ababab"
     assert (a, b) == ([3, 5], [4, 6])
     assert [len(x) for x in in_turns([int], seconds=60, most=7)] == [7]
+    seen.clear()
+    assert in_turns([lambda: measure("a")], seconds=0, least=2, warm=True) == [[1, 2]]
 
 
 def test_spread_is_of_percentiles_and_of_one_value_that_value() -> None:
