@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Rows times chunks of a tile: 32 blocks of [64, 64] float32 are 512 KiB per operand.
-TILE = 32
+# Numbers of a tile in its widest operand, per thread: 256 KiB of float32. More leave the cache, and
+# their buffers, which an allocator gives back to the system, cost page faults at every tile.
+TILE = 1 << 16
 # Sequences of a pack longer than this many chunks are views of the operands, shorter ones are
 # gathered into batches of similar length, at most GATHER tokens at a time.
 LONG = 8
@@ -63,7 +64,7 @@ class Rows(NamedTuple):
         return self.h1 - self.h0
 
 
-def row_blocks(batch: int, heads: int, groups: int, limit: int = TILE) -> Iterator[Rows]:
+def row_blocks(batch: int, heads: int, groups: int, limit: int) -> Iterator[Rows]:
     """Blocks of at most about `limit` rows; a group of heads that shares a key is never split."""
     share = heads // groups
     width = min(heads, share * max(1, limit // share))
@@ -73,12 +74,22 @@ def row_blocks(batch: int, heads: int, groups: int, limit: int = TILE) -> Iterat
             yield Rows(b0, min(b0 + depth, batch), h0, min(h0 + width, heads), heads)
 
 
-def row_limit(tokens: int, chunk: int) -> int:
-    """Rows of a tile: more of them where sequences are shorter than a chunk."""
-    return TILE * max(1, min(chunk // max(tokens, 1), 8))
+def tile_limit(tokens: int, chunk: int, width: int) -> int:
+    """Rows times chunks of a tile whose widest operand has `width` numbers per token."""
+    size = min(chunk, 1 << max(tokens - 1, 0).bit_length())
+    return max(1, TILE * torch.get_num_threads() // (size * width))
 
 
-def tiles(tokens: int, rows: int, chunk: int, limit: int = TILE) -> list[Tile]:
+def blocks(
+    batch: int, tokens: int, heads: int, groups: int, chunk: int, width: int
+) -> Iterator[tuple[Rows, list[Tile]]]:
+    """Blocks of rows and the tiles of each."""
+    limit = tile_limit(tokens, chunk, width)
+    for rows in row_blocks(batch, heads, groups, limit):
+        yield rows, tiles(tokens, rows.number, chunk, limit)
+
+
+def tiles(tokens: int, rows: int, chunk: int, limit: int) -> list[Tile]:
     """Cuts `tokens` into tiles of whole chunks and a part-filled power-of-two chunk at the end."""
     whole = tokens // chunk
     step = max(1, limit // max(rows, 1))

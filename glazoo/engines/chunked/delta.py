@@ -13,24 +13,22 @@ from glazoo.engines.chunked.common import (
     Rows,
     Tile,
     begin,
+    blocks,
     carry,
     empty_as,
     load,
     over_sequences,
     rooms_for,
-    row_blocks,
-    row_limit,
     sequences,
     slots,
     store,
-    tiles,
 )
 from glazoo.engines.chunked.gates import ERASE, READ, READ_BEFORE, NoGate, corners, gate_of
 from glazoo.kernels import loops
 from glazoo.kernels.loops import Delta, compute_dtype
 from glazoo.kernels.register import register
 
-CHUNK = 64
+CHUNK = 32
 # Diagonal blocks of the triangular system of this size are inverted by substitution, larger ones
 # by block elimination, which is matmuls.
 BLOCK = 8
@@ -40,10 +38,10 @@ def _unit_lower_inverse(system: Tensor) -> Tensor:
     """Inverse of I + strictly lower part of system [N, C, C]."""
     count, size, _ = system.shape
     block = min(BLOCK, size)
-    blocks = system.view(count, size // block, block, size // block, block)
-    blocks = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, block, block)
-    unit = torch.eye(block, dtype=system.dtype, device=system.device).expand_as(blocks)
-    solved: Tensor = torch.linalg.solve_triangular(blocks, unit, upper=False, unitriangular=True)
+    parts = system.view(count, size // block, block, size // block, block)
+    parts = parts.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, block, block)
+    unit = torch.eye(block, dtype=system.dtype, device=system.device).expand_as(parts)
+    solved: Tensor = torch.linalg.solve_triangular(parts, unit, upper=False, unitriangular=True)
     if block == size:
         return solved.contiguous()
     inverse = torch.zeros_like(system)
@@ -103,14 +101,15 @@ def _forward(x: Delta, _tokens: Any, _states: Any, results: Any, finals: Any, ke
     batch, count, heads, _ = w.shape
     dtype = final.dtype
     groups = min(q.shape[2], e.shape[2], k.shape[2])
-    for rows in row_blocks(batch, heads, groups, row_limit(count, CHUNK)):
+    width = max(final.shape[2:])
+    for rows, pieces in blocks(batch, count, heads, groups, CHUNK, width):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, *final.shape[2:])
         if initial is None:
             state = torch.zeros(shape, dtype=dtype, device=w.device)
         else:
             state = initial[corner].to(dtype).reshape(shape)
-        for tile in tiles(count, rows.number, CHUNK):
+        for tile in pieces:
             wt = load(w, rows, tile, dtype)
             s = _System(q, e, k, g, rows, tile, dtype, previous)
             split = (tile.number, rows.number, tile.size, -1)
@@ -153,14 +152,15 @@ def _backward(x: Delta, tokens: Any, states: Any, results: Any, finals: Any, kep
     batch, count, heads, _ = grad.shape
     dtype = borders.dtype
     groups = min(q.shape[2], e.shape[2], k.shape[2])
-    for rows in row_blocks(batch, heads, groups, row_limit(count, CHUNK)):
+    width = max(borders.shape[3:])
+    for rows, pieces in blocks(batch, count, heads, groups, CHUNK, width):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, *borders.shape[3:])
         if grad_final is None:
             state = torch.zeros(shape, dtype=dtype, device=grad.device)
         else:
             state = grad_final[corner].to(dtype).reshape(shape)
-        for tile in reversed(tiles(count, rows.number, CHUNK)):
+        for tile in reversed(pieces):
             dt = load(grad, rows, tile, dtype)
             inverse = _part(inverses, tile, corner)[..., : tile.size, : tile.size]
             inverse = inverse.reshape(-1, tile.size, tile.size)
@@ -268,7 +268,7 @@ def delta(
     base: str = "decayed",
     cu_seqlens: Int[Tensor, " N+1"] | None = None,
 ) -> tuple[Float[Tensor, "B T HV V"], Float[Tensor, "N HV K V"]]:
-    """Gated delta rule with separate erase and write keys, in chunks of 64 tokens.
+    """Gated delta rule with separate erase and write keys, in chunks of 32 tokens.
 
         S'_t = Diag(exp g_t) S_{t-1}        S_t = S'_t + k_t u_t^T        o_t = S_t^T q_t
         u_t  = w_t - X_t^T e_t              X_t = S'_t (base "decayed") or S_{t-1} (base "prev")
@@ -281,7 +281,7 @@ def delta(
         (I + E) u = w - (e . D(., 0)) S,        E_ij = e_i . D(i, j) k_j  for j < i
 
     whose inverse is formed once per chunk; given u the rest is the linear class. The backward pass
-    has kept u, the inverses and the states at chunk borders: V + 64 + K V / 64 numbers per token
+    has kept u, the inverses and the states at chunk borders: V + 32 + K V / 32 numbers per token
     and head.
 
     Args:

@@ -12,16 +12,14 @@ from torch import Tensor
 from glazoo.engines.chunked import checks
 from glazoo.engines.chunked.common import (
     begin,
+    blocks,
     carry,
     earlier,
     load,
     over_sequences,
     rooms_for,
-    row_blocks,
-    row_limit,
     sequences,
     store,
-    tiles,
 )
 from glazoo.engines.chunked.gates import halves, levels
 from glazoo.kernels import loops
@@ -45,14 +43,14 @@ def _forward(
     (out,), (final,) = results, finals
     batch, count, heads = b.shape
     dtype = final.dtype
-    for rows in row_blocks(batch, heads, k.shape[2], row_limit(count, CHUNK)):
+    for rows, pieces in blocks(batch, count, heads, k.shape[2], CHUNK, k.shape[3]):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, k.shape[3])
         if initial is None:
             state = torch.zeros(shape, dtype=dtype, device=b.device)
         else:
             state = initial[corner].to(dtype).reshape(shape)
-        for tile in tiles(count, rows.number, CHUNK):
+        for tile in pieces:
             y = load(k, rows, tile, dtype)
             y.square_().mul_(load(b, rows, tile, dtype))
             total = prefix = None
@@ -85,14 +83,14 @@ def _backward(
     dk, db, dg = results
     batch, count, heads = b.shape
     dtype = dinitial.dtype
-    for rows in row_blocks(batch, heads, k.shape[2], row_limit(count, CHUNK)):
+    for rows, pieces in blocks(batch, count, heads, k.shape[2], CHUNK, k.shape[3]):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, k.shape[3])
         if grad_final is None:
             state = torch.zeros(shape, dtype=dtype, device=b.device)
         else:
             state = grad_final[corner].to(dtype).reshape(shape)
-        for tile in reversed(tiles(count, rows.number, CHUNK)):
+        for tile in reversed(pieces):
             y = load(grad, rows, tile, dtype)
             kt, bt = load(k, rows, tile, dtype), load(b, rows, tile, dtype)
             decay = total = suffix = None

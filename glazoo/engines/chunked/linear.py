@@ -11,24 +11,22 @@ from torch import Tensor
 from glazoo.engines.chunked import checks
 from glazoo.engines.chunked.common import (
     begin,
+    blocks,
     carry,
     empty_as,
     load,
     over_sequences,
     rooms_for,
-    row_blocks,
-    row_limit,
     sequences,
     slots,
     store,
-    tiles,
 )
 from glazoo.engines.chunked.gates import READ, READ_BEFORE, gate_of
 from glazoo.kernels import loops
 from glazoo.kernels.loops import Linear, compute_dtype
 from glazoo.kernels.register import register
 
-CHUNK = 64
+CHUNK = 32
 
 
 def _forward(x: Linear, _tokens: Any, _states: Any, results: Any, finals: Any, kept: Any) -> None:
@@ -40,14 +38,15 @@ def _forward(x: Linear, _tokens: Any, _states: Any, results: Any, finals: Any, k
     batch, count, heads, _ = w.shape
     dtype = final.dtype
     mode = READ_BEFORE if before else READ
-    for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2]), row_limit(count, CHUNK)):
+    groups, width = min(q.shape[2], k.shape[2]), max(final.shape[2:])
+    for rows, pieces in blocks(batch, count, heads, groups, CHUNK, width):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, *final.shape[2:])
         if initial is None:
             state = torch.zeros(shape, dtype=dtype, device=w.device)
         else:
             state = initial[corner].to(dtype).reshape(shape)
-        for tile in tiles(count, rows.number, CHUNK):
+        for tile in pieces:
             qt, kt, wt = (load(x, rows, tile, dtype) for x in (q, k, w))
             gate = gate_of(g, rows, tile, dtype, exclusive=before)
             result = torch.bmm(gate.scores(qt, kt, mode), wt)
@@ -74,14 +73,15 @@ def _backward(x: Linear, tokens: Any, states: Any, results: Any, finals: Any, ke
     batch, count, heads, _ = w.shape
     dtype = borders.dtype
     mode = READ_BEFORE if before else READ
-    for rows in row_blocks(batch, heads, min(q.shape[2], k.shape[2]), row_limit(count, CHUNK)):
+    groups, width = min(q.shape[2], k.shape[2]), max(borders.shape[3:])
+    for rows, pieces in blocks(batch, count, heads, groups, CHUNK, width):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, *borders.shape[3:])
         if grad_final is None:
             state = torch.zeros(shape, dtype=dtype, device=w.device)
         else:
             state = grad_final[corner].to(dtype).reshape(shape)
-        for tile in reversed(tiles(count, rows.number, CHUNK)):
+        for tile in reversed(pieces):
             qt, kt, wt, dt = (load(x, rows, tile, dtype) for x in (q, k, w, grad))
             gate = gate_of(g, rows, tile, dtype, backward=dg is not None, exclusive=before)
             starts = borders[tile.chunk : tile.chunk + tile.number, *corner].reshape(-1, *shape[1:])
@@ -169,7 +169,7 @@ def linear(
     read: str = "post",
     cu_seqlens: Int[Tensor, " N+1"] | None = None,
 ) -> tuple[Float[Tensor, "B T HV V"], Float[Tensor, "N HV K V"]]:
-    """Gated linear attention in chunks of 64 tokens.
+    """Gated linear attention in chunks of 32 tokens.
 
         S_t = Diag(exp g_t) S_{t-1} + k_t w_t^T        o_t = S_t^T q_t   (read "pre": S_{t-1}^T q_t)
 
@@ -181,7 +181,7 @@ def linear(
         S'  = D(C, 0) S + sum_j (D(C, j) k_j) w_j^T
 
     and the backward pass runs the same matmuls in reverse from the states at the chunk borders,
-    which are all that is kept (K V / 64 numbers per token and head).
+    which are all that is kept (K V / 32 numbers per token and head).
 
     Args:
         q: queries. Any floating dtype.

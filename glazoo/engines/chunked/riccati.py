@@ -12,7 +12,6 @@ from torch import Tensor
 
 from glazoo.engines.chunked import checks
 from glazoo.engines.chunked.common import (
-    TILE,
     Rows,
     Tile,
     begin,
@@ -20,8 +19,8 @@ from glazoo.engines.chunked.common import (
     over_sequences,
     rooms_for,
     row_blocks,
-    row_limit,
     sequences,
+    tile_limit,
     tiles,
 )
 from glazoo.kernels import loops
@@ -72,8 +71,8 @@ def _filled(x: Riccati, there: Tensor) -> Riccati:
 def _blocks(x: Riccati, width: int) -> Iterator[tuple[Rows, list[Tile]]]:
     """Blocks of rows and the tiles of each."""
     batch, count, heads, keys = x.u.shape
-    for rows in row_blocks(batch, heads, heads, row_limit(count, CHUNK)):
-        yield rows, tiles(count, rows.number, CHUNK, max(TILE, width // keys))
+    for rows in row_blocks(batch, heads, heads, tile_limit(count, CHUNK, keys)):
+        yield rows, tiles(count, rows.number, CHUNK, width // keys)
 
 
 def _by_token(*parts: Tensor) -> list[tuple[Tensor, ...]]:

@@ -14,16 +14,14 @@ from glazoo.engines.chunked.common import (
     Rows,
     Tile,
     begin,
+    blocks,
     carry,
     load,
     over_sequences,
     rooms_for,
-    row_blocks,
-    row_limit,
     sequences,
     slots,
     store,
-    tiles,
 )
 from glazoo.engines.chunked.gates import READ, HeadGate, NoGate
 from glazoo.engines.chunked.linear import CHUNK
@@ -32,8 +30,6 @@ from glazoo.kernels import loops
 from glazoo.kernels.loops import Linear, Solve, compute_dtype
 from glazoo.kernels.register import register
 
-# Tokens of a part of a chunk: more of them cost more than the matrix that their part begins with.
-PART = 32
 # Conjugate gradients take one step more from where a residual is below this many machine epsilons
 # of its right-hand side. Tokens that take more than K + SPARE steps are factored.
 TOLERANCE = 16
@@ -43,45 +39,33 @@ SPAN = 1 << 21
 
 
 class _Systems:
-    """The systems (H_t + Lambda) x_t = y_t of a tile: [n, R, K, K] matrices that the parts of its
-    chunks begin with, to be filled in, and tokens [n * R, C, ...] of each."""
+    """The systems (H_t + Lambda) x_t = y_t of a tile: matrices [n, R, K, K] that its chunks begin
+    with, to be filled in, and tokens [n * R, C, ...] of each."""
+
+    starts: Tensor
 
     def __init__(self, x: Solve, rows: Rows, tile: Tile, dtype: torch.dtype) -> None:
-        self.rows = rows
-        self.parts = max(1, tile.size // PART)
-        size, number = tile.size // self.parts, tile.number * self.parts
-        self.tile = tile._replace(size=size, number=number)
+        self.rows, self.tile = rows, tile
         self.k, self.beta = (self.load(y, dtype) for y in (x.k, x.beta))
         self.g = None if x.g is None else self.load(x.g, dtype)
-        self.gate = NoGate(size) if self.g is None else HeadGate(self.g)
+        self.gate = NoGate(tile.size) if self.g is None else HeadGate(self.g)
         floor = x.prior[rows.h0 : rows.h1].to(dtype)
-        self.floor = floor.repeat(number * rows.batch, 1).unsqueeze(1)
-        shape = (number, rows.number, *2 * floor.shape[1:])
-        self.starts = self.k.new_empty(shape)
-        writes = torch.bmm(self.gate.tail(self.k).transpose(1, 2), self.k * self.beta)
-        self.writes, self.total = writes.view(shape), self.gate.total_of(number)
+        self.floor = floor.repeat(tile.number * rows.batch, 1).unsqueeze(1)
 
     def load(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         return load(x, self.rows, self.tile, dtype)
 
-    def after(self, i: int | slice, out: Tensor) -> None:
-        """The matrices after some parts, of those that they begin with."""
-        carry(self.starts[i], self.writes[i], None if self.total is None else self.total[i], out)
-
     def begin(self, state: Tensor) -> Tensor:
         """Fills in all matrices from the first; gives that after the tile."""
-        self.starts[0] = state
-        for i in range(1, len(self.starts)):
-            self.after(i - 1, self.starts[i])
-        last = torch.empty_like(state)
-        self.after(-1, last)
-        return last
-
-    def begin_chunks(self, borders: Tensor) -> None:
-        """Fills in all matrices from those that chunks begin with."""
-        self.starts[:: self.parts] = borders
-        for i in range(1, self.parts):
-            self.after(slice(i - 1, None, self.parts), self.starts[i :: self.parts])
+        number = self.tile.number
+        writes = torch.bmm(self.gate.tail(self.k).transpose(1, 2), self.k * self.beta)
+        writes, total = writes.view(number, *state.shape), self.gate.total_of(number)
+        border = state.new_empty(number + 1, *state.shape)
+        border[0] = state
+        for c in range(number):
+            carry(border[c], writes[c], None if total is None else total[c], border[c + 1])
+        self.starts = border[:number]
+        return border[number]
 
     def solve(self, y: Tensor) -> Tensor:
         """Solutions [n * R, C, K] of right-hand sides."""
@@ -177,18 +161,18 @@ def _forward(x: Solve, _tokens: Any, _states: Any, results: Any, finals: Any, ke
     borders = kept[0] if kept else None
     batch, count, heads, keys = out.shape
     groups = min(x.q.shape[2], x.k.shape[2])
-    for rows in row_blocks(batch, heads, groups, row_limit(count, CHUNK)):
+    for rows, pieces in blocks(batch, count, heads, groups, CHUNK, x.k.shape[3]):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         state = final.new_zeros(rows.number, keys, keys)
         if x.initial_state is not None:
             state.copy_(x.initial_state[corner].flatten(0, 1))
-        for tile in tiles(count, rows.number, CHUNK):
+        for tile in pieces:
             systems = _Systems(x, rows, tile, final.dtype)
             state = systems.begin(state)
-            store(out, systems.solve(systems.load(x.q, final.dtype)), rows, systems.tile)
+            store(out, systems.solve(systems.load(x.q, final.dtype)), rows, tile)
             if borders is not None:
                 part = borders[tile.chunk : tile.chunk + tile.number, *corner]
-                part.copy_(systems.starts[:: systems.parts].view(part.shape))
+                part.copy_(systems.starts.view(part.shape))
         final[corner].copy_(state.view(final[corner].shape))
 
 
@@ -201,16 +185,16 @@ def _backward(
     # minus the adjoint solution, which reads the matrix as a query reads a memory
     adjoint = torch.empty_like(solved)
     groups = min(x.q.shape[2], x.k.shape[2])
-    for rows in row_blocks(batch, heads, groups, row_limit(count, CHUNK)):
+    for rows, pieces in blocks(batch, count, heads, groups, CHUNK, x.k.shape[3]):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
-        for tile in tiles(count, rows.number, CHUNK):
+        for tile in pieces:
             systems = _Systems(x, rows, tile, borders.dtype)
             part = borders[tile.chunk : tile.chunk + tile.number, *corner]
-            systems.begin_chunks(part.flatten(1, 2))
+            systems.starts = part.flatten(1, 2)
             z = systems.solve(systems.load(grad, borders.dtype))
-            store(dq, z, rows, systems.tile)
+            store(dq, z, rows, tile)
             z.neg_()
-            store(adjoint, z, rows, systems.tile)
+            store(adjoint, z, rows, tile)
             if dprior is not None:
                 total = z.mul_(systems.load(solved, borders.dtype)).sum(1)
                 dprior[rows.h0 : rows.h1] += total.view(-1, rows.width, total.shape[1]).sum(0)
@@ -302,7 +286,7 @@ def solve(
     Gradients: with z = (H + Lambda)^{-1} dx they are dq = z, dLambda = -z . x and dH = -z x^T, and
     the latter goes through the linear class's backward pass (query -z, output gradient x).
 
-    Memory: training keeps K^2 / 64 numbers per token and head (states at chunk borders) and x;
+    Memory: training keeps K^2 / 32 numbers per token and head (states at chunk borders) and x;
     matrices that are factored exist for a few hundred tokens at a time.
 
     A system that is not positive definite after rounding of the state (Lambda below one unit of
