@@ -171,13 +171,19 @@ class _ConvertedModel(SavesWhole):
 _PACKED = {"position_ids": "position_ids", "cu_seq_lens_q": "cu_seqlens", "seq_idx": "seq_idx"}
 
 
+@functools.cache
+def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Return the names of what a forward pass takes; to look takes as long as a layer's token."""
+    return tuple(inspect.signature(inspect.unwrap(forward)).parameters)[1:]
+
+
 def _keeping_apart(source: Callable[..., Any], *, apart: bool) -> Callable[..., Any]:
     """Wrap a model's forward pass so that packed sequences stay apart.
 
     The source's models drop the bounds on their way to the mixers, or read them in some layers and
     not in others: they are read here, once, from whatever says them, and reach every mixer.
     """
-    names = tuple(inspect.signature(inspect.unwrap(source)).parameters)[1:]
+    names = _arguments(source)
 
     @functools.wraps(source)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -219,7 +225,7 @@ def _enter_packed(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Keep packed sequences apart where trainers call the model below the head, which is the
     source's, to compute the loss by themselves."""
-    names = tuple(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
+    names = _arguments(type(module).forward)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     packed = None if current_packing() is not None else _find_packed(given)
     if packed is None or given.get("cu_seqlens") is not None:

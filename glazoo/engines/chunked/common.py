@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Numbers of a tile in its widest operand, per thread: 256 KiB of float32. More leave the cache, and
-# their buffers, which an allocator gives back to the system, cost page faults at every tile.
+# Numbers of a tile in its widest operand, per thread: 256 KiB of float32, some ten of which are
+# alive at once.
 TILE = 1 << 16
 # Sequences of a pack longer than this many chunks are views of the operands, shorter ones are
 # gathered into batches of similar length, at most GATHER tokens at a time.
@@ -74,17 +74,17 @@ def row_blocks(batch: int, heads: int, groups: int, limit: int) -> Iterator[Rows
             yield Rows(b0, min(b0 + depth, batch), h0, min(h0 + width, heads), heads)
 
 
-def tile_limit(tokens: int, chunk: int, width: int) -> int:
-    """Rows times chunks of a tile whose widest operand has `width` numbers per token."""
+def tile_limit(tokens: int, chunk: int, width: int, tile: int = TILE) -> int:
+    """Rows times chunks of a tile of `tile` numbers in operands of `width` numbers per token."""
     size = min(chunk, 1 << max(tokens - 1, 0).bit_length())
-    return max(1, TILE * torch.get_num_threads() // (size * width))
+    return max(1, tile * torch.get_num_threads() // (size * width))
 
 
 def blocks(
-    batch: int, tokens: int, heads: int, groups: int, chunk: int, width: int
+    batch: int, tokens: int, heads: int, groups: int, chunk: int, width: int, tile: int = TILE
 ) -> Iterator[tuple[Rows, list[Tile]]]:
     """Blocks of rows and the tiles of each."""
-    limit = tile_limit(tokens, chunk, width)
+    limit = tile_limit(tokens, chunk, width, tile)
     for rows in row_blocks(batch, heads, groups, limit):
         yield rows, tiles(tokens, rows.number, chunk, limit)
 
@@ -360,7 +360,8 @@ def needed(x: Tensor | None) -> Tensor:
 
 def rooms_for(x: Any, wanted: Any, *names: str) -> list[Tensor | None]:
     """Uninitialised gradients of operands of a record, None where none is wanted."""
-    return [empty_as(getattr(x, name)) if getattr(wanted, name) else None for name in names]
+    given = [getattr(x, name) if getattr(wanted, name) else None for name in names]
+    return [None if y is None else empty_as(y) for y in given]
 
 
 def empty_as(x: Tensor, wanted: bool = True) -> Tensor:

@@ -24,8 +24,7 @@ from glazoo.engines.chunked.common import (
     store,
 )
 from glazoo.engines.chunked.gates import ERASE, READ, READ_BEFORE, NoGate, corners, gate_of
-from glazoo.kernels import loops
-from glazoo.kernels.loops import Delta, compute_dtype
+from glazoo.kernels.loops import GatedDelta, compute_dtype
 from glazoo.kernels.register import register
 
 CHUNK = 32
@@ -66,19 +65,24 @@ class _System:
 
     def __init__(
         self,
-        q: Tensor,
-        e: Tensor,
-        k: Tensor,
-        g: Tensor | None,
+        x: GatedDelta,
         rows: Rows,
         tile: Tile,
         dtype: torch.dtype,
-        previous: bool,
         inverse: Tensor | None = None,
         backward: bool = False,
     ) -> None:
-        self.q, self.e, self.k = (load(x, rows, tile, dtype) for x in (q, e, k))
-        self.gate: NoGate = gate_of(g, rows, tile, dtype, backward, exclusive=previous)
+        previous = x.base == "prev"
+        self.q, self.k = load(x.q, rows, tile, dtype), load(x.k, rows, tile, dtype)
+        if x.scale != 1:
+            self.q.mul_(x.scale)
+        # The erase key as it is given, and times its gate.
+        self.eraser = self.e = self.k if x.e is None else load(x.e, rows, tile, dtype)
+        self.strength = None
+        if x.erase is not None:
+            self.strength = load(x.erase, rows, tile, dtype)
+            self.e = self.eraser * self.strength
+        self.gate: NoGate = gate_of(x.g, rows, tile, dtype, backward, exclusive=previous)
         self.previous = previous
         self.mode = READ_BEFORE if previous else ERASE
         self.read = self.gate.scores(self.q, self.k, READ)
@@ -89,18 +93,23 @@ class _System:
         self.writes = self.gate.tail(self.k)
 
 
+def _groups(x: GatedDelta) -> int:
+    """Groups of value heads that share a query or a key, of which a tile splits none."""
+    return min(y.shape[2] for y in (x.q, x.e, x.k) if y is not None)
+
+
 def _part(kept: Tensor, tile: Tile, corner: tuple[slice, slice]) -> Tensor:
     """Where a tile keeps what kept [chunks, B, HV, ...] holds of it, [n, b, h, ...]."""
     return kept[tile.chunk : tile.chunk + tile.number, *corner]
 
 
-def _forward(x: Delta, _tokens: Any, _states: Any, results: Any, finals: Any, kept: Any) -> None:
-    q, e, k, w, g, initial, _, base = x
+def _forward(
+    x: GatedDelta, _tokens: Any, _states: Any, results: Any, finals: Any, kept: Any
+) -> None:
+    w, beta, initial = x.w, x.beta, x.initial_state
     (out,), (final,) = results, finals
-    previous = base == "prev"
     batch, count, heads, _ = w.shape
-    dtype = final.dtype
-    groups = min(q.shape[2], e.shape[2], k.shape[2])
+    dtype, groups = final.dtype, _groups(x)
     width = max(final.shape[2:])
     for rows, pieces in blocks(batch, count, heads, groups, CHUNK, width):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
@@ -111,7 +120,9 @@ def _forward(x: Delta, _tokens: Any, _states: Any, results: Any, finals: Any, ke
             state = initial[corner].to(dtype).reshape(shape)
         for tile in pieces:
             wt = load(w, rows, tile, dtype)
-            s = _System(q, e, k, g, rows, tile, dtype, previous)
+            if beta is not None:
+                wt.mul_(load(beta, rows, tile, dtype))
+            s = _System(x, rows, tile, dtype)
             split = (tile.number, rows.number, tile.size, -1)
             errors = torch.bmm(s.inverse, wt)
             cells = errors.view(split)
@@ -143,15 +154,14 @@ def _forward(x: Delta, _tokens: Any, _states: Any, results: Any, finals: Any, ke
         final[corner].copy_(state.view(final[corner].shape))
 
 
-def _backward(x: Delta, tokens: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
-    q, e, k, _, g, _, _, base = x
+def _backward(
+    x: GatedDelta, tokens: Any, states: Any, results: Any, finals: Any, kept: Any
+) -> None:
     (grad,), (grad_final,), (dinitial,) = tokens, states, finals
-    dq, de, dk, dw, dg = results
+    dq, de, dk, dw, dg, dbeta, derase = results
     borders, inverses, errors_kept = kept
-    previous = base == "prev"
     batch, count, heads, _ = grad.shape
-    dtype = borders.dtype
-    groups = min(q.shape[2], e.shape[2], k.shape[2])
+    dtype, groups = borders.dtype, _groups(x)
     width = max(borders.shape[3:])
     for rows, pieces in blocks(batch, count, heads, groups, CHUNK, width):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
@@ -164,7 +174,7 @@ def _backward(x: Delta, tokens: Any, states: Any, results: Any, finals: Any, kep
             dt = load(grad, rows, tile, dtype)
             inverse = _part(inverses, tile, corner)[..., : tile.size, : tile.size]
             inverse = inverse.reshape(-1, tile.size, tile.size)
-            s = _System(q, e, k, g, rows, tile, dtype, previous, inverse, dg is not None)
+            s = _System(x, rows, tile, dtype, inverse, dg is not None)
             split = (tile.number, rows.number, tile.size, -1)
             starts = _part(borders, tile, corner).reshape(-1, *shape[1:])
             errors = _part(errors_kept, tile, corner)[..., : tile.size, :]
@@ -185,17 +195,28 @@ def _backward(x: Delta, tokens: Any, states: Any, results: Any, finals: Any, kep
                 ends[c].baddbmm_(erases[c], cells[c], alpha=-1)
             state = ends[0]
             after = ends[1:].view(-1, *shape[1:])
-            store(dw, right, rows, tile)
             gate = s.gate
             dqt = gate.head_backward(torch.bmm(dt, starts.transpose(1, 2)), s.reads)
             left = right.neg()
-            det = gate.head_backward(torch.bmm(left, starts.transpose(1, 2)), s.erases, previous)
+            det = gate.head_backward(torch.bmm(left, starts.transpose(1, 2)), s.erases, s.previous)
             dkt = gate.tail_backward(torch.bmm(errors, after.transpose(1, 2)), s.writes)
             pairs = torch.bmm(dt, errors.transpose(1, 2))
             gate.scores_backward(pairs, s.read, s.q, s.k, READ, dqt, dkt)
             pairs = torch.bmm(left, errors.transpose(1, 2))
             gate.scores_backward(pairs, s.erase, s.e, s.k, s.mode, det, dkt)
-            store(dq, dqt, rows, tile)
+            store(dq, dqt if x.scale == 1 else dqt.mul_(x.scale), rows, tile)
+            if x.beta is not None:
+                if dbeta is not None:
+                    product = right * load(x.w, rows, tile, dtype)
+                    store(dbeta, product.sum(-1, keepdim=True), rows, tile)
+                right.mul_(load(x.beta, rows, tile, dtype))
+            store(dw, right, rows, tile)
+            if s.strength is not None:
+                if derase is not None:
+                    store(derase, (det * s.eraser).sum(-1, keepdim=True), rows, tile)
+                det.mul_(s.strength)
+            if x.e is None:
+                dkt.add_(det)
             store(de, det, rows, tile)
             store(dk, dkt, rows, tile)
             if dg is not None:
@@ -203,9 +224,9 @@ def _backward(x: Delta, tokens: Any, states: Any, results: Any, finals: Any, kep
         dinitial[corner].copy_(state.view(dinitial[corner].shape))
 
 
-def _allocate(x: Delta, keep: bool) -> tuple[Tensor, ...]:
+def _allocate(x: GatedDelta, keep: bool) -> tuple[Tensor, ...]:
     batch, tokens, heads, size = x.w.shape
-    like = x.w.new_empty((), dtype=compute_dtype(x.q, x.e, x.k, x.w))
+    like = x.w.new_empty((), dtype=compute_dtype(x.q, x.k, x.w))
     shape = (heads, x.k.shape[3], size)
     total = slots(x.cu_seqlens, batch, tokens, CHUNK) if keep else 0
     return (
@@ -217,16 +238,16 @@ def _allocate(x: Delta, keep: bool) -> tuple[Tensor, ...]:
     )
 
 
-def _run(x: Delta, keep: bool) -> tuple[Tensor, ...]:
+def _run(x: GatedDelta, keep: bool) -> tuple[Tensor, ...]:
     out, final, *kept = found = _allocate(x, keep)
     begin(final, x.initial_state)
     over_sequences(_forward, x, CHUNK, results=[out], final=[final], kept=kept if keep else [])
     return found
 
 
-def _gradients(x: Delta, grads: Any, wanted: Any, *kept: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(x: GatedDelta, grads: Any, wanted: Any, *kept: Tensor) -> tuple[Tensor | None, ...]:
     grad, grad_final = grads
-    found = rooms_for(x, wanted, "q", "e", "k", "w", "g")
+    found = rooms_for(x, wanted, "q", "e", "k", "w", "g", "beta", "erase")
     shape = (sequences(x.cu_seqlens, x.w.shape[0]), *kept[0].shape[1:])
     dinitial = kept[0].new_empty(shape)
     begin(dinitial, grad_final)
@@ -245,7 +266,7 @@ def _gradients(x: Delta, grads: Any, wanted: Any, *kept: Tensor) -> tuple[Tensor
 
 _delta = register(
     "chunked_delta",
-    Delta,
+    GatedDelta,
     results=("out", "final"),
     kept=("borders", "inverses", "errors"),
     forward=_run,
@@ -307,7 +328,6 @@ def delta(
         Yang et al., "Gated Delta Networks: Improving Mamba2 with Delta Rule", ICLR 2025,
         arXiv:2412.06464, section 3.3.
     """
-    e = k if e is None else e
     checks.choice("base", base, ("decayed", "prev"))
     checks.tokens(q=q, e=e, k=k, w=w)
     checks.heads(w.shape[2], q=q, e=e, k=k)
@@ -315,9 +335,9 @@ def delta(
     checks.packing(cu_seqlens, w)
     checks.state("initial_state", initial_state, cu_seqlens, w, k.shape[3], w.shape[3])
     checks.factors(w, beta=beta, erase=erase)
-    q, w = loops.scaled(q, scale), loops.times(beta, w).to(w.dtype)
-    e = loops.times(erase, e)
+    x = GatedDelta(q, e, k, w, g, beta, erase, initial_state, cu_seqlens, base, scale)
     if w.shape[1] == 1 and cu_seqlens is None:
-        return loops.delta(q, e, k, w, g, initial_state=initial_state, base=base)
-    out, final = _delta(q, e, k, w, g, initial_state, cu_seqlens, base)
+        out, final = x.loop()
+    else:
+        out, final = _delta(*x)
     return out, final

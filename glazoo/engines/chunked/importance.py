@@ -26,7 +26,9 @@ from glazoo.kernels import loops
 from glazoo.kernels.loops import Importance, compute_dtype
 from glazoo.kernels.register import register
 
-CHUNK = 64
+CHUNK = 32
+# Few operands are alive at once, and so little is done with each number that calls weigh more.
+TILE = 1 << 18
 
 
 def _decays(g: Tensor, rows: Any, tile: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -43,7 +45,7 @@ def _forward(
     (out,), (final,) = results, finals
     batch, count, heads = b.shape
     dtype = final.dtype
-    for rows, pieces in blocks(batch, count, heads, k.shape[2], CHUNK, k.shape[3]):
+    for rows, pieces in blocks(batch, count, heads, k.shape[2], CHUNK, k.shape[3], TILE):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, k.shape[3])
         if initial is None:
@@ -83,7 +85,7 @@ def _backward(
     dk, db, dg = results
     batch, count, heads = b.shape
     dtype = dinitial.dtype
-    for rows, pieces in blocks(batch, count, heads, k.shape[2], CHUNK, k.shape[3]):
+    for rows, pieces in blocks(batch, count, heads, k.shape[2], CHUNK, k.shape[3], TILE):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, k.shape[3])
         if grad_final is None:
@@ -186,7 +188,7 @@ def importance(
 
         J_t = exp(g_t) J_{t-1} + b_t k_t^2
 
-    A chunk is scanned in log2(64) elementwise steps of doubling width, all chunks at once; the
+    A chunk is scanned in log2(32) elementwise steps of doubling width, all chunks at once; the
     backward pass is the mirrored scan and needs nothing but the result itself.
 
     Args:

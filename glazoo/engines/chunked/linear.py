@@ -22,16 +22,19 @@ from glazoo.engines.chunked.common import (
     store,
 )
 from glazoo.engines.chunked.gates import READ, READ_BEFORE, gate_of
-from glazoo.kernels import loops
-from glazoo.kernels.loops import Linear, compute_dtype
+from glazoo.kernels.loops import GatedLinear, compute_dtype
 from glazoo.kernels.register import register
 
 CHUNK = 32
+# Fewer operands are alive at once than of a delta rule.
+TILE = 1 << 17
 
 
-def _forward(x: Linear, _tokens: Any, _states: Any, results: Any, finals: Any, kept: Any) -> None:
+def _forward(
+    x: GatedLinear, _tokens: Any, _states: Any, results: Any, finals: Any, kept: Any
+) -> None:
     """One batch of equally long sequences; `borders` [chunks, B, HV, K, V] is filled if given."""
-    q, k, w, g, initial, _, read = x
+    q, k, w, g, beta, initial, _, read, scale = x
     (out,), (final,) = results, finals
     borders = kept[0] if kept else None
     before = read == "pre"
@@ -39,7 +42,7 @@ def _forward(x: Linear, _tokens: Any, _states: Any, results: Any, finals: Any, k
     dtype = final.dtype
     mode = READ_BEFORE if before else READ
     groups, width = min(q.shape[2], k.shape[2]), max(final.shape[2:])
-    for rows, pieces in blocks(batch, count, heads, groups, CHUNK, width):
+    for rows, pieces in blocks(batch, count, heads, groups, CHUNK, width, TILE):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, *final.shape[2:])
         if initial is None:
@@ -48,6 +51,10 @@ def _forward(x: Linear, _tokens: Any, _states: Any, results: Any, finals: Any, k
             state = initial[corner].to(dtype).reshape(shape)
         for tile in pieces:
             qt, kt, wt = (load(x, rows, tile, dtype) for x in (q, k, w))
+            if scale != 1:
+                qt.mul_(scale)
+            if beta is not None:
+                wt.mul_(load(beta, rows, tile, dtype))
             gate = gate_of(g, rows, tile, dtype, exclusive=before)
             result = torch.bmm(gate.scores(qt, kt, mode), wt)
             writes = torch.bmm(gate.tail(kt).transpose(1, 2), wt).view(tile.number, *shape)
@@ -65,16 +72,18 @@ def _forward(x: Linear, _tokens: Any, _states: Any, results: Any, finals: Any, k
         final[corner].copy_(state.view(final[corner].shape))
 
 
-def _backward(x: Linear, tokens: Any, states: Any, results: Any, finals: Any, kept: Any) -> None:
-    q, k, w, g, _, _, read = x
+def _backward(
+    x: GatedLinear, tokens: Any, states: Any, results: Any, finals: Any, kept: Any
+) -> None:
+    q, k, w, g, beta, _, _, read, scale = x
     (grad,), (grad_final,), (dinitial,), (borders,) = tokens, states, finals, kept
-    dq, dk, dw, dg = results
+    dq, dk, dw, dg, dbeta = results
     before = read == "pre"
     batch, count, heads, _ = w.shape
     dtype = borders.dtype
     mode = READ_BEFORE if before else READ
     groups, width = min(q.shape[2], k.shape[2]), max(borders.shape[3:])
-    for rows, pieces in blocks(batch, count, heads, groups, CHUNK, width):
+    for rows, pieces in blocks(batch, count, heads, groups, CHUNK, width, TILE):
         corner = (slice(rows.b0, rows.b1), slice(rows.h0, rows.h1))
         shape = (rows.number, *borders.shape[3:])
         if grad_final is None:
@@ -82,7 +91,11 @@ def _backward(x: Linear, tokens: Any, states: Any, results: Any, finals: Any, ke
         else:
             state = grad_final[corner].to(dtype).reshape(shape)
         for tile in reversed(pieces):
-            qt, kt, wt, dt = (load(x, rows, tile, dtype) for x in (q, k, w, grad))
+            qt, kt, given, dt = (load(x, rows, tile, dtype) for x in (q, k, w, grad))
+            strength = None if beta is None else load(beta, rows, tile, dtype)
+            wt = given if strength is None else given * strength
+            if scale != 1:
+                qt.mul_(scale)
             gate = gate_of(g, rows, tile, dtype, backward=dg is not None, exclusive=before)
             starts = borders[tile.chunk : tile.chunk + tile.number, *corner].reshape(-1, *shape[1:])
             reads, writes = gate.head(qt, before), gate.tail(kt)
@@ -97,19 +110,21 @@ def _backward(x: Linear, tokens: Any, states: Any, results: Any, finals: Any, ke
             after = ends[1:].view(-1, *shape[1:])
             inside = gate.scores(qt, kt, mode)
             dwt = torch.bmm(inside.transpose(1, 2), dt).baddbmm_(writes, after)
-            store(dw, dwt, rows, tile)
+            if dbeta is not None:
+                store(dbeta, (dwt * given).sum(-1, keepdim=True), rows, tile)
+            store(dw, dwt if strength is None else dwt.mul_(strength), rows, tile)
             dkt = gate.tail_backward(torch.bmm(wt, after.transpose(1, 2)), writes)
             dqt = gate.head_backward(torch.bmm(dt, starts.transpose(1, 2)), reads, before)
             pairs = torch.bmm(dt, wt.transpose(1, 2))
             gate.scores_backward(pairs, inside, qt, kt, mode, dqt, dkt)
-            store(dq, dqt, rows, tile)
+            store(dq, dqt if scale == 1 else dqt.mul_(scale), rows, tile)
             store(dk, dkt, rows, tile)
             if dg is not None:
                 store(dg, gate.finish(starts, after), rows, tile)
         dinitial[corner].copy_(state.view(dinitial[corner].shape))
 
 
-def _allocate(x: Linear, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate(x: GatedLinear, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, heads, size = x.w.shape
     like = x.w.new_empty((), dtype=compute_dtype(x.q, x.k, x.w))
     shape = (heads, x.k.shape[3], size)
@@ -121,16 +136,18 @@ def _allocate(x: Linear, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _run(x: Linear, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _run(x: GatedLinear, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     out, final, borders = found = _allocate(x, keep)
     begin(final, x.initial_state)
     over_sequences(_forward, x, CHUNK, results=[out], final=[final], kept=[borders] * keep)
     return found
 
 
-def _gradients(x: Linear, grads: Any, wanted: Any, borders: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(
+    x: GatedLinear, grads: Any, wanted: Any, borders: Tensor
+) -> tuple[Tensor | None, ...]:
     grad, grad_final = grads
-    found = rooms_for(x, wanted, "q", "k", "w", "g")
+    found = rooms_for(x, wanted, "q", "k", "w", "g", "beta")
     dinitial = borders.new_empty(sequences(x.cu_seqlens, x.w.shape[0]), *borders.shape[1:])
     begin(dinitial, grad_final)
     over_sequences(
@@ -148,7 +165,7 @@ def _gradients(x: Linear, grads: Any, wanted: Any, borders: Tensor) -> tuple[Ten
 
 _linear = register(
     "chunked_linear",
-    Linear,
+    GatedLinear,
     results=("out", "final"),
     kept=("borders",),
     forward=_run,
@@ -211,8 +228,9 @@ def linear(
     checks.packing(cu_seqlens, w)
     checks.state("initial_state", initial_state, cu_seqlens, w, k.shape[3], w.shape[3])
     checks.factors(w, beta=beta)
-    q, w = loops.scaled(q, scale), loops.times(beta, w).to(w.dtype)
+    x = GatedLinear(q, k, w, g, beta, initial_state, cu_seqlens, read, scale)
     if w.shape[1] == 1 and cu_seqlens is None:
-        return loops.linear(q, k, w, g, initial_state=initial_state, read=read)
-    out, final = _linear(q, k, w, g, initial_state, cu_seqlens, read)
+        out, final = x.loop()
+    else:
+        out, final = _linear(*x)
     return out, final

@@ -27,7 +27,7 @@ from glazoo.engines.chunked.gates import READ, HeadGate, NoGate
 from glazoo.engines.chunked.linear import CHUNK
 from glazoo.engines.chunked.linear import _backward as linear_backward
 from glazoo.kernels import loops
-from glazoo.kernels.loops import Linear, Solve, compute_dtype
+from glazoo.kernels.loops import GatedLinear, Solve, compute_dtype
 from glazoo.kernels.register import register
 
 # Conjugate gradients take one step more from where a residual is below this many machine epsilons
@@ -180,7 +180,7 @@ def _backward(
     x: Solve, tokens: Any, states: Any, results: Any, finals: Any, kept: Any, dprior: Tensor | None
 ) -> None:
     (grad, solved), (borders,) = tokens, kept
-    dq, dk, dw, dg = results
+    dq, dk, dw, dg, dbeta = results
     batch, count, heads, _ = solved.shape
     # minus the adjoint solution, which reads the matrix as a query reads a memory
     adjoint = torch.empty_like(solved)
@@ -198,9 +198,10 @@ def _backward(
             if dprior is not None:
                 total = z.mul_(systems.load(solved, borders.dtype)).sum(1)
                 dprior[rows.h0 : rows.h1] += total.view(-1, rows.width, total.shape[1]).sum(0)
-    w = _wide(x.k, x.beta) * x.beta.unsqueeze(3)
-    read = Linear(adjoint, x.k, w, x.g, None, x.cu_seqlens, "post")
-    linear_backward(read, [solved], states, [None, dk, dw, dg], finals, kept)
+    read = GatedLinear(
+        adjoint, x.k, _wide(x.k, x.beta), x.g, x.beta, None, x.cu_seqlens, "post", 1.0
+    )
+    linear_backward(read, [solved], states, [None, dk, dw, dg, dbeta], finals, kept)
 
 
 def _wide(k: Tensor, beta: Tensor) -> Tensor:
@@ -230,7 +231,7 @@ def _gradients(
     x: Solve, grads: Any, wanted: Any, solved: Tensor, borders: Tensor
 ) -> tuple[Tensor | None, ...]:
     grad, grad_final = grads
-    dq, dg = rooms_for(x, wanted, "q", "g")
+    dq, dg, dbeta = rooms_for(x, wanted, "q", "g", "beta")
     # keys write twice, H = a H + k w^T with w = beta k: summed before they are rounded
     dk, dw = borders.new_empty(x.k.shape), torch.empty_like(solved)
     # summed over all tokens in the compute dtype
@@ -243,12 +244,11 @@ def _gradients(
         CHUNK,
         tokens=[torch.zeros_like(solved) if grad is None else grad, solved],
         states=[grad_final],
-        results=[dq, dk, dw, dg],
+        results=[dq, dk, dw, dg, dbeta],
         final=[dinitial],
         kept=[borders],
     )
-    dbeta = (_wide(x.k, x.beta) * dw).sum(3)
-    dk += (dw * x.beta.unsqueeze(3)).unflatten(2, (dk.shape[2], -1)).sum(3)
+    dk += dw.unflatten(2, (dk.shape[2], -1)).sum(3)
     return dq, dk, dbeta, dg, dprior, dinitial, None
 
 
