@@ -48,6 +48,8 @@ _KINDS = {
 
 def wants_derivative(*operands: object) -> bool:
     """Return whether a derivative with respect to an operand may be asked for, in either mode."""
+    if not torch.is_grad_enabled() and not _transformed():
+        return False
     given = [x for x in operands if isinstance(x, Tensor)]
     return _requires_grad(given) or (_transformed() and _has_tangent(given))
 
@@ -62,12 +64,15 @@ def _transformed() -> bool:
     )
 
 
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
+
+
 def plain(inputs: Iterable[object]) -> bool:
     """Return whether nothing looks at the operators that run, nor stands in for a tensor."""
     return (
         not _transformed()
         and not torch._C._len_torch_dispatch_stack()
-        and all(type(x) in (Tensor, torch.nn.Parameter) for x in inputs if isinstance(x, Tensor))
+        and _PLAIN.issuperset(map(type, inputs))
     )
 
 

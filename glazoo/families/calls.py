@@ -86,16 +86,17 @@ def _flag(found: Mapping[str, Any], *names: str) -> bool:
 
 
 # What some versions of these functions can do inside, and no model's layer here asks for.
-_UNKNOWN = """
-gk gv reverse head_first normalize output_attentions return_intermediate_states cp_context
-"""
+_UNKNOWN = {
+    "gk", "gv", "reverse", "head_first", "normalize", "output_attentions",
+    "return_intermediate_states", "cp_context",
+}  # fmt: skip
 
 
 def _tokens(call: Call, found: Mapping[str, Any]) -> Recurrence:
     """Read a function of whole sequences [B, T, H, D], with log decays and an activated write
     gate."""
-    for name in _UNKNOWN.split():
-        asked = found.get(name) is not None and found[name] is not False
+    for name in found.keys() & _UNKNOWN:
+        asked = found[name] is not None and found[name] is not False
         if asked and name not in call.operands.values():
             raise ValueError(
                 f"{call.name} was called with {name}, which a converted mixer does not compute"
@@ -193,22 +194,23 @@ def _ssd_step(call: Call, found: Mapping[str, Any]) -> Recurrence:
     [B, H, K], and what belongs to a head is repeated over its channels."""
     x, state = found[call.operands.get("x", "x")], found["state"]
     wide, bias, skip = wide_dtype(x), found.get("dt_bias"), found.get("D")
-    step = _step_size(found, found["dt"][..., 0], None if bias is None else bias[..., 0])
-    step = step.to(wide)[:, None]
-    values = x.to(wide)[:, None]
+    # Methods: indexing takes three times as long, and a token is little else.
+    bias = None if bias is None else bias.select(-1, 0)
+    step = _step_size(found, found["dt"].select(-1, 0), bias).to(wide).unsqueeze(1)
+    values = x.to(wide).unsqueeze(1)
     gate = found.get("z")
 
     def finish(output: Tensor, new: Tensor | None) -> Tensor:
         assert new is not None
         state.copy_(new)
-        output = _skipped(output, values, skip, None if gate is None else gate[:, None])
-        return output[:, 0].to(x.dtype)
+        output = _skipped(output, values, skip, None if gate is None else gate.unsqueeze(1))
+        return output.squeeze(1).to(x.dtype)
 
     return Recurrence(
-        found["C"].to(wide)[:, None],
-        found["B"].to(wide)[:, None],
+        found["C"].to(wide).unsqueeze(1),
+        found["B"].to(wide).unsqueeze(1),
         values,
-        found["A"][:, 0, 0].to(wide) * step,
+        found["A"].select(2, 0).select(1, 0).to(wide) * step,
         step,
         1.0,
         state,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -35,21 +36,27 @@ def pack_state(state: State) -> Float[Tensor, "N HV K W"]:
     per synapse, K for a matrix over keys, and 1 for a vector over keys or a number.
 
     Caches reorder, reset and move one recurrent tensor per layer; a second one they do not all know
-    about.
+    about. Of each sequence the memory of all heads comes first, then the importance: of one
+    sequence both lie in memory as the loops take them.
     """
     assert state.importance is not None
     memory, importance = state.memory, state.importance
+    count, heads, keys, _ = memory.shape
     if importance.dim() < memory.dim():
-        importance = importance.unsqueeze(-1).expand(*memory.shape[:-1], 1)
-    return torch.cat([memory, importance], dim=-1)
+        importance = importance.expand(count, heads, keys)
+    packed = torch.cat([memory.flatten(1), importance.flatten(1)], 1)
+    return packed.view(count, heads, keys, -1)
 
 
 def unpack_state(packed: Float[Tensor, "N HV K W"], value: int, spec: Spec) -> State:
     """Undoes `pack_state` for the state of a spec."""
-    memory, importance = packed[..., :value], packed[..., value:]
+    count, heads, keys, width = packed.shape
+    cells = heads * keys * value
+    memory, importance = packed.flatten(1).tensor_split((cells,), 1)
+    memory = memory.view(count, heads, keys, value)
     if spec.posterior.precision == "full" or spec.importance_per_synapse:
-        return State(memory, importance)
-    importance = importance.squeeze(-1)
+        return State(memory, importance.view(count, heads, keys, width - value))
+    importance = importance.view(count, heads, keys)
     return State(
         memory, importance[..., :1] if spec.posterior.precision == "isotropic" else importance
     )
@@ -69,9 +76,12 @@ def _end_to_end(x: Tensor) -> Tensor:
 def _full_precision(device: torch.device) -> AbstractContextManager[object]:
     """Holds autocast off: importance adds up small numbers, and loses them in a narrow dtype."""
     kind = device.type
-    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+    if not (_autocasts(kind) and torch.is_autocast_enabled(kind)):
         return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(kind, enabled=False)
+
+
+_autocasts = functools.cache(torch.amp.is_autocast_available)
 
 
 class MetaplasticMixer(nn.Module):

@@ -281,7 +281,8 @@ def _find_packed(given: Mapping[str, Any]) -> Packed | None:
         return None
     tokens = given.get("input_ids")
     tokens = given.get("inputs_embeds") if tokens is None else tokens
-    if not isinstance(tokens, Tensor):
+    # One token of every row has nothing to be kept apart from.
+    if not isinstance(tokens, Tensor) or tokens.shape[1] == 1:
         return None
     mask = given.get("attention_mask")
     mask = mask if isinstance(mask, Tensor) else None

@@ -149,7 +149,7 @@ class NoGate:
             return None
         return self.total.view(count, -1, self.total.shape[-1], 1)
 
-    def finish(self, starts: Tensor, after: Tensor) -> Tensor:
+    def finish(self, starts: Tensor | None, after: Tensor) -> Tensor:
         """Gradient of g; starts and after [N, K, V]: state before, gradient of that behind."""
         raise NotImplementedError
 
@@ -246,7 +246,7 @@ class HeadGate(NoGate):
         side = triangle(self.size, kind, tokens).t()
         self._grad.view(tokens.shape).addmm_(tokens, side)
 
-    def finish(self, starts: Tensor, after: Tensor) -> Tensor:
+    def finish(self, starts: Tensor | None, after: Tensor) -> Tensor:
         assert self._grad is not None
         for exclusive, pairs in self._pairs.items():
             earlier = triangle(self.size, "strictly later", pairs)
@@ -254,6 +254,8 @@ class HeadGate(NoGate):
             sums = (pairs.view(-1, self.size) @ earlier).view_as(pairs)
             sums.tril_(-1 if exclusive else 0)
             self._grad.add_(sums.sum(1).unsqueeze(-1))
+        if starts is None:
+            return self._grad
         through = (starts * after).sum((1, 2)).view(-1, 1, 1)
         return self._grad.addcmul_(through, self.total)
 
@@ -411,11 +413,13 @@ class KeyGate(NoGate):
             self._grad.add_(torch.matmul(triangle(self.size, "earlier", writer), writer))
         return grad * self._tail
 
-    def finish(self, starts: Tensor, after: Tensor) -> Tensor:
+    def finish(self, starts: Tensor | None, after: Tensor) -> Tensor:
         assert self._grad is not None
         if self._net is not None:
             net = self._net.view(-1, self._block, self._net.shape[2])
             self._grad.view(net.shape).add_(torch.matmul(triangle(self._block, "later", net), net))
+        if starts is None:
+            return self._grad
         through = (starts * after).sum(2).unsqueeze(1)
         return self._grad.addcmul_(through, self.total)
 

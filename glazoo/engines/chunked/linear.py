@@ -10,6 +10,7 @@ from torch import Tensor
 
 from glazoo.engines.chunked import checks
 from glazoo.engines.chunked.common import (
+    Tile,
     begin,
     blocks,
     carry,
@@ -28,6 +29,11 @@ from glazoo.kernels.register import register
 CHUNK = 32
 # Fewer operands are alive at once than of a delta rule.
 TILE = 1 << 17
+
+
+def _fresh(x: GatedLinear, tile: Tile) -> bool:
+    """Whether a tile is one chunk that begins with nothing, of which no state is kept."""
+    return x.initial_state is None and tile.start == 0 and tile.number == 1
 
 
 def _forward(
@@ -58,6 +64,10 @@ def _forward(
             gate = gate_of(g, rows, tile, dtype, exclusive=before)
             result = torch.bmm(gate.scores(qt, kt, mode), wt)
             writes = torch.bmm(gate.tail(kt).transpose(1, 2), wt).view(tile.number, *shape)
+            if _fresh(x, tile):
+                state = writes[0]
+                store(out, result, rows, tile)
+                continue
             total = gate.total_of(tile.number)
             border = torch.empty(tile.number + 1, *shape, dtype=dtype, device=w.device)
             border[0] = state
@@ -97,31 +107,42 @@ def _backward(
             if scale != 1:
                 qt.mul_(scale)
             gate = gate_of(g, rows, tile, dtype, backward=dg is not None, exclusive=before)
-            starts = borders[tile.chunk : tile.chunk + tile.number, *corner].reshape(-1, *shape[1:])
-            reads, writes = gate.head(qt, before), gate.tail(kt)
-            local = torch.bmm(reads.transpose(1, 2), dt).view(tile.number, *shape)
-            total = gate.total_of(tile.number)
-            # gradients of the states: ends[c] is that of the state after chunk c - 1
-            ends = torch.empty(tile.number + 1, *shape, dtype=dtype, device=w.device)
-            ends[tile.number] = state
-            for c in reversed(range(tile.number)):
-                carry(ends[c + 1], local[c], None if total is None else total[c], ends[c])
-            state = ends[0]
-            after = ends[1:].view(-1, *shape[1:])
             inside = gate.scores(qt, kt, mode)
-            dwt = torch.bmm(inside.transpose(1, 2), dt).baddbmm_(writes, after)
+            dwt = torch.bmm(inside.transpose(1, 2), dt)
+            # A first chunk may read nothing, and a last one not be read.
+            if _fresh(x, tile):
+                starts, after, dqt = None, state, torch.zeros_like(qt)
+            else:
+                part = borders[tile.chunk : tile.chunk + tile.number, *corner]
+                starts = part.reshape(-1, *shape[1:])
+                reads = gate.head(qt, before)
+                dqt = gate.head_backward(torch.bmm(dt, starts.transpose(1, 2)), reads, before)
+                local = torch.bmm(reads.transpose(1, 2), dt).view(tile.number, *shape)
+                total = gate.total_of(tile.number)
+                # gradients of the states: ends[c] is that of the state after chunk c - 1
+                ends = torch.empty(tile.number + 1, *shape, dtype=dtype, device=w.device)
+                ends[tile.number] = state
+                for c in reversed(range(tile.number)):
+                    carry(ends[c + 1], local[c], None if total is None else total[c], ends[c])
+                state = ends[0]
+                after = ends[1:].view(-1, *shape[1:])
+            if grad_final is not None or tile.stop < count or tile.number > 1:
+                writes = gate.tail(kt)
+                dwt.baddbmm_(writes, after)
+                dkt = gate.tail_backward(torch.bmm(wt, after.transpose(1, 2)), writes)
+            else:
+                dkt = torch.zeros_like(kt)
             if dbeta is not None:
                 store(dbeta, (dwt * given).sum(-1, keepdim=True), rows, tile)
             store(dw, dwt if strength is None else dwt.mul_(strength), rows, tile)
-            dkt = gate.tail_backward(torch.bmm(wt, after.transpose(1, 2)), writes)
-            dqt = gate.head_backward(torch.bmm(dt, starts.transpose(1, 2)), reads, before)
             pairs = torch.bmm(dt, wt.transpose(1, 2))
             gate.scores_backward(pairs, inside, qt, kt, mode, dqt, dkt)
             store(dq, dqt if scale == 1 else dqt.mul_(scale), rows, tile)
             store(dk, dkt, rows, tile)
             if dg is not None:
                 store(dg, gate.finish(starts, after), rows, tile)
-        dinitial[corner].copy_(state.view(dinitial[corner].shape))
+        if x.initial_state is not None:
+            dinitial[corner].copy_(state.view(dinitial[corner].shape))
 
 
 def _allocate(x: GatedLinear, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,7 +170,8 @@ def _gradients(
     grad, grad_final = grads
     found = rooms_for(x, wanted, "q", "k", "w", "g", "beta")
     dinitial = borders.new_empty(sequences(x.cu_seqlens, x.w.shape[0]), *borders.shape[1:])
-    begin(dinitial, grad_final)
+    if wanted.initial_state:
+        begin(dinitial, grad_final)
     over_sequences(
         _backward,
         x,

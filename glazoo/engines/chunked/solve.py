@@ -198,9 +198,8 @@ def _backward(
             if dprior is not None:
                 total = z.mul_(systems.load(solved, borders.dtype)).sum(1)
                 dprior[rows.h0 : rows.h1] += total.view(-1, rows.width, total.shape[1]).sum(0)
-    read = GatedLinear(
-        adjoint, x.k, _wide(x.k, x.beta), x.g, x.beta, None, x.cu_seqlens, "post", 1.0
-    )
+    w, initial = _wide(x.k, x.beta), x.initial_state
+    read = GatedLinear(adjoint, x.k, w, x.g, x.beta, initial, x.cu_seqlens, "post", 1.0)
     linear_backward(read, [solved], states, [None, dk, dw, dg, dbeta], finals, kept)
 
 

@@ -44,8 +44,9 @@ def importance_gate(
     given = (x, down, up, bias, scale, seen, keyed)
     if up is None or scale is None or gate.source != "data" or dtype not in NUMBERS:
         return None
-    if any(y is not None and (y.dtype is not dtype or not y.is_cpu) for y in given):
-        return None
+    for y in given:
+        if y is not None and (y.dtype is not dtype or not y.is_cpu):
+            return None
     heads, rank = scale.shape[0], 0 if down is None else down.shape[0]
     channels = up.shape[0] // heads
     if not 0 < tokens * (width * rank + up.numel()) <= SMALL:
@@ -62,7 +63,7 @@ def importance_gate(
     b = torch.empty((tokens, 1, heads, *value), dtype=dtype, device="cpu")
     loops.importance_gate(
         *(0, tokens),
-        tuple(0 if y is None else y.data_ptr() for y in (*flat, b)),
+        tuple([0 if y is None else y.data_ptr() for y in (*flat, b)]),
         (tokens, width, rank, heads, channels, heads_k, keys),
         (tie, int(gate.parameterization == "softplus"), _CLAMPS[spec.scale.parameterization]),
         NUMBERS[dtype](gate.factor),
