@@ -6,11 +6,11 @@
 For each operation of gpu.py that launches a kernel, the operation runs with the kernel's tiles
 replaced and everything else as it is; timed are this kernel's launches alone, with device events.
 Nothing is timed before it is right: results and gradients of a short call are first compared with
-those that the kernel's own tiles give. That is done by several processes at once, which compile;
-one whose GPU becomes unusable is replaced, and the tiles that did it are a row with the error.
+those that the kernel's own tiles give, by several processes at once, which compile. One process
+times. A process whose GPU becomes unusable is replaced; the tiles that did it are a row with the
+error.
 
-Needs what gpu.py needs. Rows are written as they come, a line of JSON each. Exit status: 0, or 2
-without a GPU.
+Needs what gpu.py needs. Rows are a line of JSON each. Exit status: 0, or 2 without a GPU.
 """
 
 import argparse
@@ -68,6 +68,8 @@ SPACE: dict[str, tuple[tuple[int, ...], ...]] = {
 SEVERAL = ("chunk_near", "chunk_far", "chunk_dfar", "chunk_dnear", "chunk_dkey", "chunk_solve")
 LEFT_OUT = ("solve", "riccati", "synapse uncertainty", "metaplastic delta")
 TOKENS = 300
+# What other orders of summation make of results in bfloat16, in the norm.
+ALIKE = 2**-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,25 +171,17 @@ def difference(found: list[Any], want: list[Any]) -> float:
     )
 
 
-def check(todo: list[int], every: list[Try], shape: tuple[int, int], file: pathlib.Path) -> int:
-    """Compile and compare some tries; status 3 once the GPU is unusable to this process."""
+def worker(what: str, todo: list[int], shape: tuple[int, int], every: list[Try], out: Any) -> int:
+    """Check or time some tries; status 3 once the GPU is unusable to this process."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokens = TOKENS if device == "cuda" else 20
     for i in todo:
-        of = every[i]
-        with file.open("a") as out:
-            out.write(json.dumps({"try": i}) + "\n")
+        print(json.dumps({"try": i}), file=out, flush=True)
         row: gpu.Row = {"try": i}
         try:
-            with Watch() as watch:
-                run = call(of.name, of.gate, 2, tokens, 2, *shape, device)
-                want = run()
-                watch.kernel, watch.tiles = of.kernel, of.tiles
-                row["difference"] = difference(run(), want)
+            row |= (checked if what == "check" else timed)(every[i], shape, device)
         except Exception as error:
             row["error"] = gpu.message(error)
-        with file.open("a") as out:
-            out.write(json.dumps(row) + "\n")
+        print(json.dumps(row), file=out, flush=True)
         try:
             gpu.synchronize(device)
         except Exception:
@@ -195,11 +189,20 @@ def check(todo: list[int], every: list[Try], shape: tuple[int, int], file: pathl
     return 0
 
 
-def timed(of: Try, shape: tuple[int, int], seconds: float = 0.1) -> gpu.Row:
+def checked(of: Try, shape: tuple[int, int], device: str) -> gpu.Row:
+    """How far results are from those of the kernel's own tiles."""
+    with Watch() as watch:
+        run = call(of.name, of.gate, 2, TOKENS if device == "cuda" else 20, 2, *shape, device)
+        want = run()
+        watch.kernel, watch.tiles = of.kernel, of.tiles
+        return {"difference": difference(run(), want)}
+
+
+def timed(of: Try, shape: tuple[int, int], device: str, seconds: float = 0.1) -> gpu.Row:
     """Median, 20th and 80th percentile of the milliseconds of the kernel's launches in a call."""
     times = []
     with Watch() as watch:
-        run = call(of.name, of.gate, 4, 8192, 16, *shape, "cuda")
+        run = call(of.name, of.gate, 4, 8192, 16, *shape, device)
         watch.kernel, watch.tiles = of.kernel, of.tiles
         for _ in range(2):
             run()
@@ -210,50 +213,46 @@ def timed(of: Try, shape: tuple[int, int], seconds: float = 0.1) -> gpu.Row:
             torch.cuda.synchronize()
             times.append(sum(a.elapsed_time(b) for a, b in watch.events))
     times.sort()
-    used = len(watch.events)
     at = (len(times) // 5, len(times) * 4 // 5)
-    return {"ms": [statistics.median(times), *(times[i] for i in at)], "launches": used}
+    found = [statistics.median(times), *(times[i] for i in at)]
+    return {"ms": found, "launches": len(watch.events)}
 
 
-def search(every: list[Try], shape: tuple[int, int], jobs: int, argv: list[str]) -> list[gpu.Row]:
-    """What checking found of every try."""
+def found_by(what: str, todo: list[int], jobs: int, argv: list[str]) -> dict[int, gpu.Row]:
+    """What checking or timing found of some tries, in as many processes."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="glazoo-tune-"))
     found: dict[int, gpu.Row] = {}
-    queues = [list(range(n, len(every), jobs)) for n in range(jobs)]
+    queues = [todo[n::jobs] for n in range(jobs)]
     running: dict[int, tuple[subprocess.Popen[bytes], pathlib.Path]] = {}
-
-    def read(n: int) -> None:
-        started = None
-        for line in running[n][1].read_text().splitlines() if running[n][1].exists() else ():
-            row = json.loads(line)
-            started = row["try"]
-            if len(row) > 1:
-                found[row["try"]] = row
-        if started is not None and started not in found:
-            found[started] = {"try": started, "error": "took its process with it"}
-        queues[n] = [i for i in queues[n] if i not in found]
 
     def start(n: int) -> None:
         file = folder / f"{n}_{time.monotonic_ns()}"
-        command = [sys.executable, "-P", str(pathlib.Path(__file__).resolve()), *argv]
-        command += ["--check", ",".join(map(str, queues[n])), "--output", str(file)]
+        command = [sys.executable, str(pathlib.Path(__file__).resolve()), *argv]
+        command += ["--worker", what, "--tries", ",".join(map(str, queues[n])), "--output"]
         with (folder / "log").open("ab") as log:
-            running[n] = subprocess.Popen(command, stdout=log, stderr=log), file
+            running[n] = subprocess.Popen([*command, str(file)], stdout=log, stderr=log), file
+
+    def ended(n: int) -> None:
+        file = running.pop(n)[1]
+        lines = file.read_text().splitlines() if file.exists() else []
+        rows = [json.loads(x) for x in lines]
+        found.update({x["try"]: x for x in rows if len(x) > 1})
+        if rows and rows[-1]["try"] not in found:
+            found[rows[-1]["try"]] = {"error": "took its process with it"}
+        rest = [i for i in queues[n] if i not in found]
+        # One that says nothing at all is not started again.
+        if rest and len(rest) < len(queues[n]):
+            queues[n] = rest
+            start(n)
 
     for n in range(jobs):
         if queues[n]:
             start(n)
     while running:
         time.sleep(0.2)
-        for n, (process, _) in list(running.items()):
-            if process.poll() is None:
-                continue
-            before = len(queues[n])
-            read(n)
-            del running[n]
-            if queues[n] and len(queues[n]) < before:
-                start(n)
-    return [found.get(i, {"try": i, "error": "not checked"}) for i in range(len(every))]
+        for n in [n for n, (process, _) in running.items() if process.poll() is not None]:
+            ended(n)
+    return {i: found.get(i, {"error": f"no {what}: see {folder / 'log'}"}) for i in todo}
 
 
 def main() -> int:
@@ -263,39 +262,39 @@ def main() -> int:
     parser.add_argument("--shape", default="128/128", help="K/V")
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--output", type=pathlib.Path, help="where rows go, a line each")
-    parser.add_argument("--check", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=("check", "time"), help=argparse.SUPPRESS)
+    parser.add_argument("--tries", help=argparse.SUPPRESS)
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     K, V = map(int, options.shape.split("/"))
-    every = list(tries([x for x in options.kernels.split(",") if x], (K, V), device))
-    if options.check is not None:
-        return check([int(i) for i in options.check.split(",")], every, (K, V), options.output)
-    if device != "cuda":
+    if options.worker is None and device != "cuda":
         print("no GPU: torch.cuda.is_available() is False")
         return 2
+    every = list(tries([x for x in options.kernels.split(",") if x], (K, V), device))
+    if options.worker is not None:
+        todo = [int(i) for i in options.tries.split(",")]
+        with options.output.open("a") as out:
+            return worker(options.worker, todo, (K, V), every, out)
     argv = ["--kernels", options.kernels, "--shape", options.shape]
-    checked = search(every, (K, V), options.jobs, argv)
+    found = found_by("check", list(range(len(every))), options.jobs, argv)
+    right = [i for i, x in found.items() if x.get("difference", 1.0) <= ALIKE]
+    print(f"{len(right)} of {len(every)} choices are right", flush=True)
+    for i, x in found_by("time", right, 1, argv).items():
+        found[i] = found[i] | x
     own: dict[tuple[str, str, str], float] = {}
-    for of, row in zip(every, checked, strict=True):
-        row = dataclasses.asdict(of) | {k: v for k, v in row.items() if k != "try"}
-        if "error" not in row:
-            try:
-                row |= timed(of, (K, V))
-            except Exception as error:
-                row["error"] = gpu.message(error)
-        which = (of.name, of.gate, of.kernel)
-        if of.tiles is None and "ms" in row:
-            own[which] = row["ms"][0]
-        took = row["ms"][0] if "ms" in row else float("nan")
-        ratio = took / own.get(which, float("nan"))
-        text = f"{of.name} {of.gate} {of.kernel} {of.tiles or 'own'}: {took:.4f} ms, {ratio:.2f}"
-        text += (
-            f", differs by {row['difference']:.1e}" if "difference" in row else f", {row['error']}"
-        )
-        print(text, flush=True)
+    for i, of in enumerate(every):
+        row = dataclasses.asdict(of) | {k: v for k, v in found[i].items() if k != "try"}
+        text = f"{of.name} {of.gate} {of.kernel} {of.tiles or 'own'}: "
+        if "ms" in row:
+            took = row["ms"][0]
+            first = own.setdefault((of.name, of.gate, of.kernel), took)
+            text += f"{took:.4f} ms, {took / first:.2f} of its own"
+        else:
+            text += row.get("error", f"differs by {row.get('difference', 1.0):.1e}")
+        print(text)
         if options.output is not None:
-            with options.output.open("a") as out:
-                out.write(json.dumps(row) + "\n")
+            with options.output.open("a") as file:
+                file.write(json.dumps(row) + "\n")
     return 0
 
 

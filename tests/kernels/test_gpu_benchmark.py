@@ -178,3 +178,35 @@ def test_fla_is_measured_where_it_is_and_its_failures_are_results(monkeypatch):
 def test_without_a_gpu_nothing_runs(capsys):
     assert gpu.main(["--results", "nowhere"]) == (0 if gpu.torch.cuda.is_available() else 2)
     assert "no GPU" in capsys.readouterr().out
+
+
+@pytest.fixture
+def tune(monkeypatch):
+    monkeypatch.syspath_prepend(str(PATH.parent))
+    import tune
+
+    monkeypatch.setattr(tune.gpu, "OPERATIONS", {"linear": tune.gpu.OPERATIONS["linear"]})
+    return tune
+
+
+def test_other_tiles_give_the_same(tune):
+    from glazoo.kernels import chunk
+
+    launch = chunk.launch
+    found = list(tune.tries(["chunk_far"], (16, 16), "cpu"))
+    assert {(x.name, x.gate) for x in found if x.tiles is not None} >= {("linear", "key")}
+    assert all(tune.checked(x, (16, 16), "cpu")["difference"] < 1e-6 for x in found[:3])
+    assert chunk.launch is launch
+
+
+def test_tiles_that_give_something_else_are_seen(tune, monkeypatch):
+    of = next(x for x in tune.tries(["chunk_far"], (16, 16), "cpu") if x.tiles is not None)
+    real = tune.Watch.launch
+
+    def wrong(self, kernel, rows, tiles, *shared, **own):
+        real(self, kernel, rows, tiles, *shared, **own)
+        if kernel.__name__ == f"{self.kernel}_kernel":
+            own["score"].mul_(2)
+
+    monkeypatch.setattr(tune.Watch, "launch", wrong)
+    assert tune.checked(of, (16, 16), "cpu")["difference"] > tune.ALIKE
