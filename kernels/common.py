@@ -312,7 +312,7 @@ def chunk_tiles(kernel: str, K: int, V: int, dtype: torch.dtype, erases: bool = 
     if kernel == "chunk_far_kernel":
         return Tiles(min(BK, 32 if hopper else 16), BV, 4, 1)
     if kernel == "chunk_dfar_kernel":
-        return Tiles(min(BK, 32), BV, 8, 2) if hopper else Tiles(16, BV, 8, 1)
+        return Tiles(min(BK, 32), BV, 8, 2) if hopper else Tiles(16, BV, 4, 1)
     if kernel == "chunk_dkey_kernel":
         # With a single tile of values the loop over them is unrolled, and registers spill.
         BV = BV if V > 64 else min(BV, 32)
