@@ -638,7 +638,8 @@ def chunk_dkey_kernel(
     b_de = tl.zeros([BT, BK], tl.float32)
     b_ds = tl.zeros([BT, BT], tl.float32)
     b_dl = tl.zeros([BT, BT], tl.float32)
-    b_last = 0.0
+    # By key, so that no warp waits for another in the loop.
+    b_last = tl.zeros([BK], tl.float32)
     p_state = (i_c * HV + i_h) * (K * V)
     for i_v in range(tl.cdiv(V, BV)):
         o_v = i_v * BV + tl.arange(0, BV)
@@ -654,7 +655,7 @@ def chunk_dkey_kernel(
         b_dq = tl.dot(b_do, b_h, b_dq, input_precision=PREC, out_dtype=tl.float32)
         b_dk = tl.dot(b_w, b_dh, b_dk, input_precision=PREC, out_dtype=tl.float32)
         if GATE != 0:
-            b_last += tl.sum(load_product(state, dstate, p_state, o_k, o_v, m_k, m_v, V))
+            b_last += tl.sum(load_product(state, dstate, p_state, o_k, o_v, m_k, m_v, V), 1)
         if HAS_E:
             b_dw = tl.load(dw + p_w, mask=m_tv, other=0.0)
             b_dl = tl.dot(b_dw, tl.trans(b_w), b_dl, input_precision=PREC, out_dtype=tl.float32)
@@ -723,7 +724,7 @@ def chunk_dkey_kernel(
             if SHIFT_E:
                 b_now += b_y
         b_x -= tl.sum(b_k * b_ik, 1)
-        b_total = b_last * decay_from_start(e_hi, e_lo)
+        b_total = tl.sum(b_last, 0) * decay_from_start(e_hi, e_lo)
         b_dg = tl.cumsum(b_x, 0, reverse=True) - b_now + tl.cumsum(b_z, 0) - b_z + b_total
         r_hi, r_lo = reader_decay(p_d, o_t, rows, HV, True)
         b_dg = tl.where(decay_between(c_hi, c_lo, r_hi, r_lo) == 0.0, 0.0, b_dg)

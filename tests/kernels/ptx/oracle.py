@@ -250,8 +250,9 @@ def evaluate(opcode: str, operands: tuple[str, ...], result: str, xs: list[int])
         return _convert(rounding, to, kind, xs)
     if name in ("ex2", "rcp") or (name == "div" and kind == "f32"):
         return _approximate(name, "ftz" in modifiers, xs)
-    if kind == "bf16x2":
-        pairs = [_float(name, "bf16", [x >> shift & 0xFFFF for x in xs]) for shift in (0, 16)]
+    if kind in ("bf16x2", "f16x2"):
+        half = kind.removesuffix("x2")
+        pairs = [_float(name, half, [x >> shift & 0xFFFF for x in xs]) for shift in (0, 16)]
         return pairs[1] << 16 | pairs[0]
     if kind in FLOATS and "ftz" in modifiers:
         found = _float(name, kind, [_flushed_bits(x) for x in xs])

@@ -316,8 +316,13 @@ for name, function in {
     "sub": lambda a, b: _fma_bf16(b, np.full_like(b, 0xBF80), a),
     "mul": lambda a, b: _fma_bf16(a, b, np.full_like(a, 0x8000)),
 }.items():
+    _add(f"{name}.bf16", "bf16", "bf16 bf16", function)
     _add(f"{name}.bf16x2", "bf16x2", "bf16x2 bf16x2", _pairwise(function, U16))
+_add("fma.rn.bf16", "bf16", "bf16 bf16 bf16", _fma_bf16)
 _add("fma.rn.bf16x2", "bf16x2", "bf16x2 bf16x2 bf16x2", _pairwise(_fma_bf16, U16))
+for name, function in {"add": np.add, "sub": np.subtract, "mul": np.multiply}.items():
+    _add(f"{name}.f16", "f16", "f16 f16", function)
+    _add(f"{name}.f16x2", "f16x2", "f16x2 f16x2", _pairwise(function, F16))
 _add("div.full.f32", "f32", "f32 f32", np.divide)
 _add("div.rn.f32", "f32", "f32 f32", np.divide)
 _add("ex2.approx.f32", "f32", "f32", np.exp2)

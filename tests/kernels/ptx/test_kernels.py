@@ -19,6 +19,7 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = (16, 64, 96, 128)
 EVERY = [(name, gate) for name in CLASSES for gate in gates(name)]
 GATED = [(name, gate) for name, gate in EVERY if gate != "none"]
+WIDE = ("linear", "delta", "whitened_linear")
 # Those that take the logarithm of a decay.
 DECAYING = [(name, gate) for name, gate in GATED if name != "riccati"]
 
@@ -99,6 +100,8 @@ def test_a_key_that_erases(executor, gate):
         [
             *((*x, at(BF16, 70, 64)) for x in EVERY),
             *((name, "head", at(dtype, 70, 64)) for name in CLASSES for dtype in (F16, F32)),
+            # Tiles that narrower values do not have.
+            *((name, gate, at(BF16, 70, 128)) for name, gate in EVERY if name in WIDE),
             ("delta", "head", at(BF16, 150, 256, 40)),
         ],
     ),
