@@ -1,6 +1,6 @@
 """Times the CPU engines against the PyTorch fallbacks that transformers ships.
 
-    python benchmarks/cpu.py            # the whole table, about twelve minutes on two idle cores
+    python benchmarks/cpu.py            # the whole table, ten minutes on two idle cores
     python benchmarks/cpu.py --quick    # two sizes, two and a half minutes
     python benchmarks/cpu.py --decode   # tokens of decoding and generation alone, about a minute
     python benchmarks/cpu.py --output FILE    # goes on where a run that was stopped left FILE

@@ -184,7 +184,8 @@ def worker(what: str, todo: list[int], shape: tuple[int, int], every: list[Try],
         print(json.dumps(row), file=out, flush=True)
         try:
             gpu.synchronize(device)
-        except Exception:
+        except Exception as error:
+            print(f"the GPU is unusable to this process: {gpu.message(error)}", file=sys.stderr)
             return 3
     return 0
 

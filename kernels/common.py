@@ -152,7 +152,7 @@ def level_mask(o_i, o_j, level):
 def level_mask_by_pairs(o_i, o_j, level):
     """The same pairs by the highest bit in which the two differ, an integer for every pair.
 
-    It takes more registers. But of level_mask in chunk_intra_kernel Triton 3.6 makes wrong code:
+    It takes more registers. But of level_mask in a tile of 64 tokens Triton 3.6 made wrong code:
     it packs two indices into 64 bits, where an unused one leaks into the other.
     """
     o_i, o_j = o_i[:, None], o_j[None, :]
@@ -178,7 +178,7 @@ def beside(b_hi, b_lo, o_x, level):
     """Decay of the block of 2^level tokens beside each token's own, in the next larger block.
 
     o_x: the 16 tokens; b_hi and b_lo: of their log decays. The sum over a block's tokens is a
-    product with a matrix of zeros and ones, which takes a tenth of loading it from memory.
+    product with a matrix of zeros and ones: no table of them is written and read.
     """
     m_beside = (o_x >> level ^ 1)[:, None] == (o_x >> level)[None, :]
     b_one = tl.where(m_beside, 1.0, 0.0).to(tl.float16)
