@@ -8,12 +8,12 @@ r"""Which conversion pays: every Bayesian form of trained sources beside their c
 A source is trained; then the same weights are trained on for the same further steps, on the same
 data, as they are and as each of their metaplastic forms; and sources with more key channels are
 trained and trained on beside them, so that a form meets a source with at least its state. Runs are
-paired by seed. Every row has one rate of further training: the one that was best on a seed that is
-not reported, for every row of `records` from Mamba2 that was tried; `--select` chooses anew, for
-every row of as many candidates. The language model's rates were not chosen like that.
+paired by seed. Rates of further training are those that were best on a seed that is not reported:
+without `--select` the ones of `records` from Mamba2 for every row; with it they are chosen by task
+and source, for the source and two of its forms. The language model's were not chosen like that.
 
-A repeat goes on where the last one stopped. Runs go to `--out`, a line each; weights and keys stay
-in `--work`.
+A repeat goes on where the last one stopped. Runs go to `--out`, a line each; weights stay in
+`--work`.
 The language model reads bytes; its text is the one of `benchmarks/language_model.py`.
 """
 
@@ -42,7 +42,7 @@ from torch import Tensor, nn
 
 import glazoo
 from glazoo.advise import FORMS as ADVISED
-from glazoo.advise import best_opening, key_use, opened
+from glazoo.advise import Prediction, best_opening, joined, key_use, opened, recommended
 from glazoo.advise import predict as advised
 from glazoo.compare.commands.options import ClusterOptions, OnCluster
 from glazoo.compare.files import make_folder, write_bytes
@@ -183,6 +183,10 @@ class Line:
         return (1.0, 1.0), (1.0, 10.0), (2.0, 10.0)
 
 
+TRIED = (Line("trained on"), Line("per key", "per key"), Line("full", "full"))
+"""Rows of which rates are chosen; the others have those of the one that is most like them."""
+
+
 def converted(source: Spec, form: str) -> Spec | None:
     """Return a form of a source, or None where it has none."""
     try:
@@ -274,8 +278,9 @@ class Experiment:
             # The best rate of seed 1000 on records, from mamba2, for every row of it.
             return 2.0, 1.0 if line.form is None else self.settings[name].plasticity
         losses = {}
-        for candidate in line.candidates:
-            found = results.get(self.row(chooser, source, line, candidate, SELECTION_SEED).key)
+        like = TRIED[0 if line.form is None else 1 + (line.form == "full")]
+        for candidate in like.candidates:
+            found = results.get(self.row(chooser, source, like, candidate, SELECTION_SEED).key)
             if found is None:
                 return None
             losses[candidate] = math.inf if found["diverged"] else found["loss"]
@@ -285,7 +290,9 @@ class Experiment:
         """Yield every run whose rates are known, in the order of their worth."""
         if self.select:
             for name in {s.rates_of: None for s in self.settings.values()}:
-                for source, line in self.of(name) if name in self.settings else ():
+                for source, line in itertools.product(self.sources, TRIED):
+                    if name not in self.settings:
+                        continue
                     yield self._source(name, source, line.keys, SELECTION_SEED)
                     for candidate in line.candidates:
                         yield self.row(name, source, line, candidate, SELECTION_SEED)
@@ -556,21 +563,7 @@ def work(
         make_folder(path.parent)
         torch.save(model.state_dict(), path.with_suffix(".tmp"))
         path.with_suffix(".tmp").replace(path)
-        save_keys(model, run, folder / "keys" / f"{run.key}.npz")
     return result
-
-
-def save_keys(model: nn.Module, run: Row, file: Path) -> None:
-    """Write the keys of a trained source over some of its data, `layer_N`, [B, T, H, K]."""
-    spec = glazoo.metaplasticize(run.spec, rank=RANK)
-    assert spec.counterpart == run.spec.name
-    glazoo.metaplasticize(model, rank=RANK)
-    arrays: dict[str, Any] = {
-        f"layer_{seen.layer}": seen.keys.half().cpu().numpy()
-        for seen in observe(model, run, _inputs(run, 16))
-    }
-    make_folder(file.parent)
-    np.savez_compressed(file, **arrays)
 
 
 app = typer.Typer(add_completion=False, help=__doc__)
@@ -602,7 +595,7 @@ def run_command(
     impl: Annotated[str, typer.Option(help="Engine.")] = "auto",
     minutes: Annotated[float, typer.Option(help="Stop after these.")] = math.inf,
     out: Annotated[Path, typer.Option(help="Folder of the runs.")] = RESULTS,
-    weights: Annotated[Path, typer.Option("--work", help="Folder of weights and keys.")] = WORK,
+    weights: Annotated[Path, typer.Option("--work", help="Folder of weights.")] = WORK,
 ) -> None:
     """Do the runs that are missing."""
     names = tasks or list(TASKS)
@@ -672,7 +665,7 @@ def predict(
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     seeds: Annotated[int, typer.Option(min=2, help="Draws of a measurement.")] = 12,
     out: Annotated[Path, typer.Option(help="Folder of the runs.")] = RESULTS,
-    weights: Annotated[Path, typer.Option("--work", help="Folder of weights and keys.")] = WORK,
+    weights: Annotated[Path, typer.Option("--work", help="Folder of weights.")] = WORK,
 ) -> None:
     """Measure what untrained memories hold of every source's own keys, and what opening the gates
     of every form does to its loss, beside what training gave.
@@ -682,12 +675,11 @@ def predict(
     rows = read_rows(out)
     known = {json.loads(x)["key"] for x in _lines(out / "predictions.jsonl")}
     for row in rows:
-        keys = weights / "keys" / f"{row['key']}.npz"
-        if row["before"] is not None or row["key"] in known or not keys.exists():
-            continue
         source, wider = source_of(row)
         task = row["label"].partition(": ")[0]
-        if wider or row["selection"] or task not in TASKS:
+        if row["before"] is not None or row["key"] in known or task not in TASKS or wider:
+            continue
+        if not (weights / "weights" / f"{row['key']}.pt").exists() or row["selection"]:
             continue
         spec = glazoo.load(source)
         specs = {"source": spec} | {
@@ -695,29 +687,32 @@ def predict(
             for form in FORMS
             if "open" not in form and (found := converted(spec, form)) is not None
         }
-        pairs, shares = advised(str(keys), specs, values=16, seeds=seeds, jobs=jobs)
-        with np.load(keys) as data:
-            first = torch.from_numpy(data[data.files[0]]).float()
-        use = key_use(0, first)
+        experiment = Experiment(TASKS, (source,), 1, False, "auto", "cpu")
+        run = experiment.row(task, source, Line("per key", "per key"), (1.0, 1.0), row["seed"])
+        seen = [joined([x]) for x in observe(start(run, weights), run, _inputs(run, CONTEXTS))]
+        pairs, shares = advised(seen, specs, values=16, seeds=seeds, jobs=jobs)
+        use = key_use(seen[0])
         found = {
             "key": row["key"],
             "label": row["label"],
             "seed": row["seed"],
             "pairs": pairs,
-            "shares": shares,
+            "shares": {n: [round(x, 5) for x in of] for n, of in shares.items()},
             "directions": fmean(use.directions),
             "changing": fmean(use.changing),
             "neglected": fmean(use.neglected),
             "neglected_rotated": fmean(use.neglected_rotated),
+            "load": fmean(use.load),
             "opened": openings(TASKS[task], source, row["seed"], list(specs)[1:], weights),
         }
         with (out / "predictions.jsonl").open("a") as file:
             file.write(json.dumps(found) + "\n")
         gains = {f: round(fmean(x) - fmean(shares["source"]), 3) for f, x in shares.items()}
         loss = {f: round(best_opening(x).change.mean, 4) for f, x in found["opened"].items()}
-        print(f"{row['label']}, seed {row['seed']}: {gains}, opened {loss}", flush=True)
+        print(f"{row['label']}, seed {row['seed']}: {pairs}, {gains}, opened {loss}", flush=True)
 
 
+CONTEXTS = 32
 GROUPS = 8
 
 
@@ -860,60 +855,85 @@ class Tried(NamedTuple):
 
     task: str
     source: str
+    seed: int
+    form: str
     room: float
     """Share of values found, less the source's."""
-    fall: float
-    """Of the source's loss when gates open."""
+    use: float
+    """Fall of the source's loss when gates open."""
     gain: float
     """Accuracy, less that of the source trained on."""
 
 
-MEASURES = ("room", "fall")
+MEASURES = ("room", "use")
 PAYS = 0.01
 """Gain in accuracy from which on a conversion has paid."""
+
+
+def predictions(folder: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """Return what was measured untrained, the last of each task, source and seed."""
+    out = {}
+    for line in _lines(folder / "predictions.jsonl"):
+        found = json.loads(line)
+        task, _, rest = found["label"].rpartition(": ")
+        out[task, rest.partition(", ")[0], found["seed"]] = found
+    return out
 
 
 def tried(rows: list[dict[str, Any]], folder: Path) -> list[Tried]:
     """Return every run that has both predictions and a source that was trained on beside it."""
     accuracy = table(rows, "accuracy")
     out = []
-    for line in _lines(folder / "predictions.jsonl"):
-        found = json.loads(line)
-        task, _, rest = found["label"].rpartition(": ")
-        source = rest.partition(", ")[0]
-        base = accuracy.get((task, source, "trained on"), {}).get(found["seed"])
+    for (task, source, seed), found in predictions(folder).items():
+        base = accuracy.get((task, source, "trained on"), {}).get(seed)
         for form, shares in found["shares"].items():
-            trained = accuracy.get((task, source, form), {}).get(found["seed"])
+            trained = accuracy.get((task, source, form), {}).get(seed)
             if base is not None and trained is not None:
                 room = fmean(shares) - fmean(found["shares"]["source"])
-                fall = -best_opening(found["opened"][form]).change.mean
-                out.append(Tried(task, source, room, fall, trained - base))
+                use = -best_opening(found["opened"][form]).change.mean
+                out.append(Tried(task, source, seed, form, room, use, trained - base))
     return out
 
 
-def threshold(values: Sequence[float], pays: Sequence[bool]) -> float:
-    """Return the value above which a conversion is said to pay: of those with the fewest errors,
-    the middle of the widest gap."""
-    at = sorted({*values})
-    ends = [at[0] - 1.0, *at, at[-1] + 1.0]
-    gaps = [(a, b) for a, b in itertools.pairwise(ends)]
+def thresholds(runs: Sequence[Tried], measures: Sequence[str]) -> tuple[float, ...]:
+    """Return the values above all of which a conversion is said to pay: of those with the fewest
+    errors, the ones in the widest gaps."""
+    pays = np.array([r.gain > PAYS for r in runs])
+    borders, widths, above = [], [], []
+    for measure in measures:
+        values = np.array([getattr(r, measure) for r in runs])
+        at = np.unique(values)
+        at = np.concatenate([[at[0] - np.ptp(at) - 1e-6], at, [at[-1] + np.ptp(at) + 1e-6]])
+        borders.append((at[:-1] + at[1:]) / 2)
+        widths.append(np.diff(at) / values.std())
+        above.append(values[None] > borders[-1][:, None])
+    best: tuple[float, float, tuple[float, ...]] = (math.inf, 0.0, ())
+    for chosen in itertools.product(*(range(len(b)) for b in borders[:-1])):
+        said = above[-1]
+        width = widths[-1]
+        for n, i in enumerate(chosen):
+            said, width = said & above[n][i], width * widths[n][i]
+        errors = (said != pays).sum(1)
+        j = int(np.lexsort((-width, errors))[0])
+        at_these = (*(float(borders[n][i]) for n, i in enumerate(chosen)), float(borders[-1][j]))
+        best = min(best, (float(errors[j]), -float(width[j]), at_these))
+    return best[2]
 
-    def errors(x: float) -> int:
-        return sum((v > x) is not p for v, p in zip(values, pays, strict=True))
 
-    low, high = min(gaps, key=lambda gap: (errors(fmean(gap)), gap[0] - gap[1]))
-    return fmean((low, high))
+def said(run: Tried, measures: Sequence[str], at: Sequence[float]) -> bool:
+    """Return whether a conversion is said to pay."""
+    return all(getattr(run, m) > x for m, x in zip(measures, at, strict=True))
 
 
-def right(runs: Sequence[Tried], measure: str) -> int:
-    """Count the runs of which a measure says whether they pay, its threshold chosen on the runs of
-    all other tasks and sources."""
-    count = 0
+def right(runs: Sequence[Tried], measures: Sequence[str]) -> dict[str, int]:
+    """Count by task the runs of which measures say whether they pay, thresholds chosen on the runs
+    of all other tasks and sources."""
+    count: dict[str, int] = collections.Counter()
     for group in {(r.task, r.source) for r in runs}:
-        others = [r for r in runs if (r.task, r.source) != group]
-        here = [r for r in runs if (r.task, r.source) == group]
-        border = threshold([getattr(r, measure) for r in others], [r.gain > PAYS for r in others])
-        count += sum((getattr(r, measure) > border) is (r.gain > PAYS) for r in here)
+        at = thresholds([r for r in runs if (r.task, r.source) != group], measures)
+        for r in runs:
+            if (r.task, r.source) == group:
+                count[r.task] += said(r, measures, at) is (r.gain > PAYS)
     return count
 
 
@@ -922,8 +942,9 @@ def predicted_text(rows: list[dict[str, Any]], folder: Path) -> list[str]:
     from scipy.stats import spearmanr
 
     runs = tried(rows, folder)
-    if len(runs) < 4:
+    if len({(r.task, r.source) for r in runs}) < 2:
         return []
+    counts = {m: right(runs, m) for m in (("room",), ("use",), MEASURES)}
     lines = []
     for task in [*dict.fromkeys(r.task for r in runs), "all tasks"]:
         of = [r for r in runs if task in (r.task, "all tasks")]
@@ -932,29 +953,79 @@ def predicted_text(rows: list[dict[str, Any]], folder: Path) -> list[str]:
             values, gains = [getattr(r, measure) for r in of], [r.gain for r in of]
             varied = len({*values}) > 1 and len({*gains}) > 1
             cells.append(f"{spearmanr(values, gains).statistic:.2f}" if varied else "")
-        lines.append((task, *cells, f"{len(of)}"))
-    out = [
+        paid = sum(r.gain > PAYS for r in of)
+        for count in counts.values():
+            cells.append(f"{count[task] if task in count else sum(count.values())}")
+        lines.append((task, *cells, f"{paid}", f"{len(of)}"))
+    head = ("task", "rank of room", "of use", "right by room", "by use", "by both")
+    at = thresholds(runs, MEASURES)
+    return [
         "## What is measured untrained beside the trained gain",
         "",
         "Rank correlations with the gain of room (values found, less the source's) and of use (the "
-        "fall of the source's loss when gates open).",
+        f"fall of the source's loss when gates open); of how many runs they say whether a gain of "
+        f"more than {100 * PAYS:.0f} point follows, thresholds from the runs of all other tasks "
+        "and sources; and of how many it does.",
         "",
-        *markdown_table(("task", "room", "use", "runs"), lines, right=True),
+        *markdown_table((*head, "paid", "runs"), lines, right=True),
         "",
+        f"Thresholds over all runs: room {100 * at[0]:.1f} points, use {at[1]:.5f} nats.",
+        "",
+        *advice_text(rows, folder),
     ]
-    groups = {(r.task, r.source) for r in runs}
-    if len(groups) > 1:
-        most = max(sum(r.gain > PAYS for r in runs), sum(r.gain <= PAYS for r in runs))
-        room, use = (right(runs, measure) for measure in MEASURES)
-        border = threshold([r.fall for r in runs], [r.gain > PAYS for r in runs])
-        out += [
-            f"Whether a conversion gains more than {100 * PAYS:.0f} point, said of each of "
-            f"{len(groups)} sources with thresholds from the others: by room right of {room}, by "
-            f"use of {use} of {len(runs)} runs; the commoner answer of {most}. Threshold of use "
-            f"over all: {border:.4f} nats.",
-            "",
+
+
+def advice_text(rows: list[dict[str, Any]], folder: Path) -> list[str]:
+    """Return what `glazoo advise` would say of each source, and what training gained by it."""
+    accuracy, state = table(rows, "accuracy"), table(rows, "state_bytes")
+    body = []
+    for (task, source, seed), found in predictions(folder).items():
+        shares, base = found["shares"], accuracy.get((task, source, "trained on"), {}).get(seed)
+        if base is None:
+            continue
+        size = {
+            f: 0 if f == "source" else max(state[task, source, f].values(), default=0)
+            for f in shares
+        }
+        of = [
+            Prediction(
+                form,
+                interval(x),
+                interval([a - b for a, b in zip(x, shares["source"], strict=True)]),
+                size[form],
+                1.0,
+                0,
+                None if form == "source" else best_opening(found["opened"][form]),
+            )
+            for form, x in shares.items()
+            if form == "source" or size[form]
         ]
-    return out
+        gains = {
+            form: accuracy[task, source, form][seed] - base
+            for form in shares
+            if seed in accuracy[task, source, form]
+        }
+        form = recommended(of)
+        if gains and (form is None or form in gains):
+            best = max(gains, key=gains.__getitem__)
+            told = 0.0 if form is None else gains[form]
+            body.append((task, source, form, told, best, gains[best]))
+    lines = []
+    for key in dict.fromkeys(x[:2] for x in body):
+        here = [x for x in body if x[:2] == key]
+        forms = collections.Counter(x[2] or "none" for x in here)
+        bests = collections.Counter(x[4] for x in here)
+        lines.append(
+            (
+                *key,
+                ", ".join(f"{f} ({n})" if len(forms) > 1 else f for f, n in forms.most_common()),
+                f"{100 * fmean(x[3] for x in here):+.1f}",
+                ", ".join(f"{f} ({n})" if len(bests) > 1 else f for f, n in bests.most_common()),
+                f"{100 * fmean(x[5] for x in here):+.1f}",
+            )
+        )
+    head = ("task", "source", "advised (seeds)", "its gain", "best", "its gain")
+    return ["## What is advised", "", *markdown_table(head, lines, right=True), ""]
 
 
 def picture(rows: list[dict[str, Any]]) -> bytes:

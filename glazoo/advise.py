@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from glazoo import stats
 from glazoo.compare.capacity import CapacityPlan, capacity
-from glazoo.compare.keys import recorded
 from glazoo.converters.calibration import LENGTH, directions, neglected, observed, turn
 from glazoo.converters.commands import Column, ReportFile, Split, Tokenizer
 from glazoo.converters.loading import load_to_observe
@@ -50,9 +49,12 @@ __all__ = [
     "advise",
     "advise_checkpoint",
     "best_opening",
+    "joined",
     "key_use",
+    "memory_load",
     "opened",
     "predict",
+    "recommended",
 ]
 
 FORMS: Mapping[str, dict[str, Any]] = {
@@ -102,15 +104,9 @@ class KeyUse:
     """Share of |M|^2 off the diagonal, which an importance per key neglects."""
     neglected_rotated: tuple[float, ...]
     """The same along the eigenvectors of other contexts."""
-    window: tuple[float, ...]
-    """Tokens that the memory keeps: 1 / (1 - a) of the mean decay a, at most a context."""
-
-    @property
-    def writes(self) -> tuple[float, ...]:
-        """Writes within the window per direction."""
-        pairs = zip(self.window, self.directions, strict=True)
-        # Of a head whose keys are all zero, the directions are none.
-        return tuple(w / max(1.0, d) for w, d in pairs)
+    load: tuple[float, ...]
+    """How many writes the memory holds at once: (sum w)^2 / sum w^2 of the sizes w that all writes
+    so far have left, mean over tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +158,8 @@ class AdviceReport(Report):
     values: int
     tokens: int
     pairs: tuple[int, ...]
-    """Numbers of pairs in a memory that predictions are means over."""
+    """Of a third of the heads each, from the least to the most loaded, how many pairs are stored in
+    a memory."""
     use: tuple[KeyUse, ...]
     predictions: tuple[Prediction, ...]
     impossible: dict[str, str]
@@ -199,14 +196,19 @@ class AdviceReport(Report):
             (
                 f"{u.layer}",
                 *(
-                    f"{min(x):.2f} / {sum(x) / len(x):.2f} / {max(x):.2f}"
-                    for x in (u.directions, u.changing, u.neglected, u.neglected_rotated)
+                    " / ".join(f"{f(x):.{digits}f}" for f in (min, _mean, max))
+                    for x, digits in (
+                        (u.directions, 1),
+                        (u.changing, 2),
+                        (u.neglected, 2),
+                        (u.neglected_rotated, 2),
+                        (u.load, 1),
+                    )
                 ),
-                " / ".join(f"{f(u.writes):.3g}" for f in (min, _mean, max)),
             )
             for u in self.use
         ]
-        head = ("layer", "directions", "changing", "off the diagonal", "rotated", "writes")
+        head = ("layer", "directions", "changing", "off the diagonal", "rotated", "load")
         lines = [
             f"# {self.folder}",
             "",
@@ -231,11 +233,12 @@ class AdviceReport(Report):
                 right=True,
             ),
             "",
-            f"Random values under this model's keys in the order of the text, "
-            f"{', '.join(map(str, self.pairs))} pairs in a memory, at the best constant gates of "
-            "each; 95 % intervals over draws. Loss, opened: what opening all gates does to the "
-            "loss on the text, untrained, at the kappa that is best on other contexts; of the "
-            "forms that would find enough more.",
+            "Random values under the keys that this model writes, in the order of the text, as "
+            "many pairs in a memory as the model's own hold at once "
+            f"({', '.join(map(str, self.pairs))}, in a third of the heads each), at the best "
+            "constant gates of each; 95 % intervals over draws. Loss, opened: what opening all "
+            "gates does to the loss on the text, untrained, at the kappa that is best on other "
+            "contexts; of the forms that would find enough more.",
             "",
             *(f"- {form}: {reason}" for form, reason in self.impossible.items()),
             "",
@@ -245,8 +248,8 @@ class AdviceReport(Report):
             "",
             f"Directions: how many of {self.keys} the keys live on. Changing: share of a context's "
             "dominant directions that other contexts do not share. Off the diagonal: what an "
-            "importance per key neglects, along the keys' own axes and rotated ones. Writes: in "
-            "the memory's window, per direction.",
+            "importance per key neglects, along the keys' own axes and rotated ones. Load: how "
+            "many writes a memory holds at once.",
         ]
         return "\n".join(lines) + "\n"
 
@@ -290,88 +293,159 @@ def _opening_text(opening: Opening | None) -> str:
     return f"{opening.change.signed(4)} at {opening.plasticity:g}"
 
 
+def joined(parts: Sequence[Observation]) -> Observation:
+    """Join what one layer did with several contexts of as many tokens; of decays, keys and writes.
+
+    Returns:
+        Log decays [C, T, HV, K or 1], keys, and writes, on the CPU in float32; the rest is the
+        first part's.
+    """
+    keys = torch.cat([x.keys.float().cpu() for x in parts])
+    writes = torch.cat([x.writes.float().cpu() for x in parts])
+    decays = [x.g if x.g.dim() > 2 else x.g[None, None] for x in parts]
+    g = torch.cat([x.float().cpu() for x in decays])
+    g = g if g.dim() > 3 else g[..., None]
+    if len(g) != len(keys):
+        # Static decays are the same of all contexts and tokens.
+        g = g[:1].expand(len(keys), writes.shape[1], *g.shape[2:])
+    if (steps := writes.shape[1] // g.shape[1]) > 1:
+        # Of the writes of one token, the first alone decays.
+        g = torch.stack([g, *[torch.zeros_like(g)] * (steps - 1)], 2).flatten(1, 2)
+    return parts[0]._replace(g=g, keys=keys, writes=writes)
+
+
 @torch.no_grad()
-def key_use(
-    layer: int, keys: Float[Tensor, "C T H K"], g: Float[Tensor, "C T HV *K"] | None = None
-) -> KeyUse:
+def memory_load(seen: Observation) -> Float[Tensor, "C T HV"]:
+    """Measure how many writes the memories of a layer hold at every token.
+
+        n_t = (sum_s w_s)^2 / sum_s w_s^2 ,   w_s = |k_s| |beta_s v_s| exp(sum_{s < r <= t} g_r)
+
+    Where all writes are of one size it is their number if nothing decays, and at most
+    (1 + a) / (1 - a) under a decay a.
+
+    Args:
+        seen: what `joined` returns.
+    """
+    first = second = torch.zeros_like(seen.g[:, 0])
+    found = []
+    for a, w in zip(seen.g.exp().unbind(1), seen.writes.unbind(1), strict=True):
+        first = a * first + w[..., None]
+        second = a * a * second + (w * w)[..., None]
+        found.append((first.square() / second.clamp(min=1e-30)).mean(-1))
+    return torch.stack(found, 1)
+
+
+@torch.no_grad()
+def key_use(seen: Observation) -> KeyUse:
     """Measure what the keys of a layer are like.
 
     Args:
-        layer: its index.
-        keys: as the recurrence takes them, of at least two contexts.
-        g: log decays of the same tokens; unset for a memory that forgets nothing.
+        seen: what `joined` returns, of at least two contexts.
 
     Returns:
         The measurements; along rotated axes, which come from the first half of the contexts, on the
         second half.
     """
-    k = keys.double()
+    k = seen.keys.double()
     moments = torch.einsum("cthi,cthj->chij", k, k) / k.shape[1]
     half = len(k) // 2
     whole, first, second = moments.mean(0), moments[:half].mean(0), moments[half:].mean(0)
     ratio = directions(whole)
-    heads = k.shape[2]
     axes = torch.linalg.eigh(first).eigenvectors
     changing = []
-    for h in range(heads):
+    for h in range(k.shape[2]):
         rank = max(1, min(k.shape[3], round(float(ratio[h]))))
         shared = torch.linalg.eigh(whole[h]).eigenvectors[:, -rank:]
         own = torch.linalg.eigh(moments[:, h]).eigenvectors[..., -rank:]
         changing.append(float(1 - (shared.mT @ own).square().sum((-2, -1)).mean() / rank))
-    window = torch.full((heads,), float(k.shape[1]), dtype=torch.float64)
-    if g is not None:
-        g = g.double().mean((0, 1))
-        g = (g.mean(-1) if g.dim() == 2 else g).view(heads, -1).mean(-1)
-        window = window.minimum(1 / -torch.expm1(g.clamp(max=-1e-12)))
     return KeyUse(
-        layer,
+        seen.layer,
         tuple(ratio.tolist()),
         tuple(changing),
         tuple(neglected(whole).tolist()),
         tuple(neglected(axes.mT @ second @ axes).tolist()),
-        tuple(window.tolist()),
+        tuple(memory_load(seen).double().mean((0, 1)).tolist()),
     )
 
 
+class _Heads(NamedTuple):
+    """Heads whose memories are as loaded as each other's."""
+
+    share: float
+    """Of all heads."""
+    pairs: int
+    """What their memories hold at once."""
+    keys: list[Float[Tensor, "C N 1 K"]]
+    """The keys that each writes most, in the order of the text."""
+
+
+def _by_load(seen: Iterable[Observation]) -> list[_Heads]:
+    """Sort the heads of some layers into three groups by the load of their memories."""
+    found = []
+    for x in seen:
+        loads = memory_load(x).double().mean((0, 1))
+        # As many writes as a context has, of equal size.
+        total = x.writes.double().sum(1).square() / x.writes.double().square().sum(1)
+        written = total.nan_to_num(x.writes.shape[1]).amin(0)
+        group = x.writes.shape[2] // x.keys.shape[2]
+        for h, (load, count) in enumerate(zip(loads.tolist(), written.tolist(), strict=True)):
+            found.append((load, count, x.keys[:, :, h // group], x.writes[:, :, h]))
+    found.sort(key=lambda head: head[0])
+    groups = []
+    for part in np.array_split(np.arange(len(found)), min(3, len(found))):
+        heads = [found[i] for i in part]
+        longest = min(k.shape[1] for _, _, k, _ in heads)
+        pairs = min(longest, max(2, round(_mean([load for load, *_ in heads]))))
+        count = min(longest, max(pairs, round(min(count for _, count, *_ in heads))))
+        keys = []
+        for _, _, k, w in heads:
+            most = w.topk(count, dim=1).indices.sort(1).values
+            keys.append(k.gather(1, most[..., None].expand(-1, -1, k.shape[-1]))[:, :, None])
+        groups.append(_Heads(len(heads) / len(found), pairs, keys))
+    return groups
+
+
 def predict(
-    keys: str,
+    seen: Iterable[Observation],
     specs: Mapping[str, Spec],
     *,
     values: int = _VALUES,
-    pairs: Sequence[int] | None = None,
     seeds: int = 12,
     jobs: int = 1,
     told: Told | None = None,
 ) -> tuple[tuple[int, ...], dict[str, list[float]]]:
-    """Measure what each memory would find of recorded keys.
+    """Measure what each memory would find of what a model writes.
 
     Args:
-        keys: what `glazoo.compare.keys.recorded` takes.
+        seen: what `joined` returns of every layer; of one key size, of at least two contexts.
         specs: memories by label.
         values: value channels.
-        pairs: numbers of pairs. Default: half as many as key channels, as many, and twice as many,
-            of those that a context has.
         seeds: independent draws.
         jobs: processes.
         told: called as `told(label, done, total)`.
 
     Returns:
-        The numbers of pairs; and by label and draw the share of values found, mean over these.
-        Draws of one number are the same for all memories.
+        The numbers of pairs, one for each third of the heads: as many as their memories hold at
+        once; and by label and draw the share of values found, mean over heads. Draws are the same
+        for all memories.
     """
-    found = recorded(keys)
-    size = found.size
-    chosen = tuple(pairs or (n for n in (size // 2, size, 2 * size) if 2 <= n <= found.longest))
-    chosen = chosen or (found.longest,)
-    common = (0, values, chosen, seeds, 0, 0.25, "auto", "once", "values")
-    plans = [CapacityPlan(s, n, keys, *common) for n, s in specs.items()]  # type: ignore[arg-type]
-    shares: dict[str, list[float]] = {}
-    for curve in capacity(plans, jobs=jobs):
-        errors = torch.tensor(curve.errors)
-        shares[curve.label] = (1 - errors.mean(0)).tolist()
-        if told is not None:
-            told(f"memories: {curve.label}", len(shares), len(plans))
-    return chosen, {n: shares[n] for n in specs}
+    groups = _by_load(seen)
+    shares: dict[str, Tensor] = {n: torch.zeros(seeds, dtype=torch.float64) for n in specs}
+    with tempfile.TemporaryDirectory() as folder:
+        plans, of = [], {}
+        for i, group in enumerate(groups):
+            file = str(Path(folder) / f"{i}.npz")
+            arrays: Any = {f"layer_{n}": k.numpy() for n, k in enumerate(group.keys)}
+            np.savez(file, **arrays)
+            of[file] = group
+            common = (0, values, (group.pairs,), seeds, 0, 0.25, "auto", "once", "values")
+            plans += [CapacityPlan(s, n, file, *common) for n, s in specs.items()]  # type: ignore[arg-type]
+        for done, curve in enumerate(capacity(plans, jobs=jobs), 1):
+            found = 1 - torch.tensor(curve.errors[0], dtype=torch.float64)
+            shares[curve.label] += of[curve.keys].share * found
+            if told is not None:
+                told(f"memories: {curve.label}", done, len(plans))
+    return tuple(g.pairs for g in groups), {n: x.tolist() for n, x in shares.items()}
 
 
 @torch.no_grad()
@@ -508,38 +582,37 @@ def advise_checkpoint(
     ids = ids[: contexts * LENGTH].astype("int64")
     model = load_to_observe(checkpoint, _settings(checkpoint)).to(device)
     told("keys of the text", 0, contexts)
-    seen: dict[int, list[Observation]] = {}
+    parts: dict[int, list[Observation]] = {}
     for observation in observed(model, torch.from_numpy(ids)):
         # Layers that are metaplastic already stay as they are.
         if observation.layer not in found:
             continue
-        of = seen.setdefault(observation.layer, [])
-        of.append(observation._replace(keys=observation.keys.float().cpu(), g=observation.g.cpu()))
+        of = parts.setdefault(observation.layer, [])
+        of.append(joined([observation]))
         told("keys of the text", len(of), contexts)
     del model
-    keys = {layer: torch.cat([x.keys for x in of]) for layer, of in sorted(seen.items())}
-    for layer, k in keys.items():
-        if not bool(k.isfinite().all()):
+    seen = {layer: joined(of) for layer, of in sorted(parts.items())}
+    for layer, x in seen.items():
+        if not bool(x.keys.isfinite().all()):
             raise ConversionError(f"layer {layer}: its keys on this text are not finite")
-    use = tuple(key_use(n, k, _decays(seen[n], len(k))) for n, k in keys.items())
-    sizes = {n: (found[n].key, found[n].value) for n in keys}
+    use = tuple(map(key_use, seen.values()))
+    sizes = {n: (found[n].key, found[n].value) for n in seen}
     # Layers of another size, which no family has so far, are described and not measured.
     size = sizes[next(iter(sizes))]
-    with tempfile.TemporaryDirectory() as temporary:
-        file = Path(temporary) / "keys.npz"
-        arrays: Any = {f"layer_{n}": k.numpy() for n, k in keys.items() if sizes[n] == size}
-        np.savez(file, **arrays)
-        values = min(_VALUES, size[1])
-        memories = {n: _mapped_already(spec) for n, spec in specs.items()}
-        pairs, shares = predict(
-            str(file), memories, values=values, seeds=seeds, jobs=jobs, told=told
-        )
+    pairs, shares = predict(
+        [x for n, x in seen.items() if sizes[n] == size],
+        {n: _mapped_already(spec) for n, spec in specs.items()},
+        values=min(_VALUES, size[1]),
+        seeds=seeds,
+        jobs=jobs,
+        told=told,
+    )
     predictions = list(_predictions(checkpoint, specs, shares))
     candidates = _candidates(predictions)
     for n, p in enumerate(candidates):
         told(f"gates opened: {p.form}", n, len(candidates))
         form = load_to_observe(checkpoint, _settings(checkpoint, **FORMS[p.form])).to(device)
-        _turn(form, keys)
+        _turn(form, {n: x.keys for n, x in seen.items()})
         losses = partial(_losses, form, torch.from_numpy(ids).view(contexts, LENGTH))
         opening = best_opening(opened(form, losses, found))
         predictions[predictions.index(p)] = replace(p, opening=opening)
@@ -555,7 +628,7 @@ def advise_checkpoint(
         use=use,
         predictions=tuple(predictions),
         impossible=impossible,
-        advice=_advice(predictions),
+        advice=recommended(predictions),
         seconds=time.monotonic() - begun,
     )
 
@@ -596,13 +669,6 @@ def _mapped_already(spec: Spec) -> Spec:
     for path in ("q", "k"):
         data["layer"][path]["feature_map"] = "none"
     return Spec.model_validate(data)
-
-
-def _decays(seen: Sequence[Observation], contexts: int) -> Tensor:
-    """Return log decays by context and token; of static ones the same for all."""
-    parts = [x.g if x.g.dim() > 2 else x.g.view(1, 1, -1) for x in seen]
-    g = torch.cat(parts)
-    return g if len(g) == contexts else g.expand(contexts, *g.shape[1:])
 
 
 def _predictions(
@@ -657,7 +723,8 @@ def _candidates(predictions: Sequence[Prediction]) -> list[Prediction]:
     return [p for p in predictions[1:] if p.gain.low > 0 and p.gain.mean >= LEAST]
 
 
-def _advice(predictions: Sequence[Prediction]) -> str | None:
+def recommended(predictions: Sequence[Prediction]) -> str | None:
+    """Return the form to convert to, or None: the first prediction is the source's."""
     forms = [p for p in _candidates(predictions) if p.opening is not None and p.opening.falls]
     if not forms:
         return None

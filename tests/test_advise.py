@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,25 +17,31 @@ from typer.testing import CliRunner
 import glazoo.advise
 import glazoo.compare.probe
 import glazoo.converters.calibration
-from glazoo import load, metaplasticize
+from glazoo import load as load_spec
+from glazoo import metaplasticize
 from glazoo.advise import (
     FORMS,
     PLASTICITIES,
     AdviceReport,
     Opening,
     Prediction,
-    _advice,
     _opening_text,
     advise_checkpoint,
     best_opening,
+    joined,
     key_use,
+    memory_load,
     opened,
     predict,
+    recommended,
 )
 from glazoo.cli import app
+from glazoo.converters.calibration import observed
 from glazoo.errors import ConversionError
 from glazoo.layers import set_plasticity
+from glazoo.layers.plasticity import Observation, write_sizes
 from glazoo.models import GlazooConfig, GlazooForCausalLM
+from glazoo.state import State
 from glazoo.stats import Interval
 
 SIZE = 8
@@ -45,58 +52,156 @@ def one_hot(*channels: int, size: int = 4) -> torch.Tensor:
     return torch.eye(size)[list(channels)][None, :, None]
 
 
+def seen(
+    keys: torch.Tensor, g: torch.Tensor | None = None, writes: torch.Tensor | None = None
+) -> Observation:
+    """What a layer did, that writes the same at every token and forgets nothing."""
+    contexts, tokens, heads = keys.shape[:3]
+    g = torch.zeros(heads) if g is None else g
+    writes = torch.ones(contexts, tokens, heads) if writes is None else writes
+    none = torch.empty(0)
+    return joined([Observation(3, g, none, none, State(none), keys, writes)])
+
+
 def test_keys_along_two_channels_in_all_contexts() -> None:
-    use = key_use(3, one_hot(0, 1, 0, 1).expand(4, -1, -1, -1), torch.full((4, 4, 1), 0.5).log())
+    use = key_use(seen(one_hot(0, 1, 0, 1).expand(4, -1, -1, -1)))
     assert use.layer == 3
     assert use.directions == pytest.approx([2.0])
     assert use.changing == pytest.approx([0.0], abs=1e-12)
     assert use.neglected == pytest.approx([0.0], abs=1e-12)
-    assert use.window == pytest.approx([2.0])
-    assert use.writes == pytest.approx([1.0])
+    # One, two, three and four of a kind.
+    assert use.load == pytest.approx([2.5])
 
 
 def test_contexts_that_share_no_direction() -> None:
     keys = torch.cat([one_hot(i, i, i, i) for i in range(4)])
-    use = key_use(0, keys)
+    use = key_use(seen(keys))
     assert use.directions == pytest.approx([4.0])
     # Each has one direction of its own beside three that none of its keys has.
     assert use.changing == pytest.approx([0.0], abs=1e-12)
-    assert use.window == (4.0,)
-    two = key_use(0, torch.cat([one_hot(0, 0, 0, 1), one_hot(0, 0, 0, 1), one_hot(2, 2, 2, 3)]))
-    assert two.changing[0] > 0.3
+    two = torch.cat([one_hot(0, 0, 0, 1), one_hot(0, 0, 0, 1), one_hot(2, 2, 2, 3)])
+    assert key_use(seen(two)).changing[0] > 0.3
 
 
 def test_what_an_importance_per_key_neglects_and_axes_do_not() -> None:
     along = torch.tensor([1.0, 1.0, 0.0, 0.0]) / 2**0.5
-    keys = along.expand(4, 6, 1, 4)
-    use = key_use(0, keys)
+    use = key_use(seen(along.expand(4, 6, 1, 4)))
     # k k^T has a half of its square off the diagonal.
     assert use.directions == pytest.approx([1.0])
     assert use.neglected == pytest.approx([0.5])
     assert use.neglected_rotated == pytest.approx([0.0], abs=1e-9)
 
 
-def recordings(shared: float, file: Path) -> str:
-    """Keys of which every context has a large part in common, another one in another context."""
+KEYS = torch.ones(2, 40, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("g", "writes", "last"),
+    [
+        (None, None, 40.0),
+        # Half of them are nothing.
+        (None, torch.tensor([1.0, 0.0]).repeat(2, 20)[..., None], 20.0),
+        (None, torch.zeros(2, 40, 1), 0.0),
+        # (1 + a) / (1 - a)
+        (torch.tensor([0.5]).log(), None, 3.0),
+        (torch.full((2, 40, 1), 0.5).log(), None, 3.0),
+        # The last write alone; along the other channel all of them.
+        (torch.tensor([-math.inf, 0.0]).expand(2, 40, 1, 2), None, 20.5),
+        # Two writes a token, of which the first alone decays: 2 / (1 - a^2), and so on.
+        (torch.full((2, 20, 1), 0.5).log(), None, 16 / (8 / 3)),
+    ],
+)
+def test_how_many_writes_a_memory_holds(
+    g: torch.Tensor | None, writes: torch.Tensor | None, last: float
+) -> None:
+    found = memory_load(seen(KEYS, g, writes))
+    assert found.shape == (2, 40, 1)
+    torch.testing.assert_close(found[:, -1], torch.full((2, 1), last))
+
+
+def test_contexts_are_joined_with_their_decays() -> None:
+    static = seen(KEYS, torch.tensor([0.5]).log())
+    two = joined([static, static])
+    assert two.g.shape == (4, 40, 1, 1)
+    torch.testing.assert_close(memory_load(two)[2:], memory_load(static))
+
+
+@pytest.mark.parametrize("impl", ["mixer", "layer"])
+def test_layers_tell_the_size_of_what_they_write(impl: str) -> None:
+    if impl == "layer":
+        model: Any = metaplasticize(model_of("gated_deltanet", "gated_deltaproduct"))
+    else:
+        model = metaplasticize(tiny_model("mamba2"))
+    parts = [joined([x]) for x in observed(model, torch.arange(40) % 7)]
+    assert len(parts) > 1
+    for x in parts:
+        assert x.writes.shape[:2] == x.keys.shape[:2] == x.g.shape[:2]
+        assert x.writes.shape[2] % x.keys.shape[2] == 0
+        assert bool((x.writes > 0).all())
+        assert bool((memory_load(x) > 0).all())
+
+
+def test_the_size_of_a_write() -> None:
+    k, v = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0, 2.0])
+    k, v = k.expand(1, 2, 1, 2), v.expand(1, 2, 2, 3)
+    torch.testing.assert_close(write_sizes(k, v, None), torch.full((1, 2, 2), 15.0))
+    beta = torch.tensor([[[0.5, 0.0], [1.0, 2.0]]])
+    torch.testing.assert_close(write_sizes(k, v, beta), 15 * beta)
+    by_value = torch.tensor([1.0, 0.0, 1.0]).expand(1, 2, 2, 3)
+    torch.testing.assert_close(write_sizes(k, v, by_value), torch.full((1, 2, 2), 5 * 5**0.5))
+
+
+def recordings(shared: float, tokens: int, load: int) -> Observation:
+    """Keys of which every context has a large part in common, another one in another context, in
+    two heads that write `load` of them alone."""
     rng = np.random.default_rng(0)
     common = np.eye(SIZE)[rng.integers(0, SIZE, (16, 1, 2))] * shared
-    keys = rng.standard_normal((16, 24, 2, SIZE)) / SIZE**0.5 + common
-    np.savez(file, layer_0=keys)
-    return str(file)
+    keys = rng.standard_normal((16, tokens, 2, SIZE)) / SIZE**0.5 + common
+    writes = torch.zeros(16, tokens, 2)
+    writes[:, :load] = 1
+    return seen(torch.from_numpy(keys), None, writes)
 
 
-@pytest.mark.parametrize(("shared", "pays"), [(3.0, True), (0.0, False)])
+@pytest.mark.parametrize(
+    ("shared", "load", "pays"),
+    [
+        (3.0, 8, True),
+        (0.0, 8, False),
+        # Many more than there are keys, unlike each other: no importance makes room for them.
+        (0.0, 60, False),
+    ],
+)
 def test_importance_is_predicted_to_pay_where_contexts_share(
-    shared: float, pays: bool, tmp_path: Path
+    shared: float, load: int, pays: bool
 ) -> None:
-    source = load("mamba2")
+    source = load_spec("mamba2")
     specs = {"source": source, "per key": metaplasticize(source)}
-    file = recordings(shared, tmp_path / "keys.npz")
-    pairs, found = predict(file, specs, values=16, pairs=(8,), seeds=6)
-    assert pairs == (8,)
+    told: list[tuple[str, int, int]] = []
+    pairs, found = predict(
+        [recordings(shared, load, load)],
+        specs,
+        values=16,
+        seeds=6,
+        told=lambda *x: told.append(x),
+    )
+    # The mean of 1 to `load`, of each of two groups of a head.
+    assert pairs == (round((1 + load) / 2),) * 2
+    assert [x[1:] for x in told] == [(n, 4) for n in range(1, 5)]
     gains = [a - b for a, b in zip(found["per key"], found["source"], strict=True)]
     assert (min(gains) > 0.05) is pays
     assert (sum(gains) / 6 < 0.05) is not pays
+
+
+def test_keys_that_are_not_written_are_not_measured() -> None:
+    # The same keys, and between them others that nothing is written to.
+    few = recordings(3.0, 8, 8)
+    keys, writes = torch.zeros(16, 16, 2, SIZE), torch.zeros(16, 16, 2)
+    keys[:, ::2], writes[:, ::2] = few.keys, few.writes
+    specs = {"source": load_spec("mamba2")}
+    of = [
+        predict([x], specs, values=8, seeds=4)[1]["source"] for x in (few, seen(keys, None, writes))
+    ]
+    assert of[0] == of[1]
 
 
 FALLS = Opening(0.1, Interval(-0.02, -0.03, -0.01, 4), {0.1: -0.02})
@@ -129,7 +234,7 @@ def test_the_cheapest_of_those_that_are_nearly_best_and_serve_the_loss(
     gains: list[tuple[Any, ...]], advice: str | None
 ) -> None:
     source = prediction("source", 0.0, 0.0, 1)
-    assert _advice([source, *(prediction(*g) for g in gains)]) == advice
+    assert recommended([source, *(prediction(*g) for g in gains)]) == advice
 
 
 def test_the_plasticity_is_chosen_on_other_contexts_than_it_is_measured_on() -> None:
@@ -215,7 +320,9 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["tokens"] == 2048
-    assert found["pairs"] == [2, 4, 8]
+    # Its memories forget within some twenty tokens: the least, the middle and the most loaded.
+    assert found["pairs"] == sorted(found["pairs"])
+    assert 2 <= found["pairs"][0] <= found["pairs"][-1] <= 512
     assert [u["layer"] for u in found["use"]] == [0, 1]
     assert all(1 <= d <= 4 for u in found["use"] for d in u["directions"])
     forms = [p["form"] for p in found["predictions"]]
@@ -302,10 +409,18 @@ def test_what_was_measured_is_printed_where_the_report_cannot_be_written(
     assert str(replace(found, advice="per key").command) == "glazoo convert 'a b' DST"
 
 
-def test_a_head_without_keys_has_no_directions() -> None:
-    use = key_use(0, torch.zeros(4, 6, 1, 4))
+def test_a_head_that_writes_nothing_has_no_directions() -> None:
+    use = key_use(seen(torch.zeros(4, 6, 1, 4), None, torch.zeros(4, 6, 1)))
     assert use.directions == (0.0,)
-    assert use.writes == (6.0,)
+    assert use.load == (0.0,)
+    pairs, found = predict(
+        [seen(torch.zeros(4, 6, 1, 4), None, torch.zeros(4, 6, 1))],
+        {"source": load_spec("gla")},
+        values=4,
+        seeds=2,
+    )
+    assert pairs == (2,)
+    assert all(0 <= x <= 1 for x in found["source"])
 
 
 def test_keys_are_mapped_once(quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from glazoo.api import attention
 from glazoo.families.calls import Recurrence
 from glazoo.families.interception import once, running, twin_methods
 from glazoo.families.packing import Packed
-from glazoo.layers.plasticity import ImportanceGate, Observation
+from glazoo.layers.plasticity import ImportanceGate, Observation, write_sizes
 from glazoo.spec import Spec
 from glazoo.state import State
 
@@ -170,7 +170,8 @@ class MetaplasticMixer(nn.Module):
         if self.observer is not None:
             assert state is not None
             g = v.new_zeros(v.shape[2]) if x.g is None else x.g
-            self.observer(Observation(self.layer_idx, g, b, prior, state, x.k))
+            writes = write_sizes(x.k, x.v, x.beta)
+            self.observer(Observation(self.layer_idx, g, b, prior, state, x.k, writes))
         output = out.output
         if packed is not None:
             output = rearrange(output, "1 (b t) ... -> b t ...", b=rows)

@@ -28,6 +28,7 @@ from glazoo.layers.plasticity import (
     EARLIER_NAMES,
     Observation,
     refused_plasticity,
+    write_sizes,
 )
 from glazoo.layers.sizes import Sizes, check_spec
 from glazoo.program import lower
@@ -269,7 +270,9 @@ class GatedLinearAttention(OperandProjections):
             g = operands.get("g", v.new_zeros(self.sizes.heads, dtype=wide_dtype(x)))
             b, prior = operands["b"], operands["prior"]
             keys = -torch.expm1(g) if k is None else k
-            self.observer(Observation(self.layer_idx, g, b, prior, result.final_state, keys))
+            writes = write_sizes(keys, v, operands.get("beta"))
+            final = result.final_state
+            self.observer(Observation(self.layer_idx, g, b, prior, final, keys, writes))
         if output_state:
             assert result.final_state is not None
             self._keep(result.final_state, k, v, ctx)

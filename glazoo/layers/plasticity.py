@@ -27,6 +27,7 @@ __all__ = [
     "importance_gate",
     "observed_precision",
     "refused_plasticity",
+    "write_sizes",
 ]
 
 MAX_PRECISION = math.exp(8)
@@ -412,6 +413,22 @@ class Observation(NamedTuple):
     """After the last token."""
     keys: Float[Tensor, "B T H K"]
     """As the recurrence took them."""
+    writes: Float[Tensor, "B T HV"]
+    """|k| |beta v|, the size of what every token writes."""
+
+
+def write_sizes(
+    k: Float[Tensor, "B T H K"],
+    v: Float[Tensor, "B T HV V"],
+    beta: Float[Tensor, "B T HV *V"] | None,
+) -> Float[Tensor, "B T HV"]:
+    """Return the size of what every token writes, |k| |beta v|, in float32."""
+    v = v.float()
+    if beta is not None:
+        v = v * beta.float().view(*v.shape[:3], -1)
+    size: Tensor = k.float().norm(dim=-1).repeat_interleave(v.shape[2] // k.shape[2], 2)
+    size = size * v.norm(dim=-1)
+    return size
 
 
 EARLIER_NAMES = {

@@ -124,11 +124,16 @@ def test_rare_words_by_occurrence() -> None:
     assert later == [17, 18, 19, 20]
 
 
+def runs_of(task: str, *found: tuple[float, float, float]) -> list[Any]:
+    """Runs by room, use and gain."""
+    return [experiment.Tried(task, "mamba2", 0, "full", *x) for x in found]
+
+
 @pytest.mark.parametrize(
     ("values", "pays", "expected"),
     [
         ([0.0, 1.0, 4.0, 5.0], [False, False, True, True], 2.5),
-        ([0.0, 1.0, 4.0, 5.0], [False, True, False, True], 0.5),
+        ([0.0, 1.0, 4.0, 5.0], [False, True, False, True], 0.0),
         ([0.0, 1.0], [True, True], -0.5),
         ([0.0, 1.0], [False, False], 1.5),
     ],
@@ -136,7 +141,22 @@ def test_rare_words_by_occurrence() -> None:
 def test_the_threshold_with_the_fewest_errors(
     values: list[float], pays: list[bool], expected: float
 ) -> None:
-    assert experiment.threshold(values, pays) == expected
+    runs = runs_of("a", *((v, 0.0, 0.5 * p) for v, p in zip(values, pays, strict=True)))
+    (at,) = experiment.thresholds(runs, ["room"])
+    said = [experiment.said(r, ["room"], [at]) for r in runs]
+    known = [experiment.said(r, ["room"], [expected]) for r in runs]
+    assert sum(a is not b for a, b in zip(said, pays, strict=True)) == sum(
+        a is not b for a, b in zip(known, pays, strict=True)
+    )
+    if values[-1] == 5.0 and not pays[1]:
+        assert at == expected
+
+
+def test_two_thresholds_say_what_neither_does() -> None:
+    runs = runs_of("a", (0.0, 0.0, 0.0), (1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (1.0, 1.0, 0.5))
+    at = experiment.thresholds(runs, experiment.MEASURES)
+    assert [experiment.said(r, experiment.MEASURES, at) for r in runs] == [False] * 3 + [True]
+    assert at == (0.5, 0.5)
 
 
 def test_the_steps_after_which_a_row_is_as_good_as_the_source_at_its_end() -> None:
@@ -149,14 +169,43 @@ def test_the_steps_after_which_a_row_is_as_good_as_the_source_at_its_end() -> No
 
 
 def test_thresholds_come_from_other_sources_than_they_are_tried_on() -> None:
-    def of(task: str, *pairs: tuple[float, float]) -> list[Any]:
-        return [experiment.Tried(task, "mamba2", room, 0.0, gain) for room, gain in pairs]
+    a = runs_of("a", (0.0, 0.0, 0.0), (1.0, 0.0, 0.5))
+    same = [*a, *runs_of("b", (0.1, 0.0, 0.0), (0.9, 0.0, 0.5))]
+    assert experiment.right(same, ["room"]) == {"a": 2, "b": 2}
+    # Of b the opposite holds: what is right of a is wrong of both.
+    opposite = [*a, *runs_of("b", (0.9, 0.0, 0.0), (0.1, 0.0, 0.5))]
+    assert experiment.right(opposite, ["room"])["b"] == 0
 
-    same = [*of("a", (0.0, 0.0), (1.0, 0.5)), *of("b", (0.1, 0.0), (0.9, 0.5))]
-    assert experiment.right(same, "room") == 4
-    # Of b the opposite holds: no threshold on it errs once only, the lowest is right of one of a.
-    opposite = [*of("a", (0.0, 0.0), (1.0, 0.5)), *of("b", (0.9, 0.0), (0.1, 0.5))]
-    assert experiment.right(opposite, "room") == 1
+
+def test_what_is_advised_is_shown_beside_what_it_gained(tmp_path: Path) -> None:
+    rows = [row("before", 0, 0.4), row("trained on", 0, 0.5)]
+    rows += [row("per key", 0, 0.8, state_bytes=9), row("full", 0, 0.9, state_bytes=12)]
+    rows += [row("isotropic", 0, 0.5, state_bytes=9)]
+    falls = {"0.1": [-0.02, -0.025, -0.03, -0.025]}
+    found = {
+        "label": "records: gla, before",
+        "seed": 0,
+        "shares": {
+            "source": [0.5, 0.5],
+            "isotropic": [0.5, 0.51],
+            "per key": [0.7, 0.71],
+            "full": [0.8, 0.81],
+        },
+        "opened": {"isotropic": falls, "per key": falls, "full": falls},
+    }
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(found) + "\n")
+    assert "| records | gla | full | +40.0 | full | +40.0 |" in experiment.advice_text(
+        rows, tmp_path
+    )
+    found["shares"]["full"] = [0.72, 0.73]
+    (tmp_path / "predictions.jsonl").write_text(json.dumps(found) + "\n")
+    lines = experiment.advice_text(rows, tmp_path)
+    assert "| records | gla | per key | +30.0 | full | +40.0 |" in lines
+    at = {
+        r.form: (round(r.room, 3), round(r.use, 3), round(r.gain, 3))
+        for r in experiment.tried(rows, tmp_path)
+    }
+    assert at["per key"] == (0.205, 0.025, 0.3)
 
 
 def test_runs_that_fail_do_not_end_the_others(
