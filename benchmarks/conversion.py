@@ -147,6 +147,7 @@ def _settings() -> dict[str, Setting]:
 
 
 TASKS = _settings()
+LANGUAGE_STEPS = 2400
 LANGUAGE = ModelConfig(width=192, layers=3, heads=4, key_size=32, value_size=48, mlp=512)
 
 
@@ -586,7 +587,7 @@ def run_command(
     train: Annotated[bool, typer.Option(help="Train sources whose weights are missing.")] = True,
     select: Annotated[bool, typer.Option(help="Choose rates on another seed.")] = False,
     text: Annotated[Path | None, typer.Option(help="A text, of the language model.")] = None,
-    steps: Annotated[int, typer.Option(help="Of the language model's source.")] = 2400,
+    steps: Annotated[int, typer.Option(help="Of the language model's source.")] = LANGUAGE_STEPS,
     tuning: Annotated[str, typer.Option(help="Its further steps.")] = "100,1000",
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 2,
     cluster: OnCluster = None,
@@ -603,8 +604,9 @@ def run_command(
     if "language" in names:
         if text is None:
             raise typer.BadParameter("the language model needs a --text")
+        of = "" if steps == LANGUAGE_STEPS else f" of {steps:,} steps"
         for n in map(int, tuning.split(",")):
-            settings[f"language, {n} steps"] = language(text.absolute(), steps, n)
+            settings[f"language{of}, {n} steps"] = language(text.absolute(), steps, n)
     chosen, rows = tuple(sources.split(",")), tuple(x for x in only.split(",") if x)
     experiment = Experiment(settings, chosen, seeds, select, impl, device, first, rows)
     end = time.monotonic() + 60 * minutes

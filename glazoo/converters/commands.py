@@ -311,7 +311,7 @@ def tune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last checkpoint.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the order of the examples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order of the examples.")] = 0,
     dtype: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="Dtype of weights that stay.")
     ] = "float32",

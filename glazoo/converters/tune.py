@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import re
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -142,6 +144,15 @@ def _examples(
     return Blocks(ids, length, 0, count - held), Blocks(ids, length, count - held, count)
 
 
+def _fingerprint(*examples: Blocks) -> str:
+    """Return what tells the tokens of some examples from those of others."""
+    digest = hashlib.sha256()
+    for part in examples:
+        first, end = part.start * part.length, part.end * part.length
+        digest.update(np.ascontiguousarray(part.tokens[first:end], dtype=np.int64).data)
+    return digest.hexdigest()[:16]
+
+
 _SETTINGS = "settings.json"
 """Beside the checkpoints of a run, what it was asked for."""
 
@@ -152,9 +163,7 @@ def _check_resumed(work: Path, settings: dict[str, Any]) -> None:
     if not file.exists():
         return  # checkpoints of before it was written
     before = loads(file.read_text("utf-8"))
-    changed = [
-        f"{n} was {before.get(n)}, is {x}" for n, x in settings.items() if before.get(n) != x
-    ]
+    changed = [f"{n} was {before[n]}, is {x}" for n, x in settings.items() if before.get(n, x) != x]
     if changed:
         raise ConversionError(
             f"{work} has checkpoints of other settings ({', '.join(changed)}): resume with those, "
@@ -260,9 +269,12 @@ def tune_checkpoint(
         ("batch", batch, 1),
         ("length", length, 2),
         ("checkpoint_every", checkpoint_every, 0),
+        ("seed", seed, 0),
     ):
         if value < least:
             raise ConversionError(f"{name}: got {value}, expected at least {least}")
+    if seed >= 2**32:
+        raise ConversionError(f"seed: got {seed}, accepted are numbers below 2^32")
     if not 0.0 < validation < 1.0:
         raise ConversionError(f"validation: got {validation}, accepted are numbers in (0, 1)")
     try:
@@ -292,6 +304,7 @@ def tune_checkpoint(
         "length": length,
         "seed": seed,
         "dtype": dtype,
+        "validation": validation,
     }
     if resume:
         _check_resumed(work, settings)
@@ -313,6 +326,9 @@ def tune_checkpoint(
         length=length,
         validation=validation,
     )
+    settings["texts"] = _fingerprint(train, evaluation)
+    if resume:
+        _check_resumed(work, settings)
     if everything:
         model.requires_grad_(True)
     else:
@@ -362,6 +378,8 @@ def tune_checkpoint(
             if not any(work.iterdir()):
                 work.rmdir()
     if not math.isfinite(after):
+        # What it would be resumed from ends here again.
+        shutil.rmtree(work, ignore_errors=True)
         raise ConversionError(
             f"the loss on held-out text went from {before:.4f} to {after}: nothing is written; a "
             f"lower learning rate than {learning_rate:g} may help"

@@ -193,9 +193,15 @@ def test_an_interrupted_run_is_resumed(
     for other, message in (
         ({"learning_rate": 0.1}, r"\(learning_rate was 0\.01, is 0\.1\): resume with those"),
         ({"recipe": "whole", "learning_rate": 0.01}, r"recipe was gates, is whole, everything was"),
+        ({"validation": 0.3}, r"validation was 0\.\d+, is 0\.3"),
     ):
+        changed = {**options, **other}
         with pytest.raises(ConversionError, match=message):
-            tune_checkpoint(converted, tmp_path / "t", [text], resume=True, **options, **other)
+            tune_checkpoint(converted, tmp_path / "t", [text], resume=True, **changed)
+    another = tmp_path / "another.txt"
+    another.write_bytes(text.read_bytes()[::-1])
+    with pytest.raises(ConversionError, match=r"texts was \w+, is \w+\): resume with those"):
+        tune_checkpoint(converted, tmp_path / "t", [another], resume=True, **options)
     report = tune_checkpoint(converted, tmp_path / "t", [text], resume=True, **options)
     assert report.gates == whole.gates
     assert (report.loss_before, report.loss_after) == (whole.loss_before, whole.loss_after)
@@ -211,9 +217,15 @@ def test_an_interrupted_run_is_resumed(
         ({"length": 4000}, "training and evaluation need one each"),
         ({"tokenizer": "nowhere"}, "cannot load a tokenizer from nowhere"),
         ({"resume": True}, "has no checkpoint to resume from"),
+        ({"seed": -1}, "seed: got -1, expected at least 0"),
+        ({"seed": 2**32}, r"seed: got 4294967296, accepted are numbers below 2\^32"),
         ({"learning_rate": -1.0}, r"learning_rate: got -1.0, accepted are finite numbers above 0"),
         ({"learning_rate": math.nan}, r"learning_rate: got nan"),
         ({"learning_rate": 1e9, "steps": 2}, r"went from \d\.\d+ to (nan|inf): nothing is written"),
+        (
+            {"learning_rate": 1e9, "steps": 2, "checkpoint_every": 1},
+            r"went from \d\.\d+ to (nan|inf): nothing is written",
+        ),
         ({"plasticity_rate": -1.0}, r"plasticity_rate: got -1.0, accepted are numbers in \[0"),
         ({"dtype": "float16"}, "dtype: got 'float16'"),
     ],
@@ -223,7 +235,8 @@ def test_bad_arguments_are_refused(
 ) -> None:
     with pytest.raises(ConversionError, match=message):
         tune_checkpoint(converted, tmp_path / "t", [text], **{**SMALL, **changes})
-    assert not (tmp_path / "t").exists()
+    # Checkpoints, too, of which none could be gone on from.
+    assert {f.name for f in tmp_path.iterdir()} <= {"text.txt", "s", "c"}
 
 
 def test_bad_folders_and_texts_are_refused(converted: Path, tmp_path: Path, text: Path) -> None:
