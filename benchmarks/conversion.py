@@ -778,42 +778,56 @@ def passing(curve: Sequence[Mapping[str, float]], base: Sequence[Mapping[str, fl
 
 
 def tasks_text(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the tables of the tasks: accuracy, differences by seed, and steps."""
+    """Return a table for every task: accuracy of the source trained on, and of every other row the
+    difference to it by seed, and the steps after which it is where the source ends."""
     accuracy, state, curves = (table(rows, x) for x in ("accuracy", "state_bytes", "curve"))
-    lines = []
+    out = []
     for task in dict.fromkeys(t for t, _, _ in accuracy):
-        head = ("source", "row", "state (bytes)", "accuracy (%)", "to trained on")
-        head += ("steps to the source's end", "seeds")
+        found = {key[1:]: x for key, x in accuracy.items() if key[0] == task}
+        sources = list(dict.fromkeys(source for source, _ in found))
+        labels = [x for x in dict.fromkeys(x for _, x in found) if not x.startswith("before")]
+        labels.sort(key=lambda x: x != "trained on")
+        seeds = collections.Counter(len(x) for x in found.values()).most_common(1)[0][0]
         body = []
-        for (name, source, line), values in accuracy.items():
-            if name != task or line.startswith("before"):
-                continue
-            difference = paired(values, accuracy[task, source, "trained on"])
-            same = line == "trained on" or difference is None
-            ends = curves[task, source, "trained on"]
-            steps = sorted(
-                passing(curve, ends[seed])
-                for seed, curve in curves[name, source, line].items()
-                if seed in ends
-            )
-            body.append(
-                (
-                    source,
-                    line,
-                    f"{max(state[name, source, line].values()):,}",
-                    interval(list(values.values())).times(100).text(1),
-                    "" if same or difference is None else difference.times(100).signed(),
-                    ""
-                    if same
-                    else " to ".join(
-                        f"{x:g}" if math.isfinite(x) else "never"
-                        for x in dict.fromkeys(steps[:: len(steps) - 1 or 1])
-                    ),
-                    f"{len(values)}",
-                )
-            )
-        lines += [f"## {task}", "", *markdown_table(head, body, right=True), ""]
-    return lines
+        for label in labels:
+            here = [s for s in sources if (s, label) in found]
+            sizes = [max(state[task, s, label].values()) for s in here]
+            cells = []
+            for source in sources:
+                values = found.get((source, label))
+                base = accuracy.get((task, source, "trained on"), {})
+                difference = None if values is None else paired(values, base)
+                if label == "trained on" and values is not None:
+                    cells += [interval(list(values.values())).times(100).text(1), ""]
+                elif values is None or difference is None:
+                    cells += ["", ""]
+                else:
+                    few = "" if len(values) == seeds else f" ({len(values)})"
+                    text = difference.times(100).signed()
+                    separated = difference.seeds > 1 and difference.low * difference.high > 0
+                    steps = sorted(
+                        passing(curve, curves[task, source, "trained on"][seed])
+                        for seed, curve in curves[task, source, label].items()
+                        if seed in curves[task, source, "trained on"]
+                    )
+                    ends = dict.fromkeys(steps[:: len(steps) - 1 or 1])
+                    cells += [
+                        (f"**{text}**" if separated else text) + few,
+                        " to ".join(f"{x:g}" if math.isfinite(x) else "never" for x in ends),
+                    ]
+            body.append((label, f"{max(sizes):,}", *cells))
+        head = ("row", "state (bytes)", *(x for s in sources for x in (s, "steps")))
+        out += [
+            f"## {task}",
+            "",
+            f"Accuracy of the source trained on, in percent; of others the difference to it by "
+            f"seed, {seeds} seeds or as many as stand in brackets, and the steps after which they "
+            "are where it ends.",
+            "",
+            *markdown_table(head, body, right=True),
+            "",
+        ]
+    return out
 
 
 def language_text(rows: list[dict[str, Any]]) -> list[str]:
@@ -843,10 +857,11 @@ def language_text(rows: list[dict[str, Any]]) -> list[str]:
                     *(f"{row['by_place'][place]:.3f}" for place in ("0-256", "2048-4096")),
                     f"{row['rare_first']:.3f}",
                     f"{row['rare_later']:.3f}",
+                    *(f"{row['needle'][n]['loss']:.2f}" for n in ("512", "4096")),
                 )
             )
         head = ("row", "state", "at first", "after", "to trained on", "bytes 0-256", "2048-4096")
-        head += ("rare words, first", "again")
+        head += ("rare words, first", "again", "needle at 512", "at 4096")
         lines += [f"## {task}: {source}, seed {seed}", "", *markdown_table(head, body, right=True)]
         lines += [""]
     return lines

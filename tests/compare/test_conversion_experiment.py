@@ -112,10 +112,12 @@ def row(line: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
 def test_differences_are_by_seed() -> None:
     rows = [row("trained on", s, a) for s, a in enumerate((0.2, 0.6))]
     rows += [row("full", s, a, state_bytes=12) for s, a in enumerate((0.3, 0.7))]
-    rows += [row("full", 1000, 0.0, selection=True)]
-    text = "\n".join(experiment.tasks_text(rows))
+    rows += [row("full", 1000, 0.0, selection=True), row("per key", 1, 0.7, state_bytes=9)]
+    text = experiment.tasks_text(rows)
+    assert "| trained on | 8 | 40.0 \u00b1 254.1 |  |" in text
     # A tenth more on both seeds, which are four tenths apart.
-    assert "| gla | full | 12 | 50.0 ± 254.1 | +10.0 ± 0.0 | 16 | 2 |" in text
+    assert "| full | 12 | **+10.0 \u00b1 0.0** | 16 |" in text
+    assert "| per key | 9 | +10.0 (1) | 16 |" in text
 
 
 def test_rare_words_by_occurrence() -> None:
@@ -259,5 +261,5 @@ def test_a_run_that_was_stopped_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     experiment.predict(jobs=1, seeds=2, out=tmp_path / "rows", weights=tmp_path)
     experiment.report(out=tmp_path / "rows")
     text = (tmp_path / "rows" / "report.md").read_text()
-    assert "| mamba2 | bytes of full | 3,072 |" in text
+    assert "| bytes of full | 3,072 |" in text
     assert (tmp_path / "rows" / "gain.png").stat().st_size > 1000
