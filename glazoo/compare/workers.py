@@ -9,9 +9,10 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.process import BaseProcess
@@ -102,7 +103,9 @@ class Processes:
                 ProcessPoolExecutor(1, _CONTEXT, _begin, (self.folder,)),
                 {*active_children()},
             )
-            job = executor.submit(function, *args)
+            # Ctrl-C would end a Python that is just starting with a fatal error of its own.
+            with _held(signal.SIGINT):
+                job = executor.submit(function, *args)
             (process,) = {*active_children()} - known
         self._by_job[job] = executor, process
         return job
@@ -243,9 +246,25 @@ class _Requeued:
         return DelayedSubmission(self, *args)
 
 
+@contextmanager
+def _held(number: signal.Signals) -> Iterator[None]:
+    """Hold a signal back inside of the block, from this thread and from processes that start in
+    it."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield  # Windows
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin(folder: Path) -> None:
     # Ctrl-C reaches the whole group; the parent decides what to do.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def end() -> None:
         parent = parent_process()

@@ -171,9 +171,9 @@ class _ConvertedModel(SavesWhole):
 _PACKED = {"position_ids": "position_ids", "cu_seq_lens_q": "cu_seqlens", "seq_idx": "seq_idx"}
 
 
-@functools.cache
 def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """Return the names of what a forward pass takes; to look takes as long as a layer's token."""
+    """Return the names of what a forward pass takes. To look takes as long as a layer's token, and
+    the compiler does not follow it: do it once, before there are tokens."""
     return tuple(inspect.signature(inspect.unwrap(forward)).parameters)[1:]
 
 
@@ -221,11 +221,10 @@ _entered: dict[int, contextlib.ExitStack] = {}
 
 
 def _enter_packed(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    names: Sequence[str], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Keep packed sequences apart where trainers call the model below the head, which is the
     source's, to compute the loss by themselves."""
-    names = _arguments(type(module).forward)
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     packed = None if current_packing() is not None else _find_packed(given)
     if packed is None or given.get("cu_seqlens") is not None:
@@ -408,7 +407,8 @@ def attach(
         if inner is model or not hasattr(inner, "get_input_embeddings"):
             continue
         if any(isinstance(m, MetaplasticMixer) for m in inner.modules()):
-            inner.register_forward_pre_hook(_enter_packed, with_kwargs=True)
+            enter = functools.partial(_enter_packed, _arguments(type(inner).forward))
+            inner.register_forward_pre_hook(enter, with_kwargs=True)
             inner.register_forward_hook(_leave_packed, always_call=True)
 
 

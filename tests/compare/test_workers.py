@@ -266,6 +266,14 @@ def test_a_measurement_that_is_stopped_leaves_nothing(
 ) -> None:
     temporary, out = tmp_path / "temporary", tmp_path / "out"
     temporary.mkdir()
+    # Workers are still starting when they are counted, and would say what stopped them.
+    slow = """import signal, sys, time
+if "spawn_main" in str(sys.orig_argv):
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    time.sleep(3)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+"""
+    (tmp_path / "sitecustomize.py").write_text(slow)
     sizes = ("--pairs", "4096", "--seeds", "64", "--state", "65536", "--out", str(out))
     command = (
         sys.executable,
@@ -280,7 +288,7 @@ def test_a_measurement_that_is_stopped_leaves_nothing(
     )
     starter = subprocess.Popen(
         [*command, "--jobs", "2"],
-        env=os.environ | {"TMPDIR": str(temporary)},
+        env=os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
