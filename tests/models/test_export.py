@@ -33,6 +33,12 @@ CLASSES = {
 FAMILIES = ("mamba2", "qwen3_next", "bamba", "falcon_h1", "kimi_linear", "olmo_hybrid")
 
 
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    """Torch compares a scan with those that it met before, and may fail at it."""
+    torch._dynamo.reset()
+
+
 class Logits(nn.Module):
     """A model as a function of tokens, and of a mask where one is given."""
 
