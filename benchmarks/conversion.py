@@ -8,9 +8,10 @@ r"""Which conversion pays: every Bayesian form of trained sources beside their c
 A source is trained; then the same weights are trained on for the same further steps, on the same
 data, as they are and as each of their metaplastic forms; and sources with more key channels are
 trained and trained on beside them, so that a form meets a source with at least its state. Runs are
-paired by seed. Rates of further training are those that were best on a seed that is not reported:
-without `--select` the ones of `records` from Mamba2 for every row; with it they are chosen by task
-and source, for the source and two of its forms. The language model's were not chosen like that.
+paired by seed. Rates of further training are those that were best on a seed that is not reported,
+for the source and two of its forms by task (`static` as `records`, `recall` as `overwriting`) and
+source; `--no-select` takes the ones of `records` from Mamba2 for every row, as the language model
+does, whose rates were not chosen.
 
 A repeat goes on where the last one stopped. Runs go to `--out`, a line each; weights stay in
 `--work`.
@@ -232,8 +233,17 @@ class Experiment:
     only: tuple[str, ...] = ()
     """Labels of rows; all if there are none."""
 
+    def _setting(self, name: str) -> Setting:
+        """Return a setting of which there are runs, if only to choose rates."""
+        return self.settings[name] if name in self.settings else TASKS[name]
+
+    def _chooser(self, name: str) -> str | None:
+        """Return the setting whose runs say the rates of another one."""
+        chosen = self.settings[name].rates_of
+        return chosen if self.select and chosen in {*self.settings, *TASKS} else None
+
     def _source(self, name: str, source: str, keys: int | None, seed: int) -> Row:
-        setting = self.settings[name]
+        setting = self._setting(name)
         return Row(
             label=f"{name}: {source}, before" + ("" if keys is None else f", K {keys}"),
             spec=glazoo.load(source),
@@ -253,7 +263,7 @@ class Experiment:
         self, name: str, source: str, line: Line, choice: tuple[float, float], seed: int
     ) -> Row:
         """Return the run of a row at a choice of rates."""
-        setting, before = self.settings[name], self._source(name, source, line.keys, seed)
+        setting, before = self._setting(name), self._source(name, source, line.keys, seed)
         spec = before.spec if line.form is None else converted(before.spec, line.form)
         assert spec is not None
         change = {
@@ -274,8 +284,7 @@ class Experiment:
     ) -> tuple[float, float] | None:
         """Return the rates of a row, by the loss of a seed that is not reported; None if the runs
         that say so are missing."""
-        chooser = self.settings[name].rates_of
-        if not self.select or chooser not in self.settings:
+        if (chooser := self._chooser(name)) is None:
             # The best rate of seed 1000 on records, from mamba2, for every row of it.
             return 2.0, 1.0 if line.form is None else self.settings[name].plasticity
         losses = {}
@@ -289,14 +298,12 @@ class Experiment:
 
     def wanted(self, results: Mapping[str, Any]) -> Iterator[Row]:
         """Yield every run whose rates are known, in the order of their worth."""
-        if self.select:
-            for name in {s.rates_of: None for s in self.settings.values()}:
-                for source, line in itertools.product(self.sources, TRIED):
-                    if name not in self.settings:
-                        continue
-                    yield self._source(name, source, line.keys, SELECTION_SEED)
-                    for candidate in line.candidates:
-                        yield self.row(name, source, line, candidate, SELECTION_SEED)
+        choosers = dict.fromkeys(map(self._chooser, self.settings))
+        for name, source, line in itertools.product(choosers, self.sources, TRIED):
+            if name is not None:
+                yield self._source(name, source, line.keys, SELECTION_SEED)
+                for candidate in line.candidates:
+                    yield self.row(name, source, line, candidate, SELECTION_SEED)
         for name in self.settings:
             for seed in range(self.first, self.first + self.seeds):
                 for source, line in self.of(name):
@@ -585,7 +592,7 @@ def run_command(
     only: Annotated[str, typer.Option(help="Rows, like 'trained on,full'. Default: all.")] = "",
     first: Annotated[int, typer.Option(min=0, help="First of them.")] = 0,
     train: Annotated[bool, typer.Option(help="Train sources whose weights are missing.")] = True,
-    select: Annotated[bool, typer.Option(help="Choose rates on another seed.")] = False,
+    select: Annotated[bool, typer.Option(help="Choose rates on another seed.")] = True,
     text: Annotated[Path | None, typer.Option(help="A text, of the language model.")] = None,
     steps: Annotated[int, typer.Option(help="Of the language model's source.")] = LANGUAGE_STEPS,
     tuning: Annotated[str, typer.Option(help="Its further steps.")] = "100,1000",

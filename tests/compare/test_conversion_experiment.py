@@ -98,6 +98,13 @@ def test_rates_come_from_the_seed_that_is_not_reported() -> None:
         for run, loss in zip(runs.values(), (0.3, 0.2, 0.4), strict=True)
     }
     assert chooser.choice("records", "mamba2", line, results) == line.candidates[1]
+    # A form that is not tried, and a task that has the rates of another.
+    like = next(x for _, x in chooser.of("records") if x.label == "rotated")
+    static = one(select=True, settings={"static": experiment.TASKS["static"]})
+    assert static.choice("static", "mamba2", like, results) == line.candidates[1]
+    assert {r.label for r in static.wanted({}) if r.seed == 1000 and r.before is not None} == {
+        f"records: mamba2, {x.label}" for x in experiment.TRIED
+    }
     results[runs[line.candidates[1]].key]["diverged"] = True
     assert chooser.choice("records", "mamba2", line, results) == line.candidates[0]
 
@@ -224,7 +231,9 @@ def test_runs_that_fail_do_not_end_the_others(
     monkeypatch.setattr(experiment, "run_all", run_all)
     arguments = ["run", "records", "--sources", "mamba2", "--only", "trained on", "--seeds", "3"]
     folders = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
-    result = CliRunner().invoke(experiment.app, [*arguments, *folders, "--jobs", "1"])
+    result = CliRunner().invoke(
+        experiment.app, [*arguments, *folders, "--jobs", "1", "--no-select"]
+    )
     assert tried == [0, 1, 2]
     assert result.exit_code == 1
     assert "3 runs failed: repeat the command" in result.stdout
