@@ -28,13 +28,15 @@ def read_tokens(
     split: str | None = None,
     limit: int | None = None,
 ) -> NDArray[Any]:
-    """Return the token ids of texts, one axis; texts are separated by the end of text.
+    """Return the token ids of texts, one axis; texts are separated by the end of text, where the
+    tokenizer has one.
 
     Args:
         texts: UTF-8 text files, or one folder with a data set: written by `save_to_disk`, or one of
             parquet, JSON, CSV or text files as they lie on the hub. A row is a text; so is a whole
             text file.
-        tokenizer: a folder with a tokenizer, or "bytes".
+        tokenizer: a folder with a tokenizer, or "bytes": these, and an end of text where the
+            vocabulary has room for it.
         vocabulary: size of the model's vocabulary, which must hold every id.
         column: the data set's column with the text.
         split: the data set's split; default `train`, or the only one.
@@ -44,7 +46,7 @@ def read_tokens(
         ConversionError: something cannot be read, or the tokenizer does not fit.
     """
     folder = _folder(texts)
-    made = _tokenizer(tokenizer)
+    made = _tokenizer(tokenizer, vocabulary)
     if folder is None:
         ids = _file_tokens(texts, tokenizer, made, split)
     else:
@@ -82,7 +84,7 @@ def read_splits(
         ConversionError: as in `read_tokens`.
     """
     folder = _folder(texts)
-    made = _tokenizer(tokenizer)
+    made = _tokenizer(tokenizer, vocabulary)
     if folder is None:
         ids = _file_tokens(texts, tokenizer, made, split or validation_split)
         return _checked(ids, vocabulary), None
@@ -110,14 +112,15 @@ def _folder(texts: Sequence[str | Path]) -> Path | None:
     return folders[0] if folders else None
 
 
-def _tokenizer(name: str) -> Any:
+def _tokenizer(name: str, vocabulary: int | None) -> Any:
     from transformers import AutoTokenizer
 
-    from glazoo.training import byte_tokenizer
+    from glazoo.training import byte_tokenizer, symbol_tokenizer
 
     try:
         if name == "bytes":
-            return byte_tokenizer()
+            # A model of 256 tokens has none for the end of a text.
+            return symbol_tokenizer() if vocabulary == 256 else byte_tokenizer()
         return AutoTokenizer.from_pretrained(name, local_files_only=True)
     except Exception as e:
         raise ConversionError(

@@ -253,3 +253,18 @@ def test_commands(converted: Path, folder: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["tokens"] == 40
     assert inspect_model(converted, [folder], tokenizer="bytes", column="content").tokens > 40
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "ids"),
+    [(256, [0x61, 0xC3, 0xA9, 0x62, 0x61]), (257, [0x61, 0xC3, 0xA9, 256, 0x62, 0x61, 256])],
+)
+def test_bytes_of_a_model_without_an_end_of_text(
+    tmp_path: Path, vocabulary: int, ids: list[int]
+) -> None:
+    for name, text in (("a", "a\u00e9"), ("b", "ba")):
+        (tmp_path / name).write_text(text, "utf-8")
+    files = [tmp_path / "a", tmp_path / "b"]
+    assert read_tokens(files, "bytes", vocabulary=vocabulary).tolist() == ids
+    with pytest.raises(ConversionError, match="it gives id 256, the model has 255 tokens"):
+        read_tokens(files, "bytes", vocabulary=255)
