@@ -573,7 +573,7 @@ def advise_checkpoint(
         column=column,
         split=split,
         limit=tokens,
-    )[:tokens]
+    )
     contexts = len(ids) // LENGTH
     if contexts < _CONTEXTS:
         raise ConversionError(

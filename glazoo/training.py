@@ -209,8 +209,29 @@ def symbol_tokenizer(characters: str | None = None, **special: str) -> PreTraine
         return PreTrainedTokenizerFast(tokenizer_file=str(path), **special)
 
 
-def tokens_of(data: Data, tokenizer: PreTrainedTokenizerBase) -> NDArray[Any]:
+_MARGIN = 64
+"""Tokens that a text is read beyond a limit: a word that is cut in two is other tokens."""
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, limit: int | None) -> list[int]:
+    """Return the token ids of a text, or at least `limit` of them, without making all of them."""
+    characters = len(text) if limit is None else 8 * (limit + _MARGIN)
+    while True:
+        found = tokenizer(text[:characters], add_special_tokens=False, verbose=False)["input_ids"]
+        if characters >= len(text) or (limit is not None and len(found) >= limit + _MARGIN):
+            return list(found)
+        characters *= 4
+
+
+def tokens_of(
+    data: Data, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+) -> NDArray[Any]:
     """Return all token ids of the data, one axis; texts are separated by the end of text.
+
+    Args:
+        data: texts, or arrays of token ids.
+        tokenizer: of texts.
+        limit: how many token ids of texts are enough; there may be more.
 
     Raises:
         ValueError: a token file is none, or has the wrong shape or dtype; a text is not UTF-8.
@@ -231,7 +252,9 @@ def tokens_of(data: Data, tokenizer: PreTrainedTokenizerBase) -> NDArray[Any]:
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
     parts: list[int] = []
     for text in _texts(data):
-        parts += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if limit is not None and len(parts) >= limit:
+            break
+        parts += _ids(tokenizer, text, None if limit is None else limit - len(parts))
         if tokenizer.eos_token_id is not None:
             parts.append(tokenizer.eos_token_id)
     return np.asarray(parts, dtype=np.int32)

@@ -213,7 +213,7 @@ def _calibrated(
         tokenizer,
         vocabulary=int(checkpoint.config.get_text_config().vocab_size),
         limit=CALIBRATION_TOKENS,
-    )[:CALIBRATION_TOKENS]
+    )
     model = load_to_observe(checkpoint, settings)
     turned = calibrate_model(model, torch.from_numpy(ids.astype("int64")), progress)
     axes = {gate.layer: gate.axes for _, gate, _ in metaplastic_layers(model)}

@@ -178,7 +178,7 @@ def inspect_model(
             column=column,
             split=split,
             limit=tokens,
-        )[:tokens]
+        )
         count = len(ids)
         model.to(device)
         read = torch.from_numpy(ids.astype("int64"))

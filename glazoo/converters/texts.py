@@ -40,7 +40,7 @@ def read_tokens(
         vocabulary: size of the model's vocabulary, which must hold every id.
         column: the data set's column with the text.
         split: the data set's split; default `train`, or the only one.
-        limit: how many tokens of a data set are enough; its further rows are not read.
+        limit: how many tokens are given at most; what follows them is not read.
 
     Raises:
         ConversionError: something cannot be read, or the tokenizer does not fit.
@@ -48,7 +48,7 @@ def read_tokens(
     folder = _folder(texts)
     made = _tokenizer(tokenizer, vocabulary)
     if folder is None:
-        ids = _file_tokens(texts, tokenizer, made, split)
+        ids = _file_tokens(texts, tokenizer, made, split, limit)[:limit]
     else:
         splits = _splits(folder)
         name = _chosen(splits, split)
@@ -137,14 +137,19 @@ def _checked(ids: NDArray[Any], vocabulary: int | None) -> NDArray[Any]:
 
 
 def _file_tokens(
-    texts: Sequence[str | Path], tokenizer: str, made: Any, split: str | None
+    texts: Sequence[str | Path],
+    tokenizer: str,
+    made: Any,
+    split: str | None,
+    limit: int | None = None,
 ) -> NDArray[Any]:
     from glazoo.training import Data, tokens_of
 
     if split is not None:
         raise ConversionError(f"split: text files have none, got {split!r}")
     try:
-        return tokens_of(Data(files=tuple(Path(t) for t in texts), tokenizer=tokenizer), made)
+        data = Data(files=tuple(Path(t) for t in texts), tokenizer=tokenizer)
+        return tokens_of(data, made, limit)
     except OSError as e:
         raise ConversionError(f"cannot read {one_line(e)}") from e
     except ValueError as e:

@@ -16,6 +16,7 @@ import typer
 from converters.tiny import tiny_model
 from typer.testing import CliRunner
 
+import glazoo.training
 from glazoo.converters import ConversionError, convert_checkpoint, inspect_model, tune_checkpoint
 from glazoo.converters.commands import inspect, tune
 from glazoo.converters.examine import gate_summaries
@@ -268,3 +269,25 @@ def test_bytes_of_a_model_without_an_end_of_text(
     assert read_tokens(files, "bytes", vocabulary=vocabulary).tolist() == ids
     with pytest.raises(ConversionError, match="it gives id 256, the model has 255 tokens"):
         read_tokens(files, "bytes", vocabulary=255)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 100, 1_000, 30_000])
+def test_of_a_long_text_no_more_is_read_than_is_asked_for(
+    tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).write_text("".join(f"{i} \u00e9" for i in range(2500)), "utf-8")
+    files = [tmp_path / "a", tmp_path / "b"]
+    whole = read_tokens(files, "bytes")
+    read = []
+    made = glazoo.training.byte_tokenizer()
+
+    def counted(text: str, **options: Any) -> Any:
+        read.append(len(text))
+        return made(text, **options)
+
+    counted.eos_token_id = made.eos_token_id  # type: ignore[attr-defined]
+    monkeypatch.setattr(glazoo.training, "byte_tokenizer", lambda: counted)
+    found = read_tokens(files, "bytes", limit=limit)
+    assert found.tolist() == whole[:limit].tolist()
+    assert sum(read) <= 8 * (limit + 64)
