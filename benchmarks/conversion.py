@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 import glazoo
 from glazoo.advise import FORMS as ADVISED
-from glazoo.advise import Prediction, best_opening, joined, key_use, opened, recommended
+from glazoo.advise import Prediction, Written, best_opening, key_use, opened, recommended
 from glazoo.advise import predict as advised
 from glazoo.compare.commands.options import ClusterOptions, OnCluster
 from glazoo.compare.files import make_folder, write_bytes
@@ -197,6 +197,12 @@ def converted(source: Spec, form: str) -> Spec | None:
         return None
 
 
+def tried_of(source: str) -> list[Line]:
+    """List the rows of a source of which rates are chosen."""
+    spec = glazoo.load(source)
+    return [x for x in TRIED if x.form is None or converted(spec, x.form) is not None]
+
+
 def lines(source: Spec, setting: Setting) -> list[Line]:
     """List the rows of a source: itself, its forms, and sources with at least the state of the two
     largest of these."""
@@ -279,16 +285,22 @@ class Experiment:
         }
         return before.model_copy(update=change)
 
+    def _default(self, name: str, line: Line) -> tuple[float, float]:
+        """Return the best rates of seed 1000 on records, from mamba2, of every row of it."""
+        return 2.0, 1.0 if line.form is None else self.settings[name].plasticity
+
     def choice(
         self, name: str, source: str, line: Line, results: Mapping[str, Any]
     ) -> tuple[float, float] | None:
         """Return the rates of a row, by the loss of a seed that is not reported; None if the runs
         that say so are missing."""
         if (chooser := self._chooser(name)) is None:
-            # The best rate of seed 1000 on records, from mamba2, for every row of it.
-            return 2.0, 1.0 if line.form is None else self.settings[name].plasticity
+            return self._default(name, line)
         losses = {}
-        like = TRIED[0 if line.form is None else 1 + (line.form == "full")]
+        wanted = {None: "trained on", "full": "full"}.get(line.form, "per key")
+        like = next((x for x in tried_of(source) if x.label == wanted), None)
+        if like is None:
+            return self._default(name, line)
         for candidate in like.candidates:
             found = results.get(self.row(chooser, source, like, candidate, SELECTION_SEED).key)
             if found is None:
@@ -299,8 +311,8 @@ class Experiment:
     def wanted(self, results: Mapping[str, Any]) -> Iterator[Row]:
         """Yield every run whose rates are known, in the order of their worth."""
         choosers = dict.fromkeys(map(self._chooser, self.settings))
-        for name, source, line in itertools.product(choosers, self.sources, TRIED):
-            if name is not None:
+        for name, source in itertools.product(choosers, self.sources):
+            for line in () if name is None else tried_of(source):
                 yield self._source(name, source, line.keys, SELECTION_SEED)
                 for candidate in line.candidates:
                     yield self.row(name, source, line, candidate, SELECTION_SEED)
@@ -698,7 +710,7 @@ def predict(
         }
         experiment = Experiment(TASKS, (source,), 1, False, "auto", "cpu")
         run = experiment.row(task, source, Line("per key", "per key"), (1.0, 1.0), row["seed"])
-        seen = [joined([x]) for x in observe(start(run, weights), run, _inputs(run, CONTEXTS))]
+        seen = [Written.of(x) for x in observe(start(run, weights), run, _inputs(run, CONTEXTS))]
         pairs, shares = advised(seen, specs, values=16, seeds=seeds, jobs=jobs)
         use = key_use(seen[0])
         found = {
@@ -794,7 +806,8 @@ def tasks_text(rows: list[dict[str, Any]]) -> list[str]:
         sources = list(dict.fromkeys(source for source, _ in found))
         labels = [x for x in dict.fromkeys(x for _, x in found) if not x.startswith("before")]
         labels.sort(key=lambda x: x != "trained on")
-        seeds = collections.Counter(len(x) for x in found.values()).most_common(1)[0][0]
+        counts = (len(x) for (_, label), x in found.items() if label in labels)
+        seeds = collections.Counter(counts).most_common(1)[0][0]
         body = []
         for label in labels:
             here = [s for s in sources if (s, label) in found]
@@ -805,11 +818,12 @@ def tasks_text(rows: list[dict[str, Any]]) -> list[str]:
                 base = accuracy.get((task, source, "trained on"), {})
                 difference = None if values is None else paired(values, base)
                 if label == "trained on" and values is not None:
-                    cells += [interval(list(values.values())).times(100).text(1), ""]
+                    few = "" if len(values) == seeds else f" ({len(values)})"
+                    cells += [interval(list(values.values())).times(100).text(1) + few, ""]
                 elif values is None or difference is None:
                     cells += ["", ""]
                 else:
-                    few = "" if len(values) == seeds else f" ({len(values)})"
+                    few = "" if difference.seeds == seeds else f" ({difference.seeds})"
                     text = difference.times(100).signed()
                     separated = difference.seeds > 1 and difference.low * difference.high > 0
                     steps = sorted(
@@ -914,7 +928,8 @@ def tried(rows: list[dict[str, Any]], folder: Path) -> list[Tried]:
             trained = accuracy.get((task, source, form), {}).get(seed)
             if base is not None and trained is not None:
                 room = fmean(shares) - fmean(found["shares"]["source"])
-                use = -best_opening(found["opened"][form]).change.mean
+                # Where no kappa leaves the loss finite, it rises by more than a nat.
+                use = max(-best_opening(found["opened"][form]).change.mean, -1.0)
                 out.append(Tried(task, source, seed, form, room, use, trained - base))
     return out
 
@@ -927,9 +942,10 @@ def thresholds(runs: Sequence[Tried], measures: Sequence[str]) -> tuple[float, .
     for measure in measures:
         values = np.array([getattr(r, measure) for r in runs])
         at = np.unique(values)
-        at = np.concatenate([[at[0] - np.ptp(at) - 1e-6], at, [at[-1] + np.ptp(at) + 1e-6]])
-        borders.append((at[:-1] + at[1:]) / 2)
-        widths.append(np.diff(at) / values.std())
+        # Always and never are the last to be chosen of those that err as often.
+        middles = (at[:-1] + at[1:]) / 2
+        borders.append(np.array([np.nextafter(at[0], -np.inf), *middles, at[-1]]))
+        widths.append(np.array([0.0, *np.diff(at), 0.0]) / max(np.ptp(at), 1e-12))
         above.append(values[None] > borders[-1][:, None])
     best: tuple[float, float, tuple[float, ...]] = (math.inf, 0.0, ())
     for chosen in itertools.product(*(range(len(b)) for b in borders[:-1])):
@@ -966,9 +982,10 @@ def predicted_text(rows: list[dict[str, Any]], folder: Path) -> list[str]:
     from scipy.stats import spearmanr
 
     runs = tried(rows, folder)
-    if len({(r.task, r.source) for r in runs}) < 2:
+    if not runs:
         return []
-    counts = {m: right(runs, m) for m in (("room",), ("use",), MEASURES)}
+    several = len({(r.task, r.source) for r in runs}) > 1
+    counts = {m: right(runs, m) for m in (("room",), ("use",), MEASURES) if several}
     lines = []
     for task in [*dict.fromkeys(r.task for r in runs), "all tasks"]:
         of = [r for r in runs if task in (r.task, "all tasks")]
@@ -981,7 +998,8 @@ def predicted_text(rows: list[dict[str, Any]], folder: Path) -> list[str]:
         for count in counts.values():
             cells.append(f"{count[task] if task in count else sum(count.values())}")
         lines.append((task, *cells, f"{paid}", f"{len(of)}"))
-    head = ("task", "rank of room", "of use", "right by room", "by use", "by both")
+    head = ("task", "rank of room", "of use")
+    head += ("right by room", "by use", "by both") if several else ()
     at = thresholds(runs, MEASURES)
     return [
         "## What is measured untrained beside the trained gain",
@@ -991,7 +1009,7 @@ def predicted_text(rows: list[dict[str, Any]], folder: Path) -> list[str]:
         f"more than {100 * PAYS:.0f} point follows, thresholds from the runs of all other tasks "
         "and sources; and of how many it does.",
         "",
-        *markdown_table((*head, "paid", "runs"), lines, right=True),
+        *markdown_table((*head, "paid", "all"), lines, right=True),
         "",
         f"Thresholds over all runs: room {100 * at[0]:.1f} points, use {at[1]:.5f} nats.",
         "",
@@ -1048,8 +1066,10 @@ def advice_text(rows: list[dict[str, Any]], folder: Path) -> list[str]:
                 f"{100 * fmean(x[5] for x in here):+.1f}",
             )
         )
-    head = ("task", "source", "advised (seeds)", "its gain", "best", "its gain")
-    return ["## What is advised", "", *markdown_table(head, lines, right=True), ""]
+    head = ("task", "source", "advised (seeds)", "its gain", "best", "gain of the best")
+    text = "What `glazoo advise` says, and points that training gained by it, means over the seeds "
+    text += "of which the advised form was trained."
+    return ["## What is advised", "", text, "", *markdown_table(head, lines, right=True), ""]
 
 
 def picture(rows: list[dict[str, Any]]) -> bytes:

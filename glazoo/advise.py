@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from glazoo import stats
 from glazoo.compare.capacity import CapacityPlan, capacity
+from glazoo.compare.keys import recorded
 from glazoo.converters.calibration import LENGTH, directions, neglected, observed, turn
 from glazoo.converters.commands import Column, ReportFile, Split, Tokenizer
 from glazoo.converters.loading import load_to_observe
@@ -46,10 +47,10 @@ __all__ = [
     "KeyUse",
     "Opening",
     "Prediction",
+    "Written",
     "advise",
     "advise_checkpoint",
     "best_opening",
-    "joined",
     "key_use",
     "memory_load",
     "opened",
@@ -135,7 +136,7 @@ class Prediction:
     """`source`, or one of `FORMS`."""
     found: Interval
     """Share of values that are found again among all stored, at each memory's best constant gates,
-    mean over numbers of pairs."""
+    mean over heads."""
     gain: Interval
     """The same less the source's, draw by draw."""
     state_bytes: int
@@ -158,8 +159,8 @@ class AdviceReport(Report):
     values: int
     tokens: int
     pairs: tuple[int, ...]
-    """Of a third of the heads each, from the least to the most loaded, how many pairs are stored in
-    a memory."""
+    """How many pairs are stored in a memory, for each of at most three groups of heads, from the
+    least to the most loaded."""
     use: tuple[KeyUse, ...]
     predictions: tuple[Prediction, ...]
     impossible: dict[str, str]
@@ -235,10 +236,10 @@ class AdviceReport(Report):
             "",
             "Random values under the keys that this model writes, in the order of the text, as "
             "many pairs in a memory as the model's own hold at once "
-            f"({', '.join(map(str, self.pairs))}, in a third of the heads each), at the best "
-            "constant gates of each; 95 % intervals over draws. Loss, opened: what opening all "
-            "gates does to the loss on the text, untrained, at the kappa that is best on other "
-            "contexts; of the forms that would find enough more.",
+            f"({', '.join(map(str, self.pairs))}: heads from the least to the most loaded), at "
+            "the best constant gates of each; 95 % intervals over draws. Loss, opened: what "
+            "opening all gates does to the loss on the text, untrained, at the kappa that is best "
+            "on other contexts; of the forms that would find enough more.",
             "",
             *(f"- {form}: {reason}" for form, reason in self.impossible.items()),
             "",
@@ -259,7 +260,8 @@ class AdviceReport(Report):
             return (
                 f"**None is expected to help**: the memories of {_listed(p.form for p in opened)} "
                 "would find more, but this model does not ask for it. With their gates open, "
-                f"untrained, its loss on this text does not fall by {LEAST_FALL} nats a token."
+                f"untrained, its loss on this text does not fall by {LEAST_FALL} nats a token with "
+                "certainty."
             )
         if self.advice is None:
             return (
@@ -293,29 +295,37 @@ def _opening_text(opening: Opening | None) -> str:
     return f"{opening.change.signed(4)} at {opening.plasticity:g}"
 
 
-def joined(parts: Sequence[Observation]) -> Observation:
-    """Join what one layer did with several contexts of as many tokens; of decays, keys and writes.
+class Written(NamedTuple):
+    """What the memories of one layer are given."""
 
-    Returns:
-        Log decays [C, T, HV, K or 1], keys, and writes, on the CPU in float32; the rest is the
-        first part's.
-    """
-    keys = torch.cat([x.keys.float().cpu() for x in parts])
-    writes = torch.cat([x.writes.float().cpu() for x in parts])
-    decays = [x.g if x.g.dim() > 2 else x.g[None, None] for x in parts]
-    g = torch.cat([x.float().cpu() for x in decays])
-    g = g if g.dim() > 3 else g[..., None]
-    if len(g) != len(keys):
-        # Static decays are the same of all contexts and tokens.
-        g = g[:1].expand(len(keys), writes.shape[1], *g.shape[2:])
-    if (steps := writes.shape[1] // g.shape[1]) > 1:
-        # Of the writes of one token, the first alone decays.
-        g = torch.stack([g, *[torch.zeros_like(g)] * (steps - 1)], 2).flatten(1, 2)
-    return parts[0]._replace(g=g, keys=keys, writes=writes)
+    layer: int
+    g: Float[Tensor, "C T HV *K"]
+    """Log decays, their last axis K or 1."""
+    keys: Float[Tensor, "C T H K"]
+    writes: Float[Tensor, "C T HV"]
+    """Sizes of what is written."""
+
+    @classmethod
+    def of(cls, seen: Observation) -> Written:
+        """Take what an observation says of it, on the CPU in float32."""
+        keys, writes, g = (x.float().cpu() for x in (seen.keys, seen.writes, seen.g))
+        if g.dim() < 3:
+            # Static decays are the same of all contexts and tokens.
+            g = g.view(1, 1, len(g), -1).expand(*writes.shape, -1)
+        g = g if g.dim() > 3 else g[..., None]
+        if (steps := writes.shape[1] // g.shape[1]) > 1:
+            # Of the writes of one token, the first alone decays.
+            g = torch.stack([g, *[torch.zeros_like(g)] * (steps - 1)], 2).flatten(1, 2)
+        return cls(seen.layer, g, keys, writes)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Written]) -> Written:
+        """Join several contexts of as many tokens."""
+        return cls(parts[0].layer, *(torch.cat(x) for x in list(zip(*parts, strict=True))[1:]))
 
 
 @torch.no_grad()
-def memory_load(seen: Observation) -> Float[Tensor, "C T HV"]:
+def memory_load(seen: Written) -> Float[Tensor, "C T HV"]:
     """Measure how many writes the memories of a layer hold at every token.
 
         n_t = (sum_s w_s)^2 / sum_s w_s^2 ,   w_s = |k_s| |beta_s v_s| exp(sum_{s < r <= t} g_r)
@@ -323,24 +333,31 @@ def memory_load(seen: Observation) -> Float[Tensor, "C T HV"]:
     Where all writes are of one size it is their number if nothing decays, and at most
     (1 + a) / (1 - a) under a decay a.
 
-    Args:
-        seen: what `joined` returns.
+    Returns:
+        n in float64, mean over the key channels of a decay per key; zero as long as nothing was
+        written, and after a decay of zero.
     """
-    first = second = torch.zeros_like(seen.g[:, 0])
+    total = torch.zeros_like(seen.g[:, 0], dtype=torch.float64)
+    # 1 / n, which no common factor of all writes changes: sums of squares would leave the floats.
+    spread = torch.full_like(total, math.inf)
     found = []
-    for a, w in zip(seen.g.exp().unbind(1), seen.writes.unbind(1), strict=True):
-        first = a * first + w[..., None]
-        second = a * a * second + (w * w)[..., None]
-        found.append((first.square() / second.clamp(min=1e-30)).mean(-1))
+    for a, w in zip(seen.g.double().exp().unbind(1), seen.writes.double().unbind(1), strict=True):
+        left, w = a * total, w[..., None]
+        total = left + w
+        new = torch.where(total > 0, w / total, 0.0)
+        kept = (1 - new) * (1 - new) * spread
+        spread = torch.where(new < 1, kept, 0.0) + new * new
+        spread = torch.where((total > 0) | (a > 0), spread, math.inf)
+        found.append((1 / spread).mean(-1))
     return torch.stack(found, 1)
 
 
 @torch.no_grad()
-def key_use(seen: Observation) -> KeyUse:
+def key_use(seen: Written) -> KeyUse:
     """Measure what the keys of a layer are like.
 
     Args:
-        seen: what `joined` returns, of at least two contexts.
+        seen: what its memories are given, of at least two contexts.
 
     Returns:
         The measurements; along rotated axes, which come from the first half of the contexts, on the
@@ -357,15 +374,20 @@ def key_use(seen: Observation) -> KeyUse:
         rank = max(1, min(k.shape[3], round(float(ratio[h]))))
         shared = torch.linalg.eigh(whole[h]).eigenvectors[:, -rank:]
         own = torch.linalg.eigh(moments[:, h]).eigenvectors[..., -rank:]
-        changing.append(float(1 - (shared.mT @ own).square().sum((-2, -1)).mean() / rank))
+        same = float((shared.mT @ own).square().sum((-2, -1)).mean()) / rank
+        changing.append(max(0.0, 1 - same))
     return KeyUse(
         seen.layer,
         tuple(ratio.tolist()),
         tuple(changing),
         tuple(neglected(whole).tolist()),
         tuple(neglected(axes.mT @ second @ axes).tolist()),
-        tuple(memory_load(seen).double().mean((0, 1)).tolist()),
+        tuple(memory_load(seen).mean((0, 1)).tolist()),
     )
+
+
+_HEADS = 32
+"""Heads of a group whose keys are measured on, at most."""
 
 
 class _Heads(NamedTuple):
@@ -379,34 +401,41 @@ class _Heads(NamedTuple):
     """The keys that each writes most, in the order of the text."""
 
 
-def _by_load(seen: Iterable[Observation]) -> list[_Heads]:
-    """Sort the heads of some layers into three groups by the load of their memories."""
+def _by_load(seen: Iterable[Written]) -> list[_Heads]:
+    """Sort the heads of some layers into at most three groups by the load of their memories."""
     found = []
     for x in seen:
-        loads = memory_load(x).double().mean((0, 1))
-        # As many writes as a context has, of equal size.
-        total = x.writes.double().sum(1).square() / x.writes.double().square().sum(1)
-        written = total.nan_to_num(x.writes.shape[1]).amin(0)
+        loads = memory_load(x).mean((0, 1))
+        # As many writes as a context has. A few may be much larger than all others, such as those
+        # of a first token: they count like the others.
+        w = x.writes.double()
+        w = torch.minimum(w, w.quantile(0.95, 1, keepdim=True))
+        counts = (w.sum(1).square() / w.square().sum(1)).nan_to_num(w.shape[1])
         group = x.writes.shape[2] // x.keys.shape[2]
-        for h, (load, count) in enumerate(zip(loads.tolist(), written.tolist(), strict=True)):
-            found.append((load, count, x.keys[:, :, h // group], x.writes[:, :, h]))
+        for h, load in enumerate(loads.tolist()):
+            found.append((load, counts[:, h], x.keys[:, :, h // group], x.writes[:, :, h]))
+    if len({k.shape for _, _, k, _ in found}) != 1 or len(found[0][2]) < 2:
+        shapes = ", ".join(sorted({str(list(k.shape)) for _, _, k, _ in found})) or "nothing"
+        raise ValueError(f"seen: got keys {shapes}, accepted is one shape [C, T, K] with C >= 2")
     found.sort(key=lambda head: head[0])
     groups = []
     for part in np.array_split(np.arange(len(found)), min(3, len(found))):
-        heads = [found[i] for i in part]
-        longest = min(k.shape[1] for _, _, k, _ in heads)
-        pairs = min(longest, max(2, round(_mean([load for load, *_ in heads]))))
-        count = min(longest, max(pairs, round(min(count for _, count, *_ in heads))))
+        some = part[np.linspace(0, len(part) - 1, min(_HEADS, len(part))).round().astype(int)]
+        heads = [found[i] for i in some]
+        longest = heads[0][2].shape[1]
+        pairs = min(longest, max(2, round(_mean([found[i][0] for i in part]))))
+        usual = float(torch.cat([counts for _, counts, _, _ in heads]).median())
+        count = min(longest, max(pairs, round(usual)))
         keys = []
         for _, _, k, w in heads:
             most = w.topk(count, dim=1).indices.sort(1).values
             keys.append(k.gather(1, most[..., None].expand(-1, -1, k.shape[-1]))[:, :, None])
-        groups.append(_Heads(len(heads) / len(found), pairs, keys))
+        groups.append(_Heads(len(part) / len(found), pairs, keys))
     return groups
 
 
 def predict(
-    seen: Iterable[Observation],
+    seen: Iterable[Written],
     specs: Mapping[str, Spec],
     *,
     values: int = _VALUES,
@@ -417,7 +446,8 @@ def predict(
     """Measure what each memory would find of what a model writes.
 
     Args:
-        seen: what `joined` returns of every layer; of one key size, of at least two contexts.
+        seen: what the memories of every layer are given; at least one layer, of one key size, and
+            two contexts.
         specs: memories by label.
         values: value channels.
         seeds: independent draws.
@@ -425,9 +455,12 @@ def predict(
         told: called as `told(label, done, total)`.
 
     Returns:
-        The numbers of pairs, one for each third of the heads: as many as their memories hold at
-        once; and by label and draw the share of values found, mean over heads. Draws are the same
-        for all memories.
+        The numbers of pairs, one for each of at most three groups of heads: as many as their
+        memories hold at once; and by label and draw the share of values found, mean over heads.
+        Draws are the same for all memories.
+
+    Raises:
+        ValueError: there is no layer, one context, or keys of several sizes.
     """
     groups = _by_load(seen)
     shares: dict[str, Tensor] = {n: torch.zeros(seeds, dtype=torch.float64) for n in specs}
@@ -445,6 +478,8 @@ def predict(
             shares[curve.label] += of[curve.keys].share * found
             if told is not None:
                 told(f"memories: {curve.label}", done, len(plans))
+    # It would keep what was in files that are gone.
+    recorded.cache_clear()
     return tuple(g.pairs for g in groups), {n: x.tolist() for n, x in shares.items()}
 
 
@@ -582,19 +617,20 @@ def advise_checkpoint(
     ids = ids[: contexts * LENGTH].astype("int64")
     model = load_to_observe(checkpoint, _settings(checkpoint)).to(device)
     told("keys of the text", 0, contexts)
-    parts: dict[int, list[Observation]] = {}
+    parts: dict[int, list[Written]] = {}
     for observation in observed(model, torch.from_numpy(ids)):
         # Layers that are metaplastic already stay as they are.
         if observation.layer not in found:
             continue
         of = parts.setdefault(observation.layer, [])
-        of.append(joined([observation]))
+        of.append(Written.of(observation))
         told("keys of the text", len(of), contexts)
     del model
-    seen = {layer: joined(of) for layer, of in sorted(parts.items())}
+    seen = {layer: Written.joined(parts.pop(layer)) for layer in sorted(parts)}
     for layer, x in seen.items():
-        if not bool(x.keys.isfinite().all()):
-            raise ConversionError(f"layer {layer}: its keys on this text are not finite")
+        for name, values in (("keys", x.keys), ("writes", x.writes), ("decays", x.g.exp())):
+            if not bool(values.isfinite().all()):
+                raise ConversionError(f"layer {layer}: its {name} on this text are not finite")
     use = tuple(map(key_use, seen.values()))
     sizes = {n: (found[n].key, found[n].value) for n in seen}
     # Layers of another size, which no family has so far, are described and not measured.

@@ -217,7 +217,10 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, limit: int | None) -> li
     """Return the token ids of a text, or at least `limit` of them, without making all of them."""
     characters = len(text) if limit is None else 8 * (limit + _MARGIN)
     while True:
-        found = tokenizer(text[:characters], add_special_tokens=False, verbose=False)["input_ids"]
+        part = text[:characters]
+        if characters < len(text) and (words := part.rpartition(" ")[0]):
+            part = words
+        found = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
         if characters >= len(text) or (limit is not None and len(found) >= limit + _MARGIN):
             return list(found)
         characters *= 4

@@ -25,10 +25,11 @@ from glazoo.advise import (
     AdviceReport,
     Opening,
     Prediction,
+    Written,
+    _by_load,
     _opening_text,
     advise_checkpoint,
     best_opening,
-    joined,
     key_use,
     memory_load,
     opened,
@@ -54,13 +55,13 @@ def one_hot(*channels: int, size: int = 4) -> torch.Tensor:
 
 def seen(
     keys: torch.Tensor, g: torch.Tensor | None = None, writes: torch.Tensor | None = None
-) -> Observation:
+) -> Written:
     """What a layer did, that writes the same at every token and forgets nothing."""
     contexts, tokens, heads = keys.shape[:3]
     g = torch.zeros(heads) if g is None else g
     writes = torch.ones(contexts, tokens, heads) if writes is None else writes
     none = torch.empty(0)
-    return joined([Observation(3, g, none, none, State(none), keys, writes)])
+    return Written.of(Observation(3, g, none, none, State(none), keys, writes))
 
 
 def test_keys_along_two_channels_in_all_contexts() -> None:
@@ -116,14 +117,61 @@ def test_how_many_writes_a_memory_holds(
 ) -> None:
     found = memory_load(seen(KEYS, g, writes))
     assert found.shape == (2, 40, 1)
-    torch.testing.assert_close(found[:, -1], torch.full((2, 1), last))
+    # Log decays are rounded to float32.
+    torch.testing.assert_close(found[:, -1].float(), torch.full((2, 1), last), rtol=1e-5, atol=0)
 
 
 def test_contexts_are_joined_with_their_decays() -> None:
-    static = seen(KEYS, torch.tensor([0.5]).log())
-    two = joined([static, static])
-    assert two.g.shape == (4, 40, 1, 1)
-    torch.testing.assert_close(memory_load(two)[2:], memory_load(static))
+    # One context each, as a text is read: its one row of static decays is not its one token.
+    for keys in (KEYS, KEYS[:1]):
+        static = seen(keys, torch.tensor([0.5]).log())
+        two = Written.joined([static, static])
+        assert two.g.shape == (2 * len(keys), 40, 1, 1)
+        expected = torch.full((2 * len(keys),), 3.0, dtype=torch.float64)
+        torch.testing.assert_close(memory_load(two)[:, -1, 0], expected)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-16, 1e19, 1e37])
+def test_the_load_does_not_depend_on_the_size_of_all_writes(size: float) -> None:
+    writes = torch.full((2, 40, 1), size)
+    found = memory_load(seen(KEYS, None, writes))
+    expected = torch.arange(1.0, 41, dtype=torch.float64).expand(2, 40)
+    torch.testing.assert_close(found[..., 0], expected)
+
+
+def test_what_was_written_once_stays_one_write() -> None:
+    writes = torch.zeros(2, 400, 1)
+    writes[:, 3] = 1
+    g = torch.full((2, 400, 1), -10.0)
+    g[:, 300] = -math.inf
+    found = memory_load(seen(torch.ones(2, 400, 1, 2), g, writes))[0, :, 0]
+    assert found.tolist() == [0.0] * 3 + [1.0] * 297 + [0.0] * 100
+
+
+@pytest.mark.parametrize("odd", ["a large first token", "a context with one write"])
+def test_one_odd_token_or_context_leaves_the_keys_that_are_measured(odd: str) -> None:
+    plain = recordings(3.0, 40, 40)
+    writes = plain.writes.clone()
+    if odd == "a large first token":
+        writes[:, 0] *= 100
+    else:
+        writes[3, 1:] = 0
+    groups = _by_load([plain._replace(writes=writes, g=torch.full_like(plain.g, -0.5))])
+    # Two heads of all 40 tokens, of which a memory holds four at once.
+    assert [g.pairs for g in groups] == [4, 4] or odd == "a large first token"
+    assert all(k.shape == (16, 40, 1, SIZE) for g in groups for k in g.keys)
+
+
+def test_heads_are_measured_in_three_groups() -> None:
+    keys = torch.randn(4, 64, 80, 2)
+    g = torch.linspace(-2, -0.01, 80).expand(4, 64, 80)
+    groups = _by_load([seen(keys, g)])
+    assert [round(80 * x.share) for x in groups] == [27, 27, 26]
+    assert all(len(x.keys) <= 32 for x in groups)
+    assert [x.pairs for x in groups] == sorted(x.pairs for x in groups)
+    for wrong in ([], [seen(keys[:1])], [seen(keys), seen(keys[..., :1])]):
+        with pytest.raises(ValueError, match="accepted is one shape"):
+            predict(wrong, {"source": load_spec("gla")})
 
 
 @pytest.mark.parametrize("impl", ["mixer", "layer"])
@@ -132,7 +180,7 @@ def test_layers_tell_the_size_of_what_they_write(impl: str) -> None:
         model: Any = metaplasticize(model_of("gated_deltanet", "gated_deltaproduct"))
     else:
         model = metaplasticize(tiny_model("mamba2"))
-    parts = [joined([x]) for x in observed(model, torch.arange(40) % 7)]
+    parts = [Written.of(x) for x in observed(model, torch.arange(40) % 7)]
     assert len(parts) > 1
     for x in parts:
         assert x.writes.shape[:2] == x.keys.shape[:2] == x.g.shape[:2]
@@ -147,11 +195,12 @@ def test_the_size_of_a_write() -> None:
     torch.testing.assert_close(write_sizes(k, v, None), torch.full((1, 2, 2), 15.0))
     beta = torch.tensor([[[0.5, 0.0], [1.0, 2.0]]])
     torch.testing.assert_close(write_sizes(k, v, beta), 15 * beta)
+    assert write_sizes(k[:, :0], v[:, :0], beta[:, :0]).shape == (1, 0, 2)
     by_value = torch.tensor([1.0, 0.0, 1.0]).expand(1, 2, 2, 3)
     torch.testing.assert_close(write_sizes(k, v, by_value), torch.full((1, 2, 2), 5 * 5**0.5))
 
 
-def recordings(shared: float, tokens: int, load: int) -> Observation:
+def recordings(shared: float, tokens: int, load: int) -> Written:
     """Keys of which every context has a large part in common, another one in another context, in
     two heads that write `load` of them alone."""
     rng = np.random.default_rng(0)
@@ -378,6 +427,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name(quick: Path, tmp_path: 
     model = model_of("gla")
     for name, message in (
         ("lm_head.weight", "the model's loss on this text is not finite"),
+        ("model.layers.0.mixer.v_proj.weight", "layer 0: its writes on this text are not finite"),
         ("model.layers.0.mixer.k_proj.weight", "layer 0: its keys on this text are not finite"),
     ):
         with torch.no_grad():

@@ -103,10 +103,13 @@ class Processes:
                 ProcessPoolExecutor(1, _CONTEXT, _begin, (self.folder,)),
                 {*active_children()},
             )
-            # Ctrl-C would end a Python that is just starting with a fatal error of its own.
+            # Ctrl-C would end a Python that is just starting with a fatal error of its own, and
+            # before it is known here, nobody would stop it.
             with _held(signal.SIGINT):
                 job = executor.submit(function, *args)
-            (process,) = {*active_children()} - known
+                (process,) = {*active_children()} - known
+                self._by_job[job] = executor, process
+            return job
         self._by_job[job] = executor, process
         return job
 

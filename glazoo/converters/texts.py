@@ -40,7 +40,7 @@ def read_tokens(
         vocabulary: size of the model's vocabulary, which must hold every id.
         column: the data set's column with the text.
         split: the data set's split; default `train`, or the only one.
-        limit: how many tokens are given at most; what follows them is not read.
+        limit: how many tokens are given at most; of text files not many more are made.
 
     Raises:
         ConversionError: something cannot be read, or the tokenizer does not fit.
@@ -120,7 +120,8 @@ def _tokenizer(name: str, vocabulary: int | None) -> Any:
     try:
         if name == "bytes":
             # A model of 256 tokens has none for the end of a text.
-            return symbol_tokenizer() if vocabulary == 256 else byte_tokenizer()
+            alone = vocabulary is not None and vocabulary <= 256
+            return symbol_tokenizer() if alone else byte_tokenizer()
         return AutoTokenizer.from_pretrained(name, local_files_only=True)
     except Exception as e:
         raise ConversionError(

@@ -148,8 +148,9 @@ def _fingerprint(*examples: Blocks) -> str:
     """Return what tells the tokens of some examples from those of others."""
     digest = hashlib.sha256()
     for part in examples:
-        first, end = part.start * part.length, part.end * part.length
-        digest.update(np.ascontiguousarray(part.tokens[first:end], dtype=np.int64).data)
+        for block in range(part.start, part.end):
+            tokens = part.tokens[block * part.length : (block + 1) * part.length]
+            digest.update(np.ascontiguousarray(tokens, dtype=np.int64).data)
     return digest.hexdigest()[:16]
 
 
@@ -163,7 +164,11 @@ def _check_resumed(work: Path, settings: dict[str, Any]) -> None:
     if not file.exists():
         return  # checkpoints of before it was written
     before = loads(file.read_text("utf-8"))
-    changed = [f"{n} was {before[n]}, is {x}" for n, x in settings.items() if before.get(n, x) != x]
+    changed = [
+        "other texts" if n == "texts" else f"{n} was {before[n]}, is {x}"
+        for n, x in settings.items()
+        if before.get(n, x) != x
+    ]
     if changed:
         raise ConversionError(
             f"{work} has checkpoints of other settings ({', '.join(changed)}): resume with those, "
@@ -326,7 +331,8 @@ def tune_checkpoint(
         length=length,
         validation=validation,
     )
-    settings["texts"] = _fingerprint(train, evaluation)
+    if resume or checkpoint_every:
+        settings["texts"] = _fingerprint(train, evaluation)
     if resume:
         _check_resumed(work, settings)
     if everything:
@@ -378,8 +384,9 @@ def tune_checkpoint(
             if not any(work.iterdir()):
                 work.rmdir()
     if not math.isfinite(after):
-        # What it would be resumed from ends here again.
-        shutil.rmtree(work, ignore_errors=True)
+        if last is None:
+            # What it would be resumed from ends here again.
+            shutil.rmtree(work, ignore_errors=True)
         raise ConversionError(
             f"the loss on held-out text went from {before:.4f} to {after}: nothing is written; a "
             f"lower learning rate than {learning_rate:g} may help"

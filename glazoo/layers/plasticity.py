@@ -425,7 +425,7 @@ def write_sizes(
     """Return the size of what every token writes, |k| |beta v|, in float32."""
     v = v.float()
     if beta is not None:
-        v = v * beta.float().view(*v.shape[:3], -1)
+        v = v * (beta[..., None] if beta.dim() == 3 else beta).float()
     size: Tensor = k.float().norm(dim=-1).repeat_interleave(v.shape[2] // k.shape[2], 2)
     size = size * v.norm(dim=-1)
     return size

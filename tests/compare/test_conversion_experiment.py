@@ -109,6 +109,12 @@ def test_rates_come_from_the_seed_that_is_not_reported() -> None:
     assert chooser.choice("records", "mamba2", line, results) == line.candidates[0]
 
 
+def test_a_source_without_full_precision_has_rates_of_the_rest() -> None:
+    runs = list(one(select=True, sources=("longhorn",), seeds=1).wanted({}))
+    forms = [r.label.partition(", ")[2] for r in runs if r.seed == 1000 and r.before is not None]
+    assert {*forms} == {"trained on", "per key"}
+
+
 def row(line: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
     common = {"selection": False, "state_bytes": 8, "key": f"{line} {seed}", "before": "x"}
     curve = [{"step": 8, "accuracy": accuracy / 2}, {"step": 16, "accuracy": accuracy}]
