@@ -18,6 +18,7 @@ from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from tempfile import mkdtemp
+from types import FrameType
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ class Processes:
             )
             # Ctrl-C would end a Python that is just starting with a fatal error of its own, and
             # before it is known here, nobody would stop it.
-            with _held(signal.SIGINT):
+            with _held():
                 job = executor.submit(function, *args)
                 (process,) = {*active_children()} - known
                 self._by_job[job] = executor, process
@@ -250,24 +251,34 @@ class _Requeued:
 
 
 @contextmanager
-def _held(number: signal.Signals) -> Iterator[None]:
-    """Hold a signal back inside of the block, from this thread and from processes that start in
-    it."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield  # Windows
+def _held() -> Iterator[None]:
+    """Hold Ctrl-C back until the end of the block, and from processes that start in it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    caught: list[tuple[int, FrameType | None]] = []
+    # Any thread may be given the signal: what is blocked here holds it back from processes alone.
+    before = signal.signal(signal.SIGINT, lambda *x: caught.append(x))
+    mask = set() if _MASK is None else _MASK(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if _MASK is not None:
+            _MASK(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+        if caught and callable(before):
+            before(*caught[0])
+
+
+_MASK = getattr(signal, "pthread_sigmask", None)
+"""Windows has none."""
 
 
 def _begin(folder: Path) -> None:
     # Ctrl-C reaches the whole group; the parent decides what to do.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    if _MASK is not None:
+        _MASK(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def end() -> None:
         parent = parent_process()

@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import active_children, get_context
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -306,3 +308,28 @@ if "spawn_main" in str(sys.orig_argv):
     assert within(20, lambda: not [*temporary.iterdir()])
     # multiprocessing's tracker ends once it sees its parent gone.
     assert within(20, lambda: not of_group(starter.pid))
+
+
+@pytest.mark.slow
+def test_a_process_that_ctrl_c_meets_while_it_starts_is_stopped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    submit = ProcessPoolExecutor.submit
+
+    def interrupted(self: Any, *arguments: Any) -> Any:
+        job = submit(self, *arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+        return job
+
+    pool = Processes(1)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(ProcessPoolExecutor, "submit", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                pool.submit(time.sleep, 300)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    ((_, process),) = pool._by_job.values()
+    pool.close()
+    assert process.exitcode == -signal.SIGTERM
