@@ -268,7 +268,7 @@ def prediction(
     ("gains", "advice"),
     [
         ([], None),
-        ([("per key", 0.04, 0.01, 2)], None),
+        ([("per key", 0.015, 0.01, 2)], None),
         ([("per key", 0.30, 0.31, 2)], None),
         ([("per key", 0.30, 0.1, 2), ("full", 0.32, 0.1, 4)], "per key"),
         ([("per key", 0.20, 0.1, 2), ("full", 0.32, 0.1, 4)], "full"),
