@@ -43,7 +43,16 @@ from torch import Tensor, nn
 
 import glazoo
 from glazoo.advise import FORMS as ADVISED
-from glazoo.advise import Prediction, Written, best_opening, key_use, opened, recommended
+from glazoo.advise import (
+    LEAST,
+    LEAST_FALL,
+    Prediction,
+    Written,
+    best_opening,
+    key_use,
+    opened,
+    recommended,
+)
 from glazoo.advise import predict as advised
 from glazoo.compare.commands.options import ClusterOptions, OnCluster
 from glazoo.compare.files import make_folder, write_bytes
@@ -997,9 +1006,12 @@ def predicted_text(rows: list[dict[str, Any]], folder: Path) -> list[str]:
         paid = sum(r.gain > PAYS for r in of)
         for count in counts.values():
             cells.append(f"{count[task] if task in count else sum(count.values())}")
+        ours = (LEAST, LEAST_FALL)
+        cells.append(f"{sum(said(r, MEASURES, ours) is (r.gain > PAYS) for r in of)}")
         lines.append((task, *cells, f"{paid}", f"{len(of)}"))
     head = ("task", "rank of room", "of use")
     head += ("right by room", "by use", "by both") if several else ()
+    head += ("by both, as advised",)
     at = thresholds(runs, MEASURES)
     return [
         "## What is measured untrained beside the trained gain",
@@ -1007,7 +1019,7 @@ def predicted_text(rows: list[dict[str, Any]], folder: Path) -> list[str]:
         "Rank correlations with the gain of room (values found, less the source's) and of use (the "
         f"fall of the source's loss when gates open); of how many runs they say whether a gain of "
         f"more than {100 * PAYS:.0f} point follows, thresholds from the runs of all other tasks "
-        "and sources; and of how many it does.",
+        "and sources, or those of `glazoo advise`; and of how many it does.",
         "",
         *markdown_table((*head, "paid", "all"), lines, right=True),
         "",
