@@ -1121,6 +1121,9 @@ def picture(rows: list[dict[str, Any]]) -> bytes:
             ax.axvline(0, color="#555555", linewidth=0.8)
             ax.set_yticks(range(len(names)), [f"{n}, {times[n]:.2f} x" for n in names])
             ax.set_ylim(-0.6, len(names) - 0.4)
+            # Less than a point is nothing, and looks it.
+            low, high = ax.get_xlim()
+            ax.set_xlim(min(low, -1), max(high, 1))
             ax.set_title(task)
         grid[-1, 0].set_xlabel("points of accuracy to the source trained on")
         for n, source in enumerate(sources):
