@@ -76,8 +76,8 @@ WORK = Path("build/conversion")
 RANK = 16
 SELECTION_SEED = 1000
 
-FORMS: dict[str, dict[str, Any]] = {**ADVISED, "per key, open": {}}
-"""Conversions. `rotated` has its axes from the source's keys on training data. `per key, open`
+FORMS: dict[str, dict[str, Any]] = {**ADVISED, "per key (open)": {}}
+"""Conversions. `rotated` has its axes from the source's keys on training data. `per key (open)`
 starts as the paper's authors convert: b at 0.66 of its rate, the prior fixed at one, and decay and
 write gates as they are drawn."""
 
@@ -635,7 +635,7 @@ def run_command(
         of = "" if steps == LANGUAGE_STEPS else f" of {steps:,} steps"
         for n in map(int, tuning.split(",")):
             settings[f"language{of}, {n} steps"] = language(text.absolute(), steps, n)
-    chosen, rows = tuple(sources.split(",")), tuple(x for x in only.split(",") if x)
+    chosen, rows = tuple(sources.split(",")), tuple(x.strip() for x in only.split(",") if x.strip())
     experiment = Experiment(settings, chosen, seeds, select, impl, device, first, rows)
     end = time.monotonic() + 60 * minutes
     with Store(out, {"format": 1}) as store:
