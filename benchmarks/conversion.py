@@ -194,7 +194,7 @@ class Line:
         return (1.0, 1.0), (1.0, 10.0), (2.0, 10.0)
 
 
-TRIED = (Line("trained on"), Line("per key", "per key"), Line("full", "full"))
+RATED = (Line("trained on"), Line("per key", "per key"), Line("full", "full"))
 """Rows of which rates are chosen; the others have those of the one that is most like them."""
 
 
@@ -206,10 +206,10 @@ def converted(source: Spec, form: str) -> Spec | None:
         return None
 
 
-def tried_of(source: str) -> list[Line]:
+def rated(source: str) -> list[Line]:
     """List the rows of a source of which rates are chosen."""
     spec = glazoo.load(source)
-    return [x for x in TRIED if x.form is None or converted(spec, x.form) is not None]
+    return [x for x in RATED if x.form is None or converted(spec, x.form) is not None]
 
 
 def lines(source: Spec, setting: Setting) -> list[Line]:
@@ -306,8 +306,8 @@ class Experiment:
         if (chooser := self._chooser(name)) is None:
             return self._default(name, line)
         losses = {}
-        wanted = {None: "trained on", "full": "full"}.get(line.form, "per key")
-        like = next((x for x in tried_of(source) if x.label == wanted), None)
+        label = {None: "trained on", "full": "full"}.get(line.form, "per key")
+        like = next((x for x in rated(source) if x.label == label), None)
         if like is None:
             return self._default(name, line)
         for candidate in like.candidates:
@@ -321,7 +321,7 @@ class Experiment:
         """Yield every run whose rates are known, in the order of their worth."""
         choosers = dict.fromkeys(map(self._chooser, self.settings))
         for name, source in itertools.product(choosers, self.sources):
-            for line in () if name is None else tried_of(source):
+            for line in () if name is None else rated(source):
                 yield self._source(name, source, line.keys, SELECTION_SEED)
                 for candidate in line.candidates:
                     yield self.row(name, source, line, candidate, SELECTION_SEED)
@@ -693,7 +693,7 @@ def run_command(
 @app.command()
 def predict(
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
-    seeds: Annotated[int, typer.Option(min=2, help="Draws of a measurement.")] = 12,
+    seeds: Annotated[int, typer.Option(min=2, help="Draws of a measurement.")] = 24,
     out: Annotated[Path, typer.Option(help="Folder of the runs.")] = RESULTS,
     weights: Annotated[Path, typer.Option("--work", help="Folder of weights.")] = WORK,
 ) -> None:
@@ -742,6 +742,7 @@ def predict(
         print(f"{row['label']}, seed {row['seed']}: {pairs}, {gains}, opened {loss}", flush=True)
 
 
+# How many examples room is measured on, and in how many parts those are that use is.
 CONTEXTS = 32
 GROUPS = 8
 

@@ -69,7 +69,7 @@ FORMS: Mapping[str, dict[str, Any]] = {
 """Conversions by name, as options of `glazoo.metaplasticize`."""
 
 LEAST = 0.02
-"""Share of values that a form must find more than its source, to be advised. This and the next are
+"""Share of values that a form must find more than its source, to be advised. It and LEAST_FALL are
 round numbers near those that are right of most runs of benchmarks/conversion.py."""
 
 NEARLY = 0.8

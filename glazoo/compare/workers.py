@@ -90,29 +90,30 @@ class Processes:
 
     def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
         """Start a call in a process that is free, or in a new one."""
+        # Ctrl-C would end a Python that is just starting with a fatal error of its own, and what it
+        # meets between two lines here nobody would stop.
+        with _held():
+            executor, process, job = self._started(function, *args)
+            self._by_job[job] = executor, process
+        return job
+
+    def _started(
+        self, function: Callable[..., Any], *args: Any
+    ) -> tuple[ProcessPoolExecutor, BaseProcess, Future[Any]]:
         for free in [j for j in self._by_job if j.done() and j.exception() is None]:
             executor, process = self._by_job.pop(free)
             try:
-                job = executor.submit(function, *args)
+                return executor, process, executor.submit(function, *args)
             except BrokenProcessPool:
                 # It was killed while it waited, which costs nothing.
                 executor.shutdown()
-                continue
-            break
-        else:
-            executor, known = (
-                ProcessPoolExecutor(1, _CONTEXT, _begin, (self.folder,)),
-                {*active_children()},
-            )
-            # Ctrl-C would end a Python that is just starting with a fatal error of its own, and
-            # before it is known here, nobody would stop it.
-            with _held():
-                job = executor.submit(function, *args)
-                (process,) = {*active_children()} - known
-                self._by_job[job] = executor, process
-            return job
-        self._by_job[job] = executor, process
-        return job
+        executor, known = (
+            ProcessPoolExecutor(1, _CONTEXT, _begin, (self.folder,)),
+            {*active_children()},
+        )
+        job = executor.submit(function, *args)
+        (process,) = {*active_children()} - known
+        return executor, process, job
 
     def ending(self, job: Future[Any]) -> str:
         """Return what killed a process, its exit code, or why its result could not be sent."""

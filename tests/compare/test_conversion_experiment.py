@@ -103,7 +103,7 @@ def test_rates_come_from_the_seed_that_is_not_reported() -> None:
     static = one(select=True, settings={"static": experiment.TASKS["static"]})
     assert static.choice("static", "mamba2", like, results) == line.candidates[1]
     assert {r.label for r in static.wanted({}) if r.seed == 1000 and r.before is not None} == {
-        f"records: mamba2, {x.label}" for x in experiment.TRIED
+        f"records: mamba2, {x.label}" for x in experiment.RATED
     }
     results[runs[line.candidates[1]].key]["diverged"] = True
     assert chooser.choice("records", "mamba2", line, results) == line.candidates[0]
